@@ -1,0 +1,334 @@
+"""Distil a labelled image set into a few synthetic images per class (DREAM, Liu et al., ICCV 2023).
+
+    $ python3 condense.py                                       # scikit-learn's digits, minutes on a CPU
+    $ python3 condense.py --reproduce -d cifar10 -f 2 --ipc 10  # the published setting, hours on a GPU
+    $ python3 condense.py --image_folder photos --size 64       # images of your own
+
+Run the same command again to go on after a stop. `python3 train.py` evaluates the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from data import Dataset
+from models import NetSpec
+from utils import files, options, runtime
+from utils.augment import Augment
+from utils.errors import UsageError, UserError
+from utils.evaluation import Score, evaluate
+from utils.formation import decoded_count
+from utils.images import ImageSet
+from utils.matching import Comparison, Matcher
+from utils.options import CondenseOptions
+from utils.pixels import PixelSGD
+from utils.report import Progress, logged_to, messages, span
+from utils.run import RunFolder, folder_of
+from utils.runtime import Draws, Stopped, Stopper
+from utils.selection import Context, select
+from utils.state import State
+from utils.synthetic import coreset, initial_pixels, training_images
+from utils.training import Recipe, fresh_network, update_network
+
+log = logging.getLogger("dream")
+
+
+def condense(job: Job, state: State) -> None:
+    """Bring the state from wherever it is to the last outer iteration (Algorithm 1). Raises Stopped on request."""
+    o, real = job.o, job.real
+    while state.it < o.niter:
+        it, step = state.it, state.step
+        if step == 0:
+            if o.eval_every and it % o.eval_every == 0:
+                job.evaluate_at(it, state)
+            state.begin_iteration(fresh_network(job.spec, job.draws("network", it)), job.update)
+        if step % o.interval == 0:
+            context = Context(state.net, real, job.draws("select", it, step), raw=o.cluster_raw)
+            state.picks = select(context, o.batch_real, strategy=o.select)  # (classes, batch_real)
+
+        draws = job.draws("match", it, step)
+        losses, gradients = job.match(state.net, state.pixels.lookahead(), real, state.picks, draws)
+        state.pixels.step(gradients)
+        draws = job.draws("update", it, step)
+        update_network(state.net, state.sgd, real, job.update, n_data=o.n_data, draws=draws)
+
+        state.losses += losses  # (classes,), on the device: reading them at every step would stall a GPU
+        state.advance(o.inner_loop)
+        job.after_step(state)
+
+
+class Job:
+    """One command's fixed parts, and what happens around the steps: reports, evaluations, files."""
+
+    def __init__(self, o: CondenseOptions, dataset: Dataset, spec: NetSpec, folder: RunFolder, stopper: Stopper) -> None:
+        self.o, self.dataset, self.spec, self.folder, self.stopper = o, dataset, spec, folder, stopper
+        self.device = dataset.device
+        self.real, self.test = dataset.train, dataset.test
+        self.match = Matcher(
+            objective=o.match,
+            comparison=Comparison(metric=o.metric, bias=o.bias, fc=o.fc),
+            factor=o.factor,
+            decode_type=o.decode_type,
+            batch_syn_max=o.batch_syn_max,
+            augment=Augment(o.aug_type),
+        )
+        self.update = Recipe(
+            batch_size=o.batch_real,
+            augment=Augment(options.update_augmentation(o)),
+            mixup=o.mixup_net,
+            lr=o.lr,
+            momentum=o.momentum,
+            weight_decay=o.weight_decay,
+            epochs=o.net_epoch,
+        )
+        self.protocol = options.evaluation_recipe(o, flip=dataset.flip)
+        self.progress = Progress(o.niter * o.inner_loop, "distilling", "step", keep=True)
+        self.steps_here = 0
+        self.first_step = self.started = time.monotonic()
+
+    def draws(self, purpose: str, *position: int) -> Draws:
+        return Draws(self.device, self.o.seed, purpose, *position)
+
+    # --- State --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> State:
+        """The state to go on from: the last checkpoint's, or the initial one, with its pictures."""
+        o = self.o
+        pixels = initial_pixels(
+            self.real, self.spec, o.init, ipc=o.ipc, factor=o.factor, draws=self.draws("init"), raw=o.cluster_raw
+        )
+        lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=self.dataset.side, base_side=self.dataset.base_side)
+        net = fresh_network(self.spec, self.draws("network", 0))
+        state = State(
+            pixels=PixelSGD(pixels, lr=lr, momentum=o.mom_img),
+            net=net,
+            sgd=self.update.optimizer(net),
+            picks=torch.zeros(self.real.classes, o.batch_real, dtype=torch.int64, device=self.device),
+            losses=torch.zeros(self.real.classes, device=self.device),
+        )
+        saved = self.folder.load_checkpoint()
+        if saved is None:
+            self.folder.save_pictures("initial", pixels, o)
+            return state
+        try:
+            state.restore(saved)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.folder.path}: the checkpoint does not fit this run ({error}); --restart") from error
+        self.progress.start_at(state.it * o.inner_loop + state.step)
+        log.info("going on after outer iteration %d, inner step %d of %d", state.it, state.step, o.inner_loop)
+        return state
+
+    def save(self, state: State) -> None:
+        """Checkpoint, data.pt and pictures of now. Never saves a state that has gone wrong."""
+        self.mean_loss(state)
+        now = time.monotonic()
+        state.seconds, self.started = state.seconds + now - self.started, now
+        self.folder.save_checkpoint(state.save())
+        self.save_result(state, finished=False)
+        self.folder.save_pictures("latest", state.pixels.pixels, self.o)
+
+    def save_result(self, state: State, *, finished: bool, **scores: Score) -> None:
+        o = self.o
+        files.save_distilled(
+            self.folder.path,
+            state.pixels.pixels,
+            {
+                "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with factor "
+                "and decode_type, subtract mean and divide by std of `normalization`, per channel.",
+                "dataset": o.dataset,
+                "image_folder": o.image_folder,
+                "class_names": self.dataset.class_names,
+                "ipc": o.ipc,
+                "factor": o.factor,
+                "decode_type": o.decode_type,
+                "decoded_per_class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
+                "shape": list(state.pixels.pixels.shape[2:]),
+                "value_range": [0.0, 1.0],
+                "normalized": False,
+                "normalization": dict(zip(("mean", "std"), map(list, self.dataset.statistics), strict=True)),
+                "network": dataclasses.asdict(self.spec),
+                "settings": dataclasses.asdict(o),
+                "outer_iterations": state.it,
+                "seconds": round(state.seconds, 1),
+                "finished": finished,
+                **{name: score.as_dict() for name, score in scores.items()},
+            },
+        )
+
+    # --- Around a step ------------------------------------------------------------------------------------------------
+
+    def after_step(self, state: State) -> None:
+        """Report now and then, stop when asked to, save every few minutes."""
+        o = self.o
+        self.progress.advance()
+        self.steps_here += 1
+        if state.step == 0:
+            loss = self.mean_loss(state)
+            seconds = state.seconds + time.monotonic() - self.started
+            self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
+        if state.step % o.interval == 0:
+            accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
+            self.progress.say(f"iteration {state.it}/{o.niter}, loss {self.mean_loss(state):.4g}{accuracy}")
+        if self.steps_here == 1:
+            self.first_step = time.monotonic()
+        if self.steps_here == o.interval + 1:  # one selection and its steps have been seen
+            left = (time.monotonic() - self.first_step) / o.interval * (self.progress.total - self.progress.done)
+            if left > 60:
+                log.info("about %s for the steps that are left; stop at any time, the same command goes on", span(left))
+        self.stopper.check()
+        if self.folder.checkpoint_due():
+            self.save(state)
+
+    def mean_loss(self, state: State) -> float:
+        """Matching distance per class and inner step of this outer iteration. Raises UserError when it is no number."""
+        o = self.o
+        steps = state.step or o.inner_loop
+        if not (torch.isfinite(state.losses).all() and torch.isfinite(state.pixels.pixels).all()):
+            bad = [self.dataset.class_names[c] for c in (~torch.isfinite(state.losses)).nonzero().flatten().tolist()]
+            raise UserError(
+                f"the matching loss is not a number in outer iteration {state.it}, inner step {state.step}"
+                f"{', class ' + ', '.join(bad[:5]) if bad else ''}: lower --lr_img ({o.lr_img:g}) or --lr ({o.lr:g}) and "
+                f"begin again with --restart; {self.folder.path} keeps its last good state"
+            )
+        return state.losses.mean().item() / steps
+
+    # --- Evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate_at(self, it: int, state: State) -> Score:
+        """Test the current set and log it."""
+        score = self.evaluate(lambda r: self.distilled(state), f"evaluating iteration {it}")
+        state.accuracy = score.mean
+        seconds = state.seconds + time.monotonic() - self.started
+        self.folder.metric(iteration=it, **score.as_dict(), net=self.spec.name, seconds=round(seconds, 1))
+        log.info("iteration %d: accuracy %s %%", it, score)
+        return score
+
+    def evaluate(self, training_set: Callable[[int], ImageSet], what: str) -> Score:
+        o = self.o
+        with Progress(o.repeat * o.epochs, what, "epoch") as progress:
+
+            def on_epoch() -> None:
+                progress.advance()
+                self.stopper.check(signals_only=True)
+
+            return evaluate(
+                self.spec, training_set, self.test, self.protocol, repeat=o.repeat, seed=o.seed, on_epoch=on_epoch
+            )
+
+    def distilled(self, state: State) -> ImageSet:
+        """The training images of the current pixels."""
+        pixels = state.pixels.pixels.clamp(0, 1)  # (classes, ipc, C, H, W)
+        labels = torch.arange(len(pixels), device=self.device).repeat_interleave(self.o.ipc)
+        return training_images(
+            pixels.flatten(0, 1),
+            labels,
+            factor=self.o.factor,
+            decode_type=self.o.decode_type,
+            classes=self.real.classes,
+            normalize=self.real.normalize,
+        )
+
+    def random_real(self, r: int) -> ImageSet:
+        """As many randomly drawn real images per class as the set stores, other ones for every training."""
+        return coreset(self.real, self.spec, "random", ipc=self.o.ipc, draws=self.draws("random real", r))
+
+    def finish(self, state: State) -> None:
+        """Save, evaluate once beside random real images, and say so."""
+        self.save(state)
+        self.folder.save_pictures("final", state.pixels.pixels, self.o)
+        ours = self.evaluate_at(state.it, state)
+        random = self.evaluate(self.random_real, "evaluating random real images")
+        self.save_result(state, finished=True, accuracy=ours, random_real=random)
+
+
+def summary(folder: RunFolder) -> str:
+    """What a finished run ends with, read from its data.json."""
+    card = files.read_json(folder.path / files.CARD)
+    rows = []
+    for what, key, count in (
+        ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),
+        ("random real images", "random_real", f"{card['ipc']}"),
+    ):
+        rows.append(f"  {what:20}{count:>24}     {Score(tuple(card[key]['accuracies']))}")
+    net = NetSpec(**card["network"]).name
+    head = f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {card['settings']['epochs']} epochs"
+    return "\n".join([f"run folder: {folder.path}", head, *rows])
+
+
+def check_sizes(o: CondenseOptions, dataset: Dataset) -> None:
+    """Compare the options with the data. Warns where there is a natural way on, otherwise raises UsageError."""
+    if o.factor > dataset.side:
+        raise UsageError(f"-f {o.factor}: a cell would be smaller than a pixel, images are {dataset.side} pixels wide")
+    counts = dataset.train.counts
+    smallest = min(range(len(counts)), key=counts.__getitem__)
+    name, have = dataset.class_names[smallest], counts[smallest]
+    if o.ipc > have:
+        raise UsageError(f"--ipc {o.ipc}: class {name} has only {have} training images; use --ipc {have} or less")
+    if o.init != "noise" and o.ipc * o.factor**2 > have:
+        log.warning("--ipc times -f squared is %d, class %s has %d images: some begin twice", o.ipc * o.factor**2, name, have)
+    if o.batch_real > have:
+        log.warning("--batch_real is %d, class %s has %d images: all are matched, some twice", o.batch_real, name, have)
+    if o.n_data > len(dataset.train):
+        log.warning("--n_data is %d, there are %d training images: all are used", o.n_data, len(dataset.train))
+
+
+def describe(resolved: options.Resolved, dataset: Dataset, folder: RunFolder) -> str:
+    """The resolved options, where each comes from, and what derives from them."""
+    o = resolved.options
+    lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=dataset.side, base_side=dataset.base_side)
+    lines = [f"{name:16}{value!s:28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()]
+    derived = {
+        "pixel learning rate": f"{lr:g}",
+        "network update": options.update_augmentation(o),
+        "evaluation": options.evaluation_augmentation(o, flip=dataset.flip),
+        "decoded per class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
+        "run folder": folder.path,
+    }
+    return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
+    parser = options.make_parser(CondenseOptions, __doc__ or "")
+    resolved = options.resolve(parser.parse_given(argv))
+    o = resolved.options
+    with messages(), Stopper(o.max_minutes) as stopper:
+        device = runtime.pick_device(o.device)
+        dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
+        spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
+        folder = RunFolder(folder_of(o, spec.name))
+        if o.dry_run:
+            print(describe(resolved, dataset, folder))
+            return 0
+        status = folder.check(o)
+        if status == "finished":
+            log.info("this run is finished; --restart begins it again\n%s", summary(folder))
+            return 0
+
+        check_sizes(o, dataset)
+        about = {"command": shlex.join(["condense.py", *argv]), "device": runtime.device_name(device)}
+        folder.create(o, {**about, "versions": runtime.versions()})
+        with logged_to(folder.path / "log.txt"):
+            log.info("%s on %s: %s", about["command"], about["device"], folder.path)
+            job = Job(o, dataset, spec, folder, stopper)
+            state = job.start()
+            try:
+                with job.progress:
+                    condense(job, state)
+                job.finish(state)
+            except Stopped as stop:
+                job.save(state)
+                log.info("stopped (%s) and saved in %s; run the same command again to go on", stop, folder.path)
+                return stopper.status
+            log.info("%s", summary(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

@@ -1,0 +1,315 @@
+"""Real images: one row per data set, loaded through torchvision, kept as uint8 on the device, grouped by class.
+
+    dataset = Dataset("cifar10", device=device)
+    dataset.train, dataset.test                 # ImageSet each, read when first used
+
+A new data set is one row of `DATASETS` and, unless torchvision has it, one function like `load_digits`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as transforms
+
+from utils.errors import UsageError, UserError
+from utils.images import ImageSet, Normalize
+from utils.report import Progress
+from utils.runtime import free_memory
+
+log = logging.getLogger("dream")
+
+DIGITS_SPLIT = 0  # scikit-learn's random_state of the digits' train/test split, whatever --seed says
+SPARE_MEMORY = 0.5  # of what is free; the other half is for networks and gradients
+
+Split = tuple[Tensor, Tensor, list[str]]  # images (N, C, H, W) uint8, labels (N,) int64, class names
+
+
+def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Path, train: bool) -> Split:
+    """A torchvision data set as tensors; downloaded unless its files lie in data_dir, and then used without network.
+
+    Raises UserError saying which files to put where.
+    """
+    make = getattr(torchvision.datasets, kind)
+    split = {"split": "train" if train else "test"} if kind == "SVHN" else {"train": train}
+    try:
+        try:
+            found = make(data_dir, download=False, **split)
+        except RuntimeError:  # torchvision's word for "not there, or not with the right checksum"
+            log.info("%s is not in %s yet: downloading it", kind, data_dir)
+            found = make(data_dir, download=True, **split)
+    except Exception as error:  # urllib, http, tarfile, gzip, scipy: each has errors of its own
+        there = [name for name in files if (data_dir / folder / name).exists()]
+        broken = f"; {', '.join(there)} is there but may be damaged: delete it first" if there else ""
+        raise UserError(
+            f"{kind} can be neither read nor downloaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            f"Without network, put {', '.join(files)} into {data_dir / folder} by hand{broken} (--data_dir)"
+        ) from error
+    images = torch.as_tensor(found.data)
+    if images.dim() == 3:  # (N, H, W), grey
+        images = images[:, None]
+    elif images.shape[-1] == 3:  # (N, H, W, C)
+        images = images.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(found.labels if kind == "SVHN" else found.targets).long()
+    names = getattr(found, "classes", [str(c) for c in range(10)])
+    return images.contiguous(), labels, [str(name) for name in names]
+
+
+def load_digits(data_dir: Path, train: bool) -> Split:
+    """scikit-learn's 1,797 handwritten digits, three quarters for training, stratified."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    halves = train_test_split(x, y, test_size=0.25, stratify=y, random_state=DIGITS_SPLIT)
+    x, y = (halves[0], halves[2]) if train else (halves[1], halves[3])
+    images = np.rint(x * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)  # 0..16 -> 0..255
+    return torch.from_numpy(images), torch.from_numpy(y).long(), [str(c) for c in range(10)]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is fixed about a data set. flip: whether a mirror image belongs to the same class."""
+
+    classes: int
+    channels: int
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    load: Callable[[Path, bool], Split]
+
+
+MNIST_FILES = [f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
+TORCHVISION = {
+    "mnist": partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES),
+    "fashion": partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
+    "svhn": partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"]),
+    "cifar10": partial(from_torchvision, "CIFAR10", "", ["cifar-10-python.tar.gz"]),
+    "cifar100": partial(from_torchvision, "CIFAR100", "", ["cifar-100-python.tar.gz"]),
+}
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+
+DATASETS = {
+    #              classes, channels, side, mean, std, flip, load
+    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), False, TORCHVISION["mnist"]),
+    "fashion": Info(10, 1, 28, (0.2861,), (0.3530,), True, TORCHVISION["fashion"]),
+    "svhn": Info(10, 3, 32, *SVHN, False, TORCHVISION["svhn"]),
+    "cifar10": Info(10, 3, 32, *CIFAR, True, TORCHVISION["cifar10"]),
+    "cifar100": Info(100, 3, 32, *CIFAR, True, TORCHVISION["cifar100"]),
+    "digits": Info(10, 1, 8, (0.3053,), (0.3758,), False, load_digits),
+}
+FOLDER_BASE_SIDE = 32  # at which the default pixel rate holds for folders of one's own
+
+
+class Dataset:
+    """A data set's properties at once, its images when they are first asked for.
+
+    mean, std: for a folder whose statistics are known already; otherwise they come from its training images.
+    Raises UsageError or UserError, naming the flag or the file, for whatever is wrong with a folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: torch.device,
+        data_dir: str | Path = "data",
+        image_folder: str | Path | None = None,
+        size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.data_dir = Path(data_dir)
+        self.folder = None if image_folder is None else Folder(Path(image_folder))
+        info = DATASETS.get(name)
+        if info is not None:
+            self.classes, self.channels, self.side, self.flip = info.classes, info.channels, info.side, info.flip
+            self.base_side = info.side
+            self._statistics: tuple[Sequence[float], Sequence[float]] | None = (info.mean, info.std)
+            if self.folder is not None and len(self.folder.classes) != self.classes:
+                raise UsageError(
+                    f"--image_folder {image_folder}: has {len(self.folder.classes)} classes, but {name} has {self.classes}; "
+                    "use -d folder for a data set of your own"
+                )
+        else:
+            assert self.folder is not None
+            self.channels, self.side = self.folder.shape(size)
+            self.classes, self.flip = len(self.folder.classes), True
+            self.base_side = FOLDER_BASE_SIDE
+            self._statistics = None if mean is None or std is None else (mean, std)
+
+    @cached_property
+    def train(self) -> ImageSet:
+        return self._image_set(*self._train, self.normalize)
+
+    @cached_property
+    def test(self) -> ImageSet:
+        images, labels, _ = self._load(train=False)
+        return self._image_set(images, labels, self.normalize)
+
+    @cached_property
+    def normalize(self) -> Normalize:
+        mean, std = self.statistics
+        return Normalize(mean, std, self.device)
+
+    @property
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation per channel, in units of [0, 1]."""
+        if self._statistics is None:
+            self._statistics = channel_statistics(self._train[0])
+        return self._statistics
+
+    @property
+    def class_names(self) -> list[str]:
+        if self.folder is not None:
+            return self.folder.classes
+        return self._names
+
+    @cached_property
+    def _train(self) -> tuple[Tensor, Tensor]:
+        images, labels, _ = self._load(train=True)
+        return images, labels
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return self._load(train=False)[2]
+
+    def _load(self, *, train: bool) -> Split:
+        if self.folder is not None:
+            return self.folder.load(train, self.channels, self.side, self.device)
+        images, labels, names = DATASETS[self.name].load(self.data_dir, train)
+        self._names = names
+        return images, labels, names
+
+    def _image_set(self, images: Tensor, labels: Tensor, normalize: Normalize) -> ImageSet:
+        return ImageSet(images.to(self.device), labels.to(self.device), classes=self.classes, normalize=normalize)
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of [0, 1]."""
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for chunk in images.split(1024):
+        unit = chunk.double() / 255
+        total += unit.sum((0, 2, 3))
+        squares += unit.square().sum((0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel stays finite
+    return mean.tolist(), std.tolist()
+
+
+class Folder:
+    """Images in DIR/train/CLASS/* and DIR/test/CLASS/*. Class numbers follow the alphabetical order of the folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.samples: dict[bool, list[tuple[str, int]]] = {}
+        for train, split in ((True, "train"), (False, "test")):
+            try:
+                found = torchvision.datasets.ImageFolder(str(root / split))
+            except OSError as error:
+                raise UserError(
+                    f"--image_folder {root}: cannot use {root / split} ({error.strerror or str(error).splitlines()[0]}); "
+                    "expected images in DIR/train/CLASS/* and DIR/test/CLASS/*"
+                ) from error
+            self.samples[train] = found.samples
+            self._name_the_ignored(root / split, {path for path, _ in found.samples})
+            if train:
+                self.classes: list[str] = found.classes
+            elif found.classes != self.classes:
+                odd = sorted(set(found.classes) ^ set(self.classes))
+                raise UserError(f"--image_folder {root}: train and test have different classes: only one has {', '.join(odd[:5])}")
+        if len(self.classes) < 2:
+            raise UserError(f"--image_folder {root}: needs two classes or more, has {len(self.classes)}")
+
+    def _name_the_ignored(self, where: Path, used: set[str]) -> None:
+        names = (os.path.join(top, name) for top, _, files in os.walk(where, followlinks=True) for name in files)
+        ignored = [name for name in names if name not in used and not os.path.basename(name).startswith(".")]
+        if ignored:
+            log.warning("%d files have no image file's ending and are ignored, e.g. %s", len(ignored), ignored[0])
+
+    def shape(self, size: int | None) -> tuple[int, int]:
+        """Channels (1 when every image is grey) and side. Without a size, all images must be squares of one size."""
+        modes, sizes = set(), set()
+        for path, _ in self.samples[True] + self.samples[False]:
+            with opened(path) as image:
+                modes.add(image.mode)
+                sizes.add(image.size)
+        if size is None:
+            if len(sizes) > 1:
+                some = ", ".join(f"{w} x {h}" for w, h in sorted(sizes)[:3])
+                raise UsageError(f"--image_folder {self.root}: images differ in size ({some} ...); give --size PIXELS")
+            width, height = sizes.pop()
+            if width != height or width < 8:
+                raise UsageError(f"--image_folder {self.root}: images are {width} x {height}; give --size PIXELS, 8 or more")
+            size = width
+        return 1 if all(mode in ("1", "L") or mode.startswith("I") for mode in modes) else 3, size
+
+    def load(self, train: bool, channels: int, side: int, device: torch.device) -> Split:
+        """All images of a split as uint8, resized and centre-cropped to the side."""
+        samples = self.samples[train]
+        need, free = len(samples) * channels * side * side, free_memory(device)
+        if need > SPARE_MEMORY * free:
+            raise UserError(
+                f"--image_folder {self.root}: {len(samples)} images of {channels} x {side} x {side} need {need / 1e9:.1f} GB "
+                f"of memory on {device.type}, {free / 1e9:.1f} GB are free, and half of that must stay so; "
+                "give a smaller --size, or a folder with fewer images or classes"
+            )
+        images = torch.empty(len(samples), channels, side, side, dtype=torch.uint8)
+        with ThreadPoolExecutor() as pool, Progress(len(samples), f"reading {self.root}", "image") as progress:
+            read = partial(read_image, channels=channels, side=side)
+            for i, image in enumerate(pool.map(read, (path for path, _ in samples))):
+                images[i] = image
+                progress.advance()
+        return images, torch.tensor([label for _, label in samples]), self.classes
+
+
+def read_image(path: str, *, channels: int, side: int) -> Tensor:
+    """One image file as (channels, side, side) uint8."""
+    with opened(path) as image:
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (side, side):
+        image = transforms.center_crop(transforms.resize(image, side), [side, side])
+    return transforms.pil_to_tensor(image)
+
+
+class opened:
+    """`with opened(path) as image`: whatever goes wrong with an image file becomes an error that names it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> Image.Image:
+        try:
+            self.image = Image.open(self.path)
+        except Exception as error:
+            raise self._named(error) from error
+        return self.image
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
+        if hasattr(self, "image"):
+            self.image.close()
+        if isinstance(error, Exception):
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"{self.path}: cannot be read as an image ({reason}); repair it or remove it")

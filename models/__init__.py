@@ -1,0 +1,103 @@
+"""The networks, by name. A new one is one class with `features` and one row of `FAMILIES`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from models.convnet import ConvNet
+from models.densenet import DenseNet
+from models.network import NORMS, Network
+from models.resnet import ResNet
+
+__all__ = ["FAMILIES", "NORMS", "Family", "NetSpec", "Network", "build", "resolve"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network class and the defaults of its three settings."""
+
+    make: Callable[..., Network]
+    depth: int
+    width: int
+    norm: str
+
+
+FAMILIES = {
+    #                    class                           depth width norm
+    "convnet": Family(ConvNet, 3, 128, "instance"),
+    "resnet": Family(ResNet, 10, 64, "batch"),
+    "resnet_ap": Family(partial(ResNet, average=True), 10, 64, "instance"),
+    "densenet": Family(DenseNet, 121, 12, "batch"),
+}
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """Everything that `build` needs: a row of `FAMILIES`, its settings, and the images' shape."""
+
+    family: str
+    depth: int
+    width: int
+    norm: str
+    channels: int
+    classes: int
+    side: int
+
+    @property
+    def name(self) -> str:
+        """Family and depth, e.g. `convnet3`, as used in folder names and tables."""
+        return f"{self.family}{self.depth}"
+
+
+def resolve(
+    name: str,
+    *,
+    channels: int,
+    classes: int,
+    side: int,
+    depth: int | None = None,
+    width: int | None = None,
+    norm: str | None = None,
+) -> NetSpec:
+    """The full specification of a network name such as `convnet`, `resnet18` or `resnet_ap10`.
+
+    Raises ValueError, naming the choices, for an unknown name or a depth that contradicts the name's.
+    """
+    match = re.fullmatch(r"([a-z_]+?)(\d+)?", name)
+    if not match or match[1] not in FAMILIES:
+        raise ValueError(
+            f"unknown network {name!r}: choose one of {', '.join(FAMILIES)}, with a depth if you like (resnet18)"
+        )
+    named = int(match[2]) if match[2] else None
+    if named is not None and depth is not None and named != depth:
+        raise ValueError(f"network {name!r} has depth {named}, which contradicts depth {depth}")
+    family = FAMILIES[match[1]]
+    return NetSpec(
+        family=match[1],
+        depth=depth or named or family.depth,
+        width=width or family.width,
+        norm=norm or family.norm,
+        channels=channels,
+        classes=classes,
+        side=side,
+    )
+
+
+def build(spec: NetSpec) -> Network:
+    """A freshly initialised network (PyTorch's default initialisation, from the global generator), on the CPU.
+
+    Raises ValueError when depth, norm and image side do not fit together.
+    """
+    if spec.norm == "group" and spec.width % 4:
+        raise ValueError(f"norm group needs a width that 4 divides, not {spec.width}")
+    return FAMILIES[spec.family].make(
+        channels=spec.channels,
+        classes=spec.classes,
+        side=spec.side,
+        depth=spec.depth,
+        width=spec.width,
+        norm=spec.norm,
+    )

@@ -1,0 +1,15 @@
+"""Mistakes of the user or the surroundings: shown as one line on standard error, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a file, the network, the machine. The message names the remedy."""
+
+    status = 1
+
+
+class UsageError(UserError):
+    """The command line is wrong. The message names the flag."""
+
+    status = 2

@@ -1,0 +1,126 @@
+"""Files that a run leaves: written whole or not at all, described by themselves, read without trust."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+DATA, CARD = "data.pt", "data.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: after a crash at any moment it holds the old content or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError, naming the file, when it is no JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or begin again with --restart") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object; restore it, or begin again with --restart")
+    return found
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """torch.save, atomically and with the same bytes for the same content."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_tensors(path: Path, remedy: str) -> Any:
+    """torch.load that never runs code from the file. Raises UserError with the remedy for anything unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; {remedy}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds pickled objects other than tensors, which could run code: refused; {remedy}") from error
+    except Exception as error:  # zip, pickle and storage errors of any kind
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is truncated or damaged ({reason}); {remedy}") from error
+
+
+# --- Distilled sets ---------------------------------------------------------------------------------------------------
+
+
+def save_distilled(folder: Path, pixels: Tensor, card: dict[str, Any]) -> None:
+    """data.pt and data.json. pixels: (classes, ipc, C, H, W), clamped to [0, 1] here."""
+    images = pixels.detach().clamp(0, 1).flatten(0, 1).float().cpu().contiguous()
+    labels = torch.arange(len(pixels)).repeat_interleave(pixels.shape[1])
+    write_tensors(folder / DATA, [images, labels])
+    write_json(folder / CARD, card)
+
+
+def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
+    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and data.json's content if there is one.
+
+    path: a run folder or a data.pt. Raises UserError for everything that is not such a set.
+    """
+    file = path / DATA if path.is_dir() else path
+    found = read_tensors(file, "name a run folder or a data.pt made by condense.py")
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"{file}: {what}; expected [images (N, C, H, W) float in [0, 1], labels (N,) int]")
+
+    if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
+        raise refuse("is not a list of two tensors")
+    images, labels = found
+    if images.dim() != 4 or not images.is_floating_point() or not len(images):
+        raise refuse(f"images are {images.dtype} of shape {tuple(images.shape)}")
+    if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise refuse(f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails, too
+        raise refuse(f"pixels range from {low:.3g} to {high:.3g}, which looks normalised or damaged")
+    if labels.min() < 0:
+        raise refuse(f"a label is {labels.min().item()}")
+    card_file = file.with_name(CARD)
+    card = read_json(card_file) if card_file.exists() else None
+    return images.float().clamp(0, 1), labels.long(), card
+
+
+def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, ipc: int | None) -> Path:
+    """The run folder with the newest data.pt that fits. Raises UserError when there is none."""
+    fitting = []
+    for file in results.glob(f"{dataset or '*'}/*/{DATA}"):
+        card = read_json(file.with_name(CARD)) if file.with_name(CARD).exists() else {}
+        if factor in (None, card.get("factor")) and ipc in (None, card.get("ipc")):
+            fitting.append(file)
+    if not fitting:
+        wanted = [f"{k} {v}" for k, v in (("data set", dataset), ("factor", factor), ("ipc", ipc)) if v is not None]
+        what = f" with {', '.join(wanted)}" if wanted else ""
+        raise UserError(f"{results}: holds no distilled set{what}; make one with condense.py, or name a data.pt")
+    return max(fitting, key=lambda file: file.stat().st_mtime).parent

@@ -1,0 +1,53 @@
+"""The optimiser of the synthetic pixels: the published per-class SGD, all classes at once, exactly.
+
+The published loop visits the classes in turn and steps ONE torch.optim.SGD over all pixels after each visit, with zero
+gradient for the other classes. So within an inner step a class coasts on its momentum until its turn, moves by its own
+gradient, and coasts on. The network is fixed meanwhile, so each class's gradient depends on its own pixels alone, and
+the whole sweep has a closed form. With C classes, rate eta, momentum mu and S(k) = 1 + mu + ... + mu^(k-1):
+
+    q_c = p_c - eta mu S(c) v_c                          where class c's gradient g_c is taken
+    p_c <- p_c - eta (mu S(C) v_c + S(C - c) g_c)
+    v_c <- mu^C v_c + mu^(C-1-c) g_c
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class PixelSGD:
+    """SGD with momentum over pixels of shape (classes, ipc, C, H, W); updates them in place."""
+
+    def __init__(self, pixels: Tensor, *, lr: float, momentum: float) -> None:
+        self.pixels = pixels
+        self.velocity = torch.zeros_like(pixels)
+        self.lr = lr
+        self.momentum = momentum
+        classes = len(pixels)
+        total = [0.0]  # S(0), S(1), ..., S(classes)
+        for _ in range(classes):
+            total.append(1.0 + momentum * total[-1])
+
+        def per_class(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1, 1, 1)
+
+        self._before = per_class(total[:classes])  # S(c)
+        self._after = per_class(total[:0:-1])  # S(C - c)
+        self._kept = per_class([momentum ** (classes - 1 - c) for c in range(classes)])
+        self._whole = total[classes]  # S(C)
+
+    def lookahead(self) -> Tensor:
+        """The pixels at which the next gradients have to be taken."""
+        return self.pixels - self.lr * self.momentum * self._before * self.velocity
+
+    @torch.no_grad()
+    def step(self, gradients: Tensor) -> None:
+        """One sweep over all classes. gradients: like pixels, taken at `lookahead()`."""
+        self.pixels -= self.lr * (self.momentum * self._whole * self.velocity + self._after * gradients)
+        self.velocity.mul_(self.momentum ** len(self.pixels)).add_(self._kept * gradients)
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Back into [0, 1], as published at the start of every outer iteration and nowhere else."""
+        self.pixels.clamp_(0, 1)

@@ -1,0 +1,115 @@
+"""What a person sees: messages, one progress bar, lines instead of a bar when nobody watches."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from utils.runtime import on_terminal
+
+log = logging.getLogger("dream")
+
+FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds between progress lines into a file or pipe
+
+
+class _Console(logging.Handler):
+    """Messages on standard output, above a bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"warning: {text}"
+        if on_terminal():
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show the program's messages while the block runs."""
+    handler = _Console()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Append the program's messages to a file as well, with the time."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class Progress:
+    """A bar with the time left on a terminal; into a file or pipe, a line now and then with the same."""
+
+    def __init__(self, total: int, what: str, unit: str, *, keep: bool = False) -> None:
+        """keep: leave the finished bar on the screen."""
+        self.what, self.unit, self.total, self.done = what, unit, total, 0
+        self.note = ""
+        self._started, self._from = time.monotonic(), 0
+        self._next_line = self._started + FIRST_LINE
+        self._bar = tqdm(
+            total=total, desc=what, unit=unit, leave=keep, disable=not on_terminal(), dynamic_ncols=True
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.close()
+
+    def start_at(self, done: int) -> None:
+        """Begin with units that an earlier process finished; they do not count for the pace."""
+        self.done = self._from = done
+        self._bar.initial = self._bar.n = done
+        self._started = time.monotonic()
+        self._bar.start_t = self._bar.last_print_t = time.time()
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._bar.disable and now >= self._next_line and self.done < self.total:
+            self._next_line = now + LINE_EVERY
+            print(f"{self.what}: {self.done}/{self.total} {self.unit}s, {span(self.seconds_left)} left{self.note}", flush=True)
+
+    def say(self, note: str) -> None:
+        """Show a few words beside the counts."""
+        self.note = f", {note}" if note else ""
+        self._bar.set_postfix_str(note, refresh=False)
+
+    @property
+    def seconds_left(self) -> float:
+        """At the average pace of this process so far."""
+        fresh = self.done - self._from
+        return (time.monotonic() - self._started) / max(fresh, 1) * (self.total - self.done)
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min 10 s, 5 h 20 min, 12 days."""
+    s = round(seconds)
+    if s < 100:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    if s < 72 * 3600:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s / 86400:.0f} days"

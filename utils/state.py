@@ -1,0 +1,67 @@
+"""Where a run is: the pixels, the network of the current outer iteration, and the position. Saved as a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import Network
+from utils.pixels import PixelSGD
+from utils.training import Recipe
+
+
+@dataclass
+class State:
+    """All that a run needs to go on; everything else, random numbers included, derives from options and position."""
+
+    pixels: PixelSGD
+    net: Network
+    sgd: torch.optim.Optimizer
+    picks: Tensor  # (classes, batch_real) positions of the real images that are matched at present
+    losses: Tensor  # (classes,) summed over the inner steps of this outer iteration
+    it: int = 0  # the next inner step to take: outer iteration, and step in it
+    step: int = 0
+    seconds: float = 0.0  # that the steps so far took
+    accuracy: float | None = None  # of the latest evaluation, per cent
+
+    def begin_iteration(self, net: Network, update: Recipe) -> None:
+        """A fresh network; pixels back in [0, 1], their velocity kept, as published."""
+        self.net, self.sgd = net, update.optimizer(net)
+        self.pixels.clamp()
+        self.losses.zero_()
+
+    def advance(self, inner_loop: int) -> None:
+        """On to the next inner step."""
+        self.step += 1
+        if self.step == inner_loop:
+            self.it, self.step = self.it + 1, 0
+
+    def save(self) -> dict[str, Any]:
+        """A checkpoint's content: tensors and plain values only."""
+        return {
+            "pixels": self.pixels.pixels,
+            "velocity": self.pixels.velocity,
+            "net": self.net.state_dict(),
+            "sgd": self.sgd.state_dict(),
+            "picks": self.picks,
+            "losses": self.losses,
+            "it": self.it,
+            "step": self.step,
+            "seconds": self.seconds,
+            "accuracy": self.accuracy,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over a checkpoint. Raises KeyError or RuntimeError when it does not fit this run."""
+        with torch.no_grad():
+            self.pixels.pixels.copy_(saved["pixels"])
+            self.pixels.velocity.copy_(saved["velocity"])
+        self.net.load_state_dict(saved["net"])
+        self.sgd.load_state_dict(saved["sgd"])
+        self.picks = saved["picks"].to(self.picks.device)
+        self.losses.copy_(saved["losses"])
+        self.it, self.step = saved["it"], saved["step"]
+        self.seconds, self.accuracy = saved["seconds"], saved["accuracy"]
