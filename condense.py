@@ -66,7 +66,9 @@ def condense(job: Job, state: State) -> None:
 class Job:
     """One command's fixed parts, and what happens around the steps: reports, evaluations, files."""
 
-    def __init__(self, o: CondenseOptions, dataset: Dataset, spec: NetSpec, folder: RunFolder, stopper: Stopper) -> None:
+    def __init__(
+        self, o: CondenseOptions, dataset: Dataset, spec: NetSpec, folder: RunFolder, stopper: Stopper
+    ) -> None:
         self.o, self.dataset, self.spec, self.folder, self.stopper = o, dataset, spec, folder, stopper
         self.device = dataset.device
         self.real, self.test = dataset.train, dataset.test
@@ -139,8 +141,8 @@ class Job:
             self.folder.path,
             state.pixels.pixels,
             {
-                "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with factor "
-                "and decode_type, subtract mean and divide by std of `normalization`, per channel.",
+                "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with "
+                "factor and decode_type, then subtract mean and divide by std of normalization, per channel.",
                 "dataset": o.dataset,
                 "image_folder": o.image_folder,
                 "class_names": self.dataset.class_names,
@@ -193,8 +195,8 @@ class Job:
             bad = [self.dataset.class_names[c] for c in (~torch.isfinite(state.losses)).nonzero().flatten().tolist()]
             raise UserError(
                 f"the matching loss is not a number in outer iteration {state.it}, inner step {state.step}"
-                f"{', class ' + ', '.join(bad[:5]) if bad else ''}: lower --lr_img ({o.lr_img:g}) or --lr ({o.lr:g}) and "
-                f"begin again with --restart; {self.folder.path} keeps its last good state"
+                f"{', class ' + ', '.join(bad[:5]) if bad else ''}: lower --lr_img ({o.lr_img:g}) or --lr ({o.lr:g}) "
+                f"and begin again with --restart; {self.folder.path} keeps its last good state"
             )
         return state.losses.mean().item() / steps
 
@@ -257,7 +259,9 @@ def summary(folder: RunFolder) -> str:
     ):
         rows.append(f"  {what:20}{count:>24}     {Score(tuple(card[key]['accuracies']))}")
     net = NetSpec(**card["network"]).name
-    head = f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {card['settings']['epochs']} epochs"
+    head = (
+        f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {card['settings']['epochs']} epochs"
+    )
     return "\n".join([f"run folder: {folder.path}", head, *rows])
 
 
@@ -271,7 +275,9 @@ def check_sizes(o: CondenseOptions, dataset: Dataset) -> None:
     if o.ipc > have:
         raise UsageError(f"--ipc {o.ipc}: class {name} has only {have} training images; use --ipc {have} or less")
     if o.init != "noise" and o.ipc * o.factor**2 > have:
-        log.warning("--ipc times -f squared is %d, class %s has %d images: some begin twice", o.ipc * o.factor**2, name, have)
+        log.warning(
+            "--ipc times -f squared is %d, class %s has %d images: some begin twice", o.ipc * o.factor**2, name, have
+        )
     if o.batch_real > have:
         log.warning("--batch_real is %d, class %s has %d images: all are matched, some twice", o.batch_real, name, have)
     if o.n_data > len(dataset.train):

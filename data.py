@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, first_line
 from utils.images import ImageSet, Normalize
 from utils.report import Progress
 from utils.runtime import free_memory
@@ -53,7 +53,7 @@ def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Pat
         there = [name for name in files if (data_dir / folder / name).exists()]
         broken = f"; {', '.join(there)} is there but may be damaged: delete it first" if there else ""
         raise UserError(
-            f"{kind} can be neither read nor downloaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            f"{kind} can be neither read nor downloaded ({first_line(error)}). "
             f"Without network, put {', '.join(files)} into {data_dir / folder} by hand{broken} (--data_dir)"
         ) from error
     images = torch.as_tensor(found.data)
@@ -91,7 +91,9 @@ class Info:
     load: Callable[[Path, bool], Split]
 
 
-MNIST_FILES = [f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
+MNIST_FILES = [
+    f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+]
 TORCHVISION = {
     "mnist": partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES),
     "fashion": partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
@@ -143,8 +145,8 @@ class Dataset:
             self._statistics: tuple[Sequence[float], Sequence[float]] | None = (info.mean, info.std)
             if self.folder is not None and len(self.folder.classes) != self.classes:
                 raise UsageError(
-                    f"--image_folder {image_folder}: has {len(self.folder.classes)} classes, but {name} has {self.classes}; "
-                    "use -d folder for a data set of your own"
+                    f"--image_folder {image_folder}: has {len(self.folder.classes)} classes, but {name} has "
+                    f"{self.classes}; use -d folder for a data set of your own"
                 )
         else:
             assert self.folder is not None
@@ -225,7 +227,7 @@ class Folder:
                 found = torchvision.datasets.ImageFolder(str(root / split))
             except OSError as error:
                 raise UserError(
-                    f"--image_folder {root}: cannot use {root / split} ({error.strerror or str(error).splitlines()[0]}); "
+                    f"--image_folder {root}: cannot use {root / split} ({error.strerror or first_line(error)}); "
                     "expected images in DIR/train/CLASS/* and DIR/test/CLASS/*"
                 ) from error
             self.samples[train] = found.samples
@@ -234,7 +236,9 @@ class Folder:
                 self.classes: list[str] = found.classes
             elif found.classes != self.classes:
                 odd = sorted(set(found.classes) ^ set(self.classes))
-                raise UserError(f"--image_folder {root}: train and test have different classes: only one has {', '.join(odd[:5])}")
+                raise UserError(
+                    f"--image_folder {root}: train and test have different classes: only one has {', '.join(odd[:5])}"
+                )
         if len(self.classes) < 2:
             raise UserError(f"--image_folder {root}: needs two classes or more, has {len(self.classes)}")
 
@@ -257,7 +261,9 @@ class Folder:
                 raise UsageError(f"--image_folder {self.root}: images differ in size ({some} ...); give --size PIXELS")
             width, height = sizes.pop()
             if width != height or width < 8:
-                raise UsageError(f"--image_folder {self.root}: images are {width} x {height}; give --size PIXELS, 8 or more")
+                raise UsageError(
+                    f"--image_folder {self.root}: images are {width} x {height}; give --size PIXELS, 8 or more"
+                )
             size = width
         return 1 if all(mode in ("1", "L") or mode.startswith("I") for mode in modes) else 3, size
 
@@ -267,8 +273,8 @@ class Folder:
         need, free = len(samples) * channels * side * side, free_memory(device)
         if need > SPARE_MEMORY * free:
             raise UserError(
-                f"--image_folder {self.root}: {len(samples)} images of {channels} x {side} x {side} need {need / 1e9:.1f} GB "
-                f"of memory on {device.type}, {free / 1e9:.1f} GB are free, and half of that must stay so; "
+                f"--image_folder {self.root}: {len(samples)} images of {channels} x {side} x {side} need "
+                f"{need / 1e9:.1f} GB of memory on {device.type}, {free / 1e9:.1f} GB are free, and half of that must stay so; "
                 "give a smaller --size, or a folder with fewer images or classes"
             )
         images = torch.empty(len(samples), channels, side, side, dtype=torch.uint8)
@@ -311,5 +317,4 @@ class opened:
             raise self._named(error) from error
 
     def _named(self, error: Exception) -> UserError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UserError(f"{self.path}: cannot be read as an image ({reason}); repair it or remove it")
+        return UserError(f"{self.path}: cannot be read as an image ({first_line(error)}); repair it or remove it")

@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(Network):
-    """Four stages of basic blocks, a global average pool, one linear layer. Sides of `LARGE` and more get a 7x7 stem."""
+    """Four stages of basic blocks, a global average pool, one linear layer. From side `LARGE` on, the stem is 7x7."""
 
     def __init__(
         self, *, channels: int, classes: int, side: int, depth: int, width: int, norm: str, average: bool = False

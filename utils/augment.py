@@ -72,7 +72,9 @@ def parse(names: str) -> tuple[str, ...]:
     found = tuple(name for name in names.split("_") if name and name != "none")
     for name in found:
         if name not in ALWAYS + ONE_OF:
-            raise ValueError(f"unknown augmentation {name!r}: join any of {', '.join(ALWAYS + ONE_OF)} with '_', or none")
+            raise ValueError(
+                f"unknown augmentation {name!r}: join any of {', '.join(ALWAYS + ONE_OF)} with '_', or none"
+            )
     return found
 
 

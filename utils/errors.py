@@ -13,3 +13,9 @@ class UsageError(UserError):
     """The command line is wrong. The message names the flag."""
 
     status = 2
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """An exception's message, short enough for one line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__

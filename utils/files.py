@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 DATA, CARD = "data.pt", "data.json"
 
@@ -67,10 +67,11 @@ def read_tensors(path: Path, remedy: str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds pickled objects other than tensors, which could run code: refused; {remedy}") from error
+        raise UserError(
+            f"{path}: holds pickled objects other than tensors, which could run code: refused; {remedy}"
+        ) from error
     except Exception as error:  # zip, pickle and storage errors of any kind
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is truncated or damaged ({reason}); {remedy}") from error
+        raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error
 
 
 # --- Distilled sets ---------------------------------------------------------------------------------------------------
@@ -110,6 +111,26 @@ def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
     card_file = file.with_name(CARD)
     card = read_json(card_file) if card_file.exists() else None
     return images.float().clamp(0, 1), labels.long(), card
+
+
+# What data.json must hold for train.py, and of what type.
+CARD_FIELDS: dict[str, type] = {
+    "dataset": str,
+    "ipc": int,
+    "factor": int,
+    "decode_type": str,
+    "normalization": dict,
+    "settings": dict,
+}
+
+
+def read_card(file: Path) -> dict[str, Any]:
+    """data.json's content. Raises UserError when something that evaluation needs is missing."""
+    card = read_json(file)
+    for name, kind in CARD_FIELDS.items():
+        if not isinstance(card.get(name), kind):
+            raise UserError(f"{file}: lacks a valid {name!r}; move the file away and describe the set with -d and -f")
+    return card
 
 
 def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, ipc: int | None) -> Path:

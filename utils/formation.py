@@ -6,6 +6,8 @@ All functions take any leading dimensions: (..., ipc, C, H, W) holds one class's
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,4 +93,4 @@ def pack(images: Tensor, *, factor: int) -> Tensor:
 def cell_edges(side: int, factor: int) -> list[tuple[int, int]]:
     """Where the cells of one axis begin and end; their sizes differ by one pixel where `factor` does not divide."""
     edges = [i * side // factor for i in range(factor + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))

@@ -83,7 +83,7 @@ def matched_parameters(net: Network, *, bias: bool, fc: bool) -> list[Tensor]:
     layers: list[nn.Module] = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     if fc:
         layers.append(net.classifier)
-    found = [layer.get_parameter("weight") for layer in layers]
+    found: list[Tensor] = [layer.get_parameter("weight") for layer in layers]
     if bias:
         found += [layer.get_parameter("bias") for layer in layers if layer.bias is not None]
     return found
@@ -100,7 +100,9 @@ class Matcher:
     batch_syn_max: int
     augment: Augment
 
-    def __call__(self, net: Network, pixels: Tensor, real: ImageSet, picks: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, net: Network, pixels: Tensor, real: ImageSet, picks: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
         """Distances per class (classes,) and their gradients, like pixels; both stay on the device.
 
         pixels: (classes, ipc, C, H, W) stored images. picks: (classes, B) positions in `real`.

@@ -12,7 +12,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from typing import Any, NoReturn
 
 import models
 from utils import augment, formation, matching, selection, training
@@ -42,6 +43,9 @@ REPRODUCE: dict[str, Any] = dict(
     weight_decay=5e-4, mixup="cut",
 )  # fmt: skip
 
+REAL_EPOCHS = 100  # of train.py --real: a thousand are for sets of a few images
+PLACES = ("data_dir", "results_dir", "device")  # where to compute, not what
+
 EVALUATION_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -50,7 +54,9 @@ def exceptions(dataset: str, factor: int, ipc: int) -> dict[str, Any]:
     if dataset == "svhn" and factor == 1 and ipc == 1:
         return dict(mixup="vanilla")
     if dataset == "mnist" and factor > 1:
-        return dict(aug_type="color_crop", mixup_net="vanilla", mixup="vanilla", eval_aug_type="color_crop_scale_rotate")
+        return dict(
+            aug_type="color_crop", mixup_net="vanilla", mixup="vanilla", eval_aug_type="color_crop_scale_rotate"
+        )
     return {}
 
 
@@ -120,85 +126,129 @@ def flag(
     nargs: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag; a default of False makes a switch."""
-    metadata = dict(
-        names=names, help=help, group=group, parse=parse, choices=choices, metavar=metavar, nargs=nargs
-    )
+    metadata = dict(names=names, help=help, group=group, parse=parse, choices=choices, metavar=metavar, nargs=nargs)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+GROUPS = (
+    "data", "synthetic set", "what to train on", "budget", "selection", "matching", "network", "network training",
+    "evaluation", "run",
+)  # fmt: skip
+
+# One name per group of --help, so that the lines below say the rest.
+_data, _synthetic, _subject, _budget, _selection, _matching, _network, _training, _evaluation, _run = (
+    partial(flag, group=group) for group in GROUPS
+)
+
+
+# fmt: off
 @dataclass(frozen=True)
 class Options:
     """What both scripts understand. None means: derived from other options, as the help says."""
 
-    dataset: str = flag("digits", "-d", choices=tuple(DATASET_SETTINGS), group="data", help="data set; folder needs --image_folder")
-    image_folder: str | None = flag(None, metavar="DIR", group="data", help="images in DIR/train/CLASS/* and DIR/test/CLASS/*; with -d cifar10 and the like, that data set's normalisation and settings apply to them")
-    size: int | None = flag(None, parse=integer(8), metavar="PIXELS", group="data", help="resize and centre-crop the images of a folder to this side (default: their own)")
-    data_dir: str = flag("data", metavar="DIR", group="data", help="where data sets are downloaded to and looked for")
-    results_dir: str = flag(RESULTS_DIR, metavar="DIR", group="run", help="where run folders lie")
-    device: str = flag("auto", choices=("auto", "cpu", "cuda"), group="run", help="auto takes CUDA where there is one")
-    seed: int = flag(0, parse=integer(0), metavar="N", group="run", help="every random draw derives from it; 0 is a seed like any other")
-    net_type: str = flag("convnet", "-n", metavar="NAME", group="network", help=f"one of {', '.join(models.FAMILIES)}; a depth may follow, as in resnet18")
-    depth: int | None = flag(None, parse=integer(1), metavar="N", group="network", help="blocks of a ConvNet, layers of the others (default: convnet 3, resnet 10, densenet 121)")
-    width: int | None = flag(None, parse=integer(1), metavar="CHANNELS", group="network", help="channels of a ConvNet, of a ResNet's first stage, growth of a DenseNet (default: 128, 64, 12)")
-    norm_type: str | None = flag(None, choices=models.NORMS, group="network", help="normalisation layers (default: instance for convnet and resnet_ap, batch for resnet and densenet)")
-    lr: float = flag(0.01, parse=number(open_end=True), metavar="RATE", group="network training", help="learning rate of networks, while distilling and in evaluation")
-    momentum: float = flag(0.9, parse=number(below=1), metavar="M", group="network training", help="momentum of networks")
-    weight_decay: float = flag(5e-4, parse=number(), metavar="W", group="network training", help="weight decay of networks")
-    epochs: int = flag(1000, parse=integer(1), metavar="N", group="evaluation", help="epochs of an evaluation training")
-    batch_size: int = flag(64, parse=integer(1), metavar="IMAGES", group="evaluation", help="mini-batch of an evaluation training")
-    mixup: str = flag("cut", choices=training.MIXUPS, group="evaluation", help="CutMix (in half of the batches) or none in evaluation trainings")
-    eval_aug_type: str | None = flag(None, parse=augmentation, metavar="NAMES", group="evaluation", help=f"augmentation of evaluation trainings (default: {EVALUATION_AUGMENTATION}, without cutout under CutMix, without flip where mirror images are other classes)")
-    repeat: int = flag(5, parse=integer(1), metavar="N", group="evaluation", help="trainings per evaluation")
+    dataset: str = _data("digits", "-d", choices=tuple(DATASET_SETTINGS),
+        help="data set; folder needs --image_folder")
+    image_folder: str | None = _data(None, metavar="DIR",
+        help="images in DIR/train/CLASS/* and DIR/test/CLASS/*; with -d cifar10 and the like, that data set's "
+             "normalisation and settings apply to them")
+    size: int | None = _data(None, parse=integer(8), metavar="PIXELS",
+        help="resize and centre-crop the images of a folder to this side (default: their own)")
+    data_dir: str = _data("data", metavar="DIR", help="where data sets are downloaded to and looked for")
+    results_dir: str = _run(RESULTS_DIR, metavar="DIR", help="where run folders lie")
+    device: str = _run("auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
+    seed: int = _run(0, parse=integer(0), metavar="N",
+        help="every random draw derives from it; 0 is a seed like any other")
+    depth: int | None = _network(None, parse=integer(1), metavar="N",
+        help="blocks of a ConvNet, layers of the others (default: convnet 3, resnet 10, densenet 121)")
+    width: int | None = _network(None, parse=integer(1), metavar="CHANNELS",
+        help="channels of a ConvNet, of a ResNet's first stage, growth of a DenseNet (default: 128, 64, 12)")
+    norm_type: str | None = _network(None, choices=models.NORMS,
+        help="normalisation layers (default: instance for convnet and resnet_ap, batch for resnet and densenet)")
+    lr: float = _training(0.01, parse=number(open_end=True), metavar="RATE",
+        help="learning rate of networks, while distilling and in evaluation")
+    momentum: float = _training(0.9, parse=number(below=1), metavar="M", help="momentum of networks")
+    weight_decay: float = _training(5e-4, parse=number(), metavar="W", help="weight decay of networks")
+    epochs: int = _evaluation(1000, parse=integer(1), metavar="N",
+        help=f"epochs of an evaluation training (default: 1000; digits 300; train.py --real {REAL_EPOCHS})")
+    batch_size: int = _evaluation(64, parse=integer(1), metavar="IMAGES",
+        help="mini-batch of an evaluation training")
+    mixup: str = _evaluation("cut", choices=training.MIXUPS,
+        help="CutMix (in half of the batches) or none in evaluation trainings")
+    eval_aug_type: str | None = _evaluation(None, parse=augmentation, metavar="NAMES",
+        help=f"augmentation of evaluation trainings (default: {EVALUATION_AUGMENTATION}, without cutout under CutMix, "
+             "without flip where mirror images are other classes)")
+    repeat: int = _evaluation(5, parse=integer(1), metavar="N", help="trainings per evaluation")
 
 
 @dataclass(frozen=True)
 class CondenseOptions(Options):
     """condense.py"""
 
-    reproduce: bool = flag(False, group="budget", help="the published settings and budget for mnist, fashion, svhn, cifar10, cifar100")
-    factor: int = flag(1, "-f", parse=integer(1), metavar="F", group="synthetic set", help="multi-formation: every stored image holds F x F training images")
-    ipc: int = flag(10, "-i", parse=integer(1), metavar="N", group="synthetic set", help="stored images per class")
-    init: str = flag("kmeans", parse=initialisation, metavar="{kmeans,random,noise}", group="synthetic set", help="initial pixels: k-means representatives (published as mix for F > 1), random images, noise")
-    decode_type: str = flag("single", choices=formation.DECODE_TYPES, group="synthetic set", help=f"decode with factor F; with all factors up to F; or with F while a class stays within {formation.BOUND} images")
-    tag: str | None = flag(None, parse=tag, metavar="TEXT", group="run", help="appended to the run folder's name, to keep several runs apart")
-    niter: int = flag(200, parse=integer(1), metavar="N", group="budget", help="outer iterations, each with a fresh network")
-    inner_loop: int = flag(100, parse=integer(1), metavar="STEPS", group="budget", help="inner steps per outer iteration")
-    max_minutes: float | None = flag(None, parse=number(open_end=True), metavar="MIN", group="budget", help="stop cleanly after this time; the same command goes on later (an evaluation under way is finished)")
-    select: str = flag("kmeans", choices=tuple(selection.STRATEGIES), group="selection", help="real images to match: k-means representatives (DREAM) or a random draw")
-    interval: int = flag(10, parse=integer(1), metavar="STEPS", group="selection", help="inner steps between two selections")
-    batch_real: int = flag(128, parse=integer(1), metavar="IMAGES", group="selection", help="real images per class to match, and mini-batch of the network update")
-    cluster_raw: bool = flag(False, group="selection", help="cluster un-normalised images, as the published code does; everything else normalises")
-    match: str = flag("grad", choices=tuple(matching.OBJECTIVES), group="matching", help="match gradients or mean features")
-    metric: str = flag("mse", choices=tuple(matching.METRICS), group="matching", help="distance per layer, summed over layers")
-    bias: bool = flag(False, group="matching", help="match the gradients of biases as well")
-    fc: bool = flag(False, group="matching", help="match the gradient of the classifier as well")
-    aug_type: str = flag("color_crop_cutout", parse=augmentation, metavar="NAMES", group="matching", help="augmentation while matching; the network update uses it without cutout under CutMix")
-    batch_syn_max: int = flag(128, parse=integer(1), metavar="IMAGES", group="matching", help="synthetic images per class and step at most")
-    lr_img: float = flag(5e-3, parse=number(open_end=True), metavar="RATE", group="matching", help="pixel learning rate at ipc 10 and the data set's own side; scaled by ipc / 10 and (side / own side)^2")
-    mom_img: float = flag(0.5, parse=number(below=1), metavar="M", group="matching", help="momentum of the pixels")
-    n_data: int = flag(500, parse=integer(0), metavar="IMAGES", group="network training", help="real images that the network trains on after every inner step")
-    net_epoch: int = flag(1, parse=integer(1), metavar="N", group="network training", help="epochs over them")
-    mixup_net: str = flag("cut", choices=training.MIXUPS, group="network training", help="CutMix or none in the network update")
-    eval_every: int = flag(0, parse=integer(0), metavar="N", group="evaluation", help="outer iterations between evaluations, the start included; 0: only at the end")
-    restart: bool = flag(False, group="run", help="delete what the run folder holds and begin again")
-    dry_run: bool = flag(False, group="run", help="print the resolved options and the run folder, then stop")
+    net_type: str = _network("convnet", "-n", metavar="NAME",
+        help=f"one of {', '.join(models.FAMILIES)}; a depth may follow, as in resnet18")
+    reproduce: bool = _budget(False,
+        help="the published settings and budget for mnist, fashion, svhn, cifar10, cifar100")
+    factor: int = _synthetic(1, "-f", parse=integer(1), metavar="F",
+        help="multi-formation: every stored image holds F x F training images")
+    ipc: int = _synthetic(10, "-i", parse=integer(1), metavar="N", help="stored images per class")
+    init: str = _synthetic("kmeans", parse=initialisation, metavar="{kmeans,random,noise}",
+        help="initial pixels: k-means representatives (published as mix for F > 1), random images, noise")
+    decode_type: str = _synthetic("single", choices=formation.DECODE_TYPES,
+        help=f"decode with factor F; with all factors up to F; or with F while a class stays within {formation.BOUND} "
+             "images")
+    tag: str | None = _run(None, parse=tag, metavar="TEXT",
+        help="appended to the run folder's name, to keep several runs apart")
+    niter: int = _budget(200, parse=integer(1), metavar="N", help="outer iterations, each with a fresh network")
+    inner_loop: int = _budget(100, parse=integer(1), metavar="STEPS", help="inner steps per outer iteration")
+    max_minutes: float | None = _budget(None, parse=number(open_end=True), metavar="MIN",
+        help="stop cleanly after this time; the same command goes on later (an evaluation under way is finished)")
+    select: str = _selection("kmeans", choices=tuple(selection.STRATEGIES),
+        help="real images to match: k-means representatives (DREAM) or a random draw")
+    interval: int = _selection(10, parse=integer(1), metavar="STEPS", help="inner steps between two selections")
+    batch_real: int = _selection(128, parse=integer(1), metavar="IMAGES",
+        help="real images per class to match, and mini-batch of the network update")
+    cluster_raw: bool = _selection(False,
+        help="cluster un-normalised images, as the published code does; everything else normalises")
+    match: str = _matching("grad", choices=tuple(matching.OBJECTIVES), help="match gradients or mean features")
+    metric: str = _matching("mse", choices=tuple(matching.METRICS), help="distance per layer, summed over layers")
+    bias: bool = _matching(False, help="match the gradients of biases as well")
+    fc: bool = _matching(False, help="match the gradient of the classifier as well")
+    aug_type: str = _matching("color_crop_cutout", parse=augmentation, metavar="NAMES",
+        help="augmentation while matching; the network update uses it without cutout under CutMix")
+    batch_syn_max: int = _matching(128, parse=integer(1), metavar="IMAGES",
+        help="synthetic images per class and step at most")
+    lr_img: float = _matching(5e-3, parse=number(open_end=True), metavar="RATE",
+        help="pixel learning rate at ipc 10 and the data set's own side; scaled by ipc / 10 and (side / own side)^2")
+    mom_img: float = _matching(0.5, parse=number(below=1), metavar="M", help="momentum of the pixels")
+    n_data: int = _training(500, parse=integer(0), metavar="IMAGES",
+        help="real images that the network trains on after every inner step")
+    net_epoch: int = _training(1, parse=integer(1), metavar="N", help="epochs over them")
+    mixup_net: str = _training("cut", choices=training.MIXUPS, help="CutMix or none in the network update")
+    eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
+        help="outer iterations between evaluations, the start included; 0: only at the end")
+    restart: bool = _run(False, help="delete what the run folder holds and begin again")
+    dry_run: bool = _run(False, help="print the resolved options and the run folder, then stop")
 
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
     """train.py. Options that a distilled set brings along (data set, network, protocol) come from it unless given."""
 
-    run: str | None = flag(None, metavar="RUN", group="what to train on", help="run folder or data.pt (default: the newest under --results_dir; -d, -f and --ipc narrow it down)")
-    real: bool = flag(False, group="what to train on", help="the whole real training set, the upper bound")
-    coreset: str | None = flag(None, choices=("random", "kmeans"), group="what to train on", help="--ipc real images per class, random or k-means representatives")
-    factor: int | None = flag(None, "-f", parse=integer(1), metavar="F", group="what to train on", help="multi-formation factor, for a data.pt without data.json")
-    ipc: int | None = flag(None, "-i", parse=integer(1), metavar="N", group="what to train on", help="images per class")
-    decode_type: str | None = flag(None, choices=formation.DECODE_TYPES, group="what to train on", help="for a data.pt without data.json (default: single)")
-    net_type: str | None = flag(None, "-n", nargs="+", metavar="NAME", group="network", help=f"one or more of {', '.join(models.FAMILIES)}; a depth may follow, as in resnet18 (default: the network that distilled)")  # type: ignore[assignment]  # several here, one there
-    json: bool = flag(False, group="run", help="print one JSON object as the last line of standard output")
-
-
-AnyOptions = TypeVar("AnyOptions", bound=Options)
+    run: str | None = _subject(None, metavar="RUN",
+        help="run folder or data.pt (default: the newest under --results_dir; -d, -f and --ipc narrow it down)")
+    real: bool = _subject(False, help="the whole real training set, the upper bound")
+    coreset: str | None = _subject(None, choices=("random", "kmeans"),
+        help="--ipc real images per class, random or k-means representatives")
+    factor: int | None = _subject(None, "-f", parse=integer(1), metavar="F",
+        help="multi-formation factor, for a data.pt without data.json")
+    ipc: int | None = _subject(None, "-i", parse=integer(1), metavar="N", help="images per class")
+    decode_type: str | None = _subject(None, choices=formation.DECODE_TYPES,
+        help="for a data.pt without data.json (default: single)")
+    net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
+        help=f"one or more of {', '.join(models.FAMILIES)}; a depth may follow, as in resnet18 (default: the network "
+             "that distilled, or convnet)")
+    json: bool = _run(False, help="print one JSON object as the last line of standard output")
+# fmt: on
 
 
 class Parser(argparse.ArgumentParser):
@@ -226,10 +276,12 @@ def make_parser(kind: type[Options], description: str) -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for field in dataclasses.fields(kind):
+    fields = dataclasses.fields(kind)
+    used = {field.metadata["group"] for field in fields}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
+    for field in fields:
         meta = field.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        group = groups[meta["group"]]
         positional = field.name == "run"
         names = [field.name] if positional else [*meta["names"], f"--{field.name}"]
         text = meta["help"].replace("%", "%%")
@@ -250,7 +302,9 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     others: dict[str, list[str]] = {}
     for dataset, settings in DATASET_SETTINGS.items():
         if field.name in settings and settings[field.name] != field.default:
-            others.setdefault(f"{settings[field.name]:.4g}" if field.name == "lr_img" else str(settings[field.name]), []).append(dataset)
+            others.setdefault(
+                f"{settings[field.name]:.4g}" if field.name == "lr_img" else str(settings[field.name]), []
+            ).append(dataset)
     return "; ".join([str(field.default), *(f"{value} for {', '.join(names)}" for value, names in others.items())])
 
 
@@ -286,6 +340,41 @@ def resolve(given: dict[str, Any]) -> Resolved:
     options = CondenseOptions(**values)
     check_common(options)
     return Resolved(options, origin)
+
+
+def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None) -> TrainOptions:
+    """train.py's flags to complete options. card: data.json of the set to be evaluated, which knows its settings.
+
+    Raises UsageError for a flag that contradicts the card, and for combinations that make no sense.
+    """
+    values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    if card is not None:
+        for name in ("dataset", "factor", "ipc", "decode_type"):
+            if name in given and given[name] != card[name]:
+                raise UsageError(f"--{name} {given[name]}: the set's data.json says {card[name]}; leave the flag out")
+        own = {k: v for k, v in card["settings"].items() if k in values and k not in PLACES}
+        own["net_type"] = [own["net_type"]]
+        if "net_type" in given:  # depth, width and norm belonged to the network that distilled
+            own = {k: v for k, v in own.items() if k not in ("depth", "width", "norm_type")}
+        values.update(own)
+    else:
+        values["dataset"] = given.get("dataset", "folder" if "image_folder" in given else values["dataset"])
+        peculiar = exceptions(values["dataset"], given.get("factor") or 1, given.get("ipc") or 10)
+        for layer in (
+            DATASET_SETTINGS[values["dataset"]],
+            peculiar,
+            {"epochs": REAL_EPOCHS} if given.get("real") else {},
+        ):
+            values.update({k: v for k, v in layer.items() if k in values})
+    options = TrainOptions(**{**values, **given})
+    check_common(options)
+    if options.real and options.coreset:
+        raise UsageError("--real and --coreset exclude each other")
+    if (options.real or options.coreset) and options.run is not None:
+        raise UsageError(f"{options.run}: --real and --coreset train on real images; leave the folder out")
+    if options.coreset and options.ipc is None:
+        raise UsageError("--coreset: say how many images per class with --ipc N")
+    return options
 
 
 def check_common(options: Options) -> None:

@@ -66,9 +66,7 @@ class Progress:
         self.note = ""
         self._started, self._from = time.monotonic(), 0
         self._next_line = self._started + FIRST_LINE
-        self._bar = tqdm(
-            total=total, desc=what, unit=unit, leave=keep, disable=not on_terminal(), dynamic_ncols=True
-        )
+        self._bar = tqdm(total=total, desc=what, unit=unit, leave=keep, disable=not on_terminal(), dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -89,7 +87,10 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and now >= self._next_line and self.done < self.total:
             self._next_line = now + LINE_EVERY
-            print(f"{self.what}: {self.done}/{self.total} {self.unit}s, {span(self.seconds_left)} left{self.note}", flush=True)
+            print(
+                f"{self.what}: {self.done}/{self.total} {self.unit}s, {span(self.seconds_left)} left{self.note}",
+                flush=True,
+            )
 
     def say(self, note: str) -> None:
         """Show a few words beside the counts."""

@@ -12,13 +12,13 @@ from typing import Any
 from utils import files, pictures
 from utils.errors import UsageError, UserError
 from utils.formation import decode
-from utils.options import CondenseOptions
+from utils.options import PLACES, CondenseOptions
 
 OPTIONS, METRICS, LOG, CHECKPOINT = "options.json", "metrics.jsonl", "log.txt", "checkpoint.pt"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints at most, plus one inner step
 
-# Options that say where and how long to compute, not what.
-PLACE = ("data_dir", "results_dir", "device", "max_minutes", "dry_run", "restart", "reproduce")
+# Options that may differ when a run goes on: they say where and how long to compute, not what.
+FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce")
 
 
 def folder_of(options: CondenseOptions, network: str) -> Path:
@@ -29,7 +29,7 @@ def folder_of(options: CondenseOptions, network: str) -> Path:
 
 def identity(options: CondenseOptions) -> dict[str, Any]:
     """The options that a resumed run must share with the first one."""
-    found = {k: v for k, v in dataclasses.asdict(options).items() if k not in PLACE}
+    found = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
     if options.image_folder is not None:
         found["image_folder"] = str(Path(options.image_folder).resolve())
     return found
@@ -68,7 +68,9 @@ class RunFolder:
                     picture.unlink()
             files.write_json(self.path / OPTIONS, {"options": identity(options), **about})
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --results_dir") from error
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another --results_dir"
+            ) from error
 
     # --- Checkpoints and metrics --------------------------------------------------------------------------------------
 

@@ -15,7 +15,9 @@ from utils.training import fresh_network
 NOISE_MEAN, NOISE_STD = 0.5, 0.25
 
 
-def initial_pixels(real: ImageSet, spec: NetSpec, init: str, *, ipc: int, factor: int, draws: Draws, raw: bool) -> Tensor:
+def initial_pixels(
+    real: ImageSet, spec: NetSpec, init: str, *, ipc: int, factor: int, draws: Draws, raw: bool
+) -> Tensor:
     """Stored images to begin with, (classes, ipc, C, H, W) float32 in [0, 1] (Sec. 3.3, "clustering initialisation").
 
     kmeans, random: ipc * factor^2 real images per class, chosen by that strategy under an untrained network, shrunk
