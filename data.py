@@ -274,7 +274,7 @@ class Folder:
         if need > SPARE_MEMORY * free:
             raise UserError(
                 f"--image_folder {self.root}: {len(samples)} images of {channels} x {side} x {side} need "
-                f"{need / 1e9:.1f} GB of memory on {device.type}, {free / 1e9:.1f} GB are free, and half of that must stay so; "
+                f"{need / 1e9:.1f} GB of memory on {device.type}, {free / 1e9:.1f} GB are free, half of it for networks; "
                 "give a smaller --size, or a folder with fewer images or classes"
             )
         images = torch.empty(len(samples), channels, side, side, dtype=torch.uint8)
