@@ -101,10 +101,15 @@ class Job:
 
     def start(self) -> State:
         """The state to go on from: the last checkpoint's, or the initial one, with its pictures."""
-        o = self.o
-        pixels = initial_pixels(
-            self.real, self.spec, o.init, ipc=o.ipc, factor=o.factor, draws=self.draws("init"), raw=o.cluster_raw
-        )
+        o, saved = self.o, self.folder.load_checkpoint()
+        if saved is None:
+            draws = self.draws("init")
+            pixels = initial_pixels(
+                self.real, self.spec, o.init, ipc=o.ipc, factor=o.factor, draws=draws, raw=o.cluster_raw
+            )
+            self.folder.save_pictures("initial", pixels, o)
+        else:
+            pixels = torch.zeros(self.real.classes, o.ipc, *self.real.images.shape[1:], device=self.device)
         lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=self.dataset.side, base_side=self.dataset.base_side)
         net = fresh_network(self.spec, self.draws("network", 0))
         state = State(
@@ -114,9 +119,7 @@ class Job:
             picks=torch.zeros(self.real.classes, o.batch_real, dtype=torch.int64, device=self.device),
             losses=torch.zeros(self.real.classes, device=self.device),
         )
-        saved = self.folder.load_checkpoint()
         if saved is None:
-            self.folder.save_pictures("initial", pixels, o)
             return state
         try:
             state.restore(saved)
@@ -208,7 +211,7 @@ class Job:
         state.accuracy = score.mean
         seconds = state.seconds + time.monotonic() - self.started
         self.folder.metric(iteration=it, **score.as_dict(), net=self.spec.name, seconds=round(seconds, 1))
-        log.info("iteration %d: accuracy %s %%", it, score)
+        log.info("iteration %d: test accuracy %% %s", it, score)
         return score
 
     def evaluate(self, training_set: Callable[[int], ImageSet], what: str) -> Score:
@@ -265,10 +268,15 @@ def summary(folder: RunFolder) -> str:
     return "\n".join([f"run folder: {folder.path}", head, *rows])
 
 
-def check_sizes(o: CondenseOptions, dataset: Dataset) -> None:
+def check_sizes(o: CondenseOptions, dataset: Dataset, spec: NetSpec) -> None:
     """Compare the options with the data. Warns where there is a natural way on, otherwise raises UsageError."""
     if o.factor > dataset.side:
         raise UsageError(f"-f {o.factor}: a cell would be smaller than a pixel, images are {dataset.side} pixels wide")
+    decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
+    if spec.norm == "batch" and min(decoded, o.batch_syn_max) < 2:
+        raise UsageError(
+            "--norm_type batch: needs two synthetic images per class in a step; use instance, or more --ipc"
+        )
     counts = dataset.train.counts
     smallest = min(range(len(counts)), key=counts.__getitem__)
     name, have = dataset.class_names[smallest], counts[smallest]
@@ -284,12 +292,13 @@ def check_sizes(o: CondenseOptions, dataset: Dataset) -> None:
         log.warning("--n_data is %d, there are %d training images: all are used", o.n_data, len(dataset.train))
 
 
-def describe(resolved: options.Resolved, dataset: Dataset, folder: RunFolder) -> str:
+def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder: RunFolder) -> str:
     """The resolved options, where each comes from, and what derives from them."""
     o = resolved.options
     lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=dataset.side, base_side=dataset.base_side)
     lines = [f"{name:16}{value!s:28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()]
     derived = {
+        "network": f"{spec.name}, width {spec.width}, norm {spec.norm}",
         "pixel learning rate": f"{lr:g}",
         "network update": options.update_augmentation(o),
         "evaluation": options.evaluation_augmentation(o, flip=dataset.flip),
@@ -310,14 +319,14 @@ def main(argv: Sequence[str]) -> int:
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
         folder = RunFolder(folder_of(o, spec.name))
         if o.dry_run:
-            print(describe(resolved, dataset, folder))
+            print(describe(resolved, dataset, spec, folder))
             return 0
         status = folder.check(o)
         if status == "finished":
             log.info("this run is finished; --restart begins it again\n%s", summary(folder))
             return 0
 
-        check_sizes(o, dataset)
+        check_sizes(o, dataset, spec)
         about = {"command": shlex.join(["condense.py", *argv]), "device": runtime.device_name(device)}
         folder.create(o, {**about, "versions": runtime.versions()})
         with logged_to(folder.path / "log.txt"):

@@ -157,7 +157,10 @@ class Dataset:
 
     @cached_property
     def train(self) -> ImageSet:
-        return self._image_set(*self._train, self.normalize)
+        normalize = self.normalize  # may need the images, too
+        found = self._image_set(*self._train, normalize)
+        del self._train  # only one copy stays in memory
+        return found
 
     @cached_property
     def test(self) -> ImageSet:
@@ -274,8 +277,8 @@ class Folder:
         if need > SPARE_MEMORY * free:
             raise UserError(
                 f"--image_folder {self.root}: {len(samples)} images of {channels} x {side} x {side} need "
-                f"{need / 1e9:.1f} GB of memory on {device.type}, {free / 1e9:.1f} GB are free, half of it for networks; "
-                "give a smaller --size, or a folder with fewer images or classes"
+                f"{need / 1e9:.1f} GB of memory on {device.type}; {free / 1e9:.1f} GB are free, half of it for networks. "
+                "Give a smaller --size, or a folder with fewer images or classes"
             )
         images = torch.empty(len(samples), channels, side, side, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool, Progress(len(samples), f"reading {self.root}", "image") as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from utils.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 
-QUICK = (
+QUICK = shlex.split(
     "--niter 1 --inner_loop 1 --interval 1 --batch_real 8 --n_data 8 --width 8 --depth 2 --epochs 1 --repeat 1 "
     "--ipc 1 --device cpu"
-).split()
+)
 
 
 def quick(results: Path, *flags: str) -> list[str]:

@@ -69,7 +69,7 @@ def test_no_names_change_nothing() -> None:
 
 
 def test_an_unknown_operation_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="unknown augmentation 'colour'.*flip, color, cutout"):
+    with pytest.raises(ValueError, match=r"unknown augmentation 'colour'.*flip, color, cutout"):
         Augment("colour_crop")
 
 

@@ -153,7 +153,10 @@ def test_bias_and_fc_add_what_they_say_and_norm_parameters_never_take_part(
     bias: bool, fc: bool, expected: list[str]
 ) -> None:
     net = network()
-    names = {id(p): n.replace("blocks.", "").replace(".0.", ".").replace("classifier", "fc") for n, p in net.named_parameters()}
+    names = {
+        id(p): n.replace("blocks.", "").replace(".0.", ".").replace("classifier", "fc")
+        for n, p in net.named_parameters()
+    }
     assert [names[id(p)] for p in matched_parameters(net, bias=bias, fc=fc)] == expected
 
 

@@ -85,7 +85,12 @@ def test_a_flag_that_repeats_a_default_still_beats_the_preset() -> None:
 def test_the_origin_of_every_option_is_known() -> None:
     given = make_parser(CondenseOptions, "").parse_given(["--reproduce", "-d", "svhn", "--seed", "0"])
     origin = resolve(given).origin
-    assert (origin["seed"], origin["niter"], origin["n_data"], origin["tag"]) == ("flag", "--reproduce", "data set", "default")
+    assert (origin["seed"], origin["niter"], origin["n_data"], origin["tag"]) == (
+        "flag",
+        "--reproduce",
+        "data set",
+        "default",
+    )
 
 
 def test_published_flag_names_and_short_forms_parse_with_either_dash() -> None:
@@ -119,11 +124,15 @@ def test_help_states_every_default_and_the_data_sets_that_differ() -> None:
             assert f"--{field.name}" in text or field.name == "run"
             if field.default not in (None, False):
                 assert str(field.default) in text
-    assert "1e-04 for mnist" in text or "0.0001 for mnist" in " ".join(make_parser(CondenseOptions, "").format_help().split())
+    assert "1e-04 for mnist" in text or "0.0001 for mnist" in " ".join(
+        make_parser(CondenseOptions, "").format_help().split()
+    )
 
 
 def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -> None:
-    settings = dataclasses.asdict(parsed("-d", "mnist", "-f", "2", "--depth", "2", "--epochs", "33", "--results_dir", "there"))
+    settings = dataclasses.asdict(
+        parsed("-d", "mnist", "-f", "2", "--depth", "2", "--epochs", "33", "--results_dir", "there")
+    )
     card = {"dataset": "mnist", "factor": 2, "ipc": 10, "decode_type": "single", "settings": settings}
 
     def training(*argv: str) -> TrainOptions:
@@ -135,5 +144,5 @@ def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -
     assert training("--epochs", "5").epochs == 5
     other = training("-n", "resnet10", "densenet")
     assert (other.net_type, other.depth) == (["resnet10", "densenet"], None)
-    with pytest.raises(UsageError, match="--factor 3: the set's data.json says 2"):
+    with pytest.raises(UsageError, match=r"--factor 3: the set's data.json says 2"):
         training("-f", "3")

@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [p for p in ROOT.glob("*.py")] + [p for d in ("models", "utils", "figs") for p in (ROOT / d).glob("*.py")]
+SOURCES = list(ROOT.glob("*.py")) + [p for d in ("models", "utils", "figs") for p in (ROOT / d).glob("*.py")]
 SCRIPTS = {"condense", "train"}
-NUMERIC = {"augment", "evaluation", "formation", "images", "matching", "pixels", "selection", "state", "synthetic", "training"}
+NUMERIC = {
+    "augment",
+    "evaluation",
+    "formation",
+    "images",
+    "matching",
+    "pixels",
+    "selection",
+    "state",
+    "synthetic",
+    "training",
+}
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in SOURCES}
 
 
@@ -28,7 +39,9 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module
-            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names}
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names
+            }
     return found
 
 

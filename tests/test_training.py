@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import models
+from models import Network
 from utils.augment import Augment
 from utils.evaluation import Score, evaluate
 from utils.images import ImageSet, Normalize
@@ -45,16 +46,21 @@ def test_accuracy_counts_every_test_image_once(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_rate_falls_to_a_fifth_at_two_thirds_and_five_sixths(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    monkeypatch.setattr(
-        "utils.training.train_epoch", lambda net, sgd, *rest: (rates.append(sgd.param_groups[0]["lr"]), sgd.step())
-    )
+
+    def train_epoch(net: Network, sgd: torch.optim.Optimizer, *rest: object) -> None:
+        rates.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+
+    monkeypatch.setattr("utils.training.train_epoch", train_epoch)
     train_network(SPEC, easy_set(8, 0), recipe(epochs=12), Draws("cpu", 0))
     assert rates == pytest.approx([0.01] * 8 + [0.002] * 2 + [0.0004] * 2)
 
 
 def test_the_same_draws_train_the_same_network_bit_for_bit() -> None:
     def weights(key: int) -> torch.Tensor:
-        net = train_network(SPEC, easy_set(20, 0), recipe(augment=Augment("color_crop"), mixup="cut"), Draws("cpu", key))
+        net = train_network(
+            SPEC, easy_set(20, 0), recipe(augment=Augment("color_crop"), mixup="cut"), Draws("cpu", key)
+        )
         return torch.cat([p.detach().flatten() for p in net.parameters()])
 
     assert torch.equal(weights(0), weights(0))
@@ -72,7 +78,14 @@ def test_an_update_sees_n_data_images_and_all_when_there_are_fewer(monkeypatch: 
     monkeypatch.setattr("utils.training.train_epoch", lambda net, sgd, real, index, *rest: seen.append(index))
     net = fresh_network(SPEC, Draws("cpu", 0))
     for n_data in (5, 100, 0):
-        update_network(net, torch.optim.SGD(net.parameters()), easy_set(20, 0), recipe(epochs=1), n_data=n_data, draws=Draws("cpu", 0))
+        update_network(
+            net,
+            torch.optim.SGD(net.parameters()),
+            easy_set(20, 0),
+            recipe(epochs=1),
+            n_data=n_data,
+            draws=Draws("cpu", 0),
+        )
     assert [len(index.unique()) for index in seen] == [5, 20, 0]
 
 

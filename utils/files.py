@@ -130,6 +130,10 @@ def read_card(file: Path) -> dict[str, Any]:
     for name, kind in CARD_FIELDS.items():
         if not isinstance(card.get(name), kind):
             raise UserError(f"{file}: lacks a valid {name!r}; move the file away and describe the set with -d and -f")
+    for name in ("mean", "std"):
+        values = card["normalization"].get(name)
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
+            raise UserError(f"{file}: lacks a valid normalization; move the file away and use -d and -f")
     return card
 
 

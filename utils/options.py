@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import models
 from utils import augment, formation, matching, selection, training
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 RESULTS_DIR = "results"
 
@@ -30,7 +30,7 @@ DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "svhn": dict(metric="mse", lr_img=5e-3, n_data=500),
     "cifar10": dict(metric="mse", lr_img=5e-3, n_data=2000),
     "cifar100": dict(metric="mse", lr_img=5e-3, n_data=2000),
-    "digits": dict(metric="mse", lr_img=5e-3, n_data=128, niter=10, inner_loop=50, batch_real=64, epochs=300, repeat=3),
+    "digits": dict(depth=2, lr_img=5e-3, n_data=128, niter=10, inner_loop=20, batch_real=32, epochs=300, repeat=3),
     "folder": dict(),
 }
 PUBLISHED = ("mnist", "fashion", "svhn", "cifar10", "cifar100")
@@ -190,7 +190,7 @@ class CondenseOptions(Options):
         help="the published settings and budget for mnist, fashion, svhn, cifar10, cifar100")
     factor: int = _synthetic(1, "-f", parse=integer(1), metavar="F",
         help="multi-formation: every stored image holds F x F training images")
-    ipc: int = _synthetic(10, "-i", parse=integer(1), metavar="N", help="stored images per class")
+    ipc: int = _synthetic(1, "-i", parse=integer(1), metavar="N", help="stored images per class")
     init: str = _synthetic("kmeans", parse=initialisation, metavar="{kmeans,random,noise}",
         help="initial pixels: k-means representatives (published as mix for F > 1), random images, noise")
     decode_type: str = _synthetic("single", choices=formation.DECODE_TYPES,
@@ -352,8 +352,7 @@ def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None) -> T
         for name in ("dataset", "factor", "ipc", "decode_type"):
             if name in given and given[name] != card[name]:
                 raise UsageError(f"--{name} {given[name]}: the set's data.json says {card[name]}; leave the flag out")
-        own = {k: v for k, v in card["settings"].items() if k in values and k not in PLACES}
-        own["net_type"] = [own["net_type"]]
+        own = _settings_of(card)
         if "net_type" in given:  # depth, width and norm belonged to the network that distilled
             own = {k: v for k, v in own.items() if k not in ("depth", "width", "norm_type")}
         values.update(own)
@@ -375,6 +374,19 @@ def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None) -> T
     if options.coreset and options.ipc is None:
         raise UsageError("--coreset: say how many images per class with --ipc N")
     return options
+
+
+def _settings_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a data.json, which may be anybody's: checked as if they were flags."""
+    words = [
+        f"--{field.name}={card['settings'][field.name]}"
+        for field in dataclasses.fields(TrainOptions)
+        if card["settings"].get(field.name) is not None and field.name not in PLACES
+    ]
+    try:
+        return make_parser(TrainOptions, "").parse_given(words)
+    except UsageError as error:
+        raise UserError(f"the set's data.json is damaged: {error}") from None
 
 
 def check_common(options: Options) -> None:

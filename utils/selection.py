@@ -109,7 +109,7 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def update_centroids(x: Tensor, nearest: Tensor, distance: Tensor, k: int) -> Tensor:
     """Means of the clusters, (k, D); the j-th empty cluster moves to the j-th farthest point."""
     sums = torch.zeros(k, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, nearest, x)
-    sizes = torch.bincount(nearest, minlength=k)
+    sizes = torch.zeros_like(sums[:, 0]).index_add_(0, nearest, torch.ones_like(x[:, 0]))
     empty = sizes == 0
     farthest = x[distance.topk(k).indices]  # (k, D)
-    return torch.where(empty[:, None], farthest[empty.cumsum(0) - 1], sums / sizes.clamp(min=1)[:, None].to(x.dtype))
+    return torch.where(empty[:, None], farthest[empty.cumsum(0) - 1], sums / sizes.clamp(min=1)[:, None])

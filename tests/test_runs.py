@@ -1,0 +1,349 @@
+"""Both commands as a user runs them, on tiny settings: results, resuming, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import condense
+import train
+from utils import files
+from utils.errors import UsageError, UserError
+from utils.run import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = shlex.split(
+    "--device cpu --ipc 2 -f 2 --niter 3 --inner_loop 4 --interval 2 --batch_real 8 --n_data 16 --batch_syn_max 6 "
+    "--width 8 --epochs 2 --repeat 2"
+)
+
+
+def run(results: Path, *more: str) -> Path:
+    """condense.py on digits in this process; the run folder."""
+    assert condense.main([*TINY, "--results_dir", str(results), *more]) == 0
+    return next((results / "digits").iterdir())
+
+
+def command(results: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "condense.py"), *TINY, "--results_dir", str(results), *more]
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(events: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [{k: v for k, v in event.items() if k != "seconds"} for event in events]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("results"), "--eval_every", "2")
+
+
+def test_a_run_leaves_what_the_readme_lists(finished: Path) -> None:
+    assert finished.name == "convnet2_f2_ipc2"
+    pictures = {f"{what}_{when}.png" for what in ("stored", "decoded") for when in ("initial", "latest", "final")}
+    expected = {"options.json", "metrics.jsonl", "log.txt", "checkpoint.pt", "data.pt", "data.json", *pictures}
+    assert {p.name for p in finished.iterdir()} == expected
+    for name in pictures:
+        with Image.open(finished / name) as image:
+            columns = 2 if name.startswith("stored") else 8
+            assert image.size == (columns * 34 + 2, 10 * 34 + 2)
+    assert "python3" not in (finished / "log.txt").read_text() and "condense.py" in (finished / "log.txt").read_text()
+
+
+def test_data_pt_is_a_plain_list_of_images_and_labels(finished: Path) -> None:
+    images, labels = torch.load(finished / "data.pt", weights_only=True)
+    assert images.shape == (20, 1, 8, 8) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+    assert labels.tolist() == [c for c in range(10) for _ in range(2)]
+
+
+def test_data_json_says_how_to_use_the_set(finished: Path) -> None:
+    card = json.loads((finished / "data.json").read_text())
+    expected = {
+        "dataset": "digits", "ipc": 2, "factor": 2, "decode_type": "single", "decoded_per_class": 8, "shape": [1, 8, 8],
+        "value_range": [0.0, 1.0], "normalized": False, "finished": True, "outer_iterations": 3,
+    }  # fmt: skip
+    assert {k: card[k] for k in expected} == expected
+    assert card["normalization"] == {"mean": [0.3053], "std": [0.3758]}
+    assert card["class_names"] == [str(c) for c in range(10)]
+    assert card["accuracy"]["n"] == card["random_real"]["n"] == 2
+    assert card["settings"]["lr_img"] > 0
+
+
+def test_metrics_are_one_json_object_per_event(finished: Path) -> None:
+    events = metrics(finished)
+    assert [e["iteration"] for e in events if "loss" in e] == [1, 2, 3]
+    assert [e["iteration"] for e in events if "accuracy_mean" in e] == [0, 2, 3]
+    assert all(isinstance(e["seconds"], float) for e in events)
+
+
+def test_options_json_says_what_ran_where(finished: Path) -> None:
+    about = json.loads((finished / "options.json").read_text())
+    assert about["options"]["niter"] == 3 and about["options"]["seed"] == 0
+    assert about["versions"]["torch"] == torch.__version__ and "git_commit" in about["versions"]
+    assert "CPU" in about["device"] and about["command"].startswith("condense.py")
+
+
+def test_the_same_command_gives_the_same_file_bit_for_bit_and_another_seed_does_not(
+    finished: Path, tmp_path: Path
+) -> None:
+    again = run(tmp_path / "again", "--eval_every", "2")
+    assert (again / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+    assert without_time(metrics(again)) == without_time(metrics(finished))
+    other = run(tmp_path / "other", "--eval_every", "2", "--seed", "1")
+    assert (other / "data.pt").read_bytes() != (finished / "data.pt").read_bytes()
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 6, 11])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop_after: int
+) -> None:
+    steps = 0
+    original = condense.Job.after_step
+
+    def after_step(job: condense.Job, state: condense.State) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stop_after:
+            job.stopper.signal = signal.SIGTERM
+        original(job, state)
+
+    monkeypatch.setattr(condense.Job, "after_step", after_step)
+    argv = [*TINY, "--results_dir", str(tmp_path), "--eval_every", "2"]
+    assert condense.main(argv) == 128 + signal.SIGTERM
+    assert "run the same command again to go on" in capsys.readouterr().out
+    folder = tmp_path / "digits" / finished.name
+    assert json.loads((folder / "data.json").read_text())["finished"] is False
+    assert condense.main(argv) == 0
+    position = f"going on after outer iteration {stop_after // 4}, inner step {stop_after % 4} of 4"
+    assert position in capsys.readouterr().out
+    assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+    assert without_time(metrics(folder)) == without_time(metrics(finished))
+
+
+def test_a_stop_during_an_evaluation_loses_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [*TINY, "--results_dir", str(tmp_path), "--eval_every", "2"]
+    with monkeypatch.context() as patch:
+        original = condense.Job.evaluate_at
+
+        def evaluate_at(job: condense.Job, it: int, state: condense.State) -> object:
+            if it == 2:
+                job.stopper.signal = signal.SIGINT
+            return original(job, it, state)
+
+        patch.setattr(condense.Job, "evaluate_at", evaluate_at)
+        assert condense.main(argv) == 130
+    assert condense.main(argv) == 0
+    folder = tmp_path / "digits" / finished.name
+    assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+    assert without_time(metrics(folder)) == without_time(metrics(finished))
+
+
+def test_a_finished_run_says_so_and_computes_nothing(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(condense, "condense", lambda *a: pytest.fail("it is finished"))
+    run(finished.parent.parent, "--eval_every", "2")
+    out = capsys.readouterr().out
+    assert "is finished" in out and "random real images" in out and str(finished) in out
+
+
+def test_another_command_for_the_same_folder_is_refused_and_restart_begins_again(tmp_path: Path) -> None:
+    folder = run(tmp_path)
+    before = (folder / "data.pt").read_bytes()
+    with pytest.raises(UsageError, match=r"--lr_img .* there, 0.5 here.*--tag.*--restart"):
+        run(tmp_path, "--lr_img", "0.5")
+    assert (folder / "data.pt").read_bytes() == before
+    run(tmp_path, "--lr_img", "0.5", "--restart")
+    assert (folder / "data.pt").read_bytes() != before
+    assert run(tmp_path, "--tag", "mine", "--lr_img", "0.1").parent == folder.parent
+    assert (tmp_path / "digits" / "convnet2_f2_ipc2_mine").is_dir()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "digits" / "convnet2_f2_ipc2" / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("done")
+    with pytest.raises(UsageError, match="no run folder"):
+        run(tmp_path)
+    run(tmp_path, "--restart")
+    assert precious.read_text() == "done"
+
+
+def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
+    for _ in range(200):
+        assert (
+            condense.main([*TINY, "--results_dir", str(tmp_path), "--eval_every", "2", "--max_minutes", "0.0001"]) == 0
+        )
+        folder = tmp_path / "digits" / finished.name
+        if json.loads((folder / "data.json").read_text())["finished"]:
+            break
+    assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_in_the_middle_loses_nothing(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "--eval_every", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "digits" / finished.name
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number, err
+        assert "run the same command again to go on" in out and err == ""
+    again = subprocess.run(command(tmp_path, "--eval_every", "2"), capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+
+
+def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.json"
+    files.write_json(file, {"a": 1})
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(UserError, match=r"checkpoint.pt: is truncated or damaged.*--restart"):
+        folder.load_checkpoint()
+
+
+def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    argv = ["--reproduce", "-d", "cifar10", "-f", "2", "--ipc", "10", "--dry-run", "--results_dir", str(results)]
+    assert condense.main([*argv, "--data_dir", str(tmp_path / "nowhere")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["niter", "2000", "--reproduce"] in lines and ["lr_img", "0.005", "data", "set"] in lines
+    assert ["ipc", "10", "flag"] in lines and ["run", "folder", str(results / "cifar10/convnet3_f2_ipc10")] in lines
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--select", "random", "--init", "random"],
+        ["--match", "feat", "--init", "noise"],
+        ["--metric", "cos", "--bias", "--fc", "--norm_type", "none"],
+        ["--metric", "l1", "--decode_type", "multi", "--cluster_raw"],
+        ["--decode_type", "bound", "-n", "resnet10", "--depth", "10", "--n_data", "0"],
+        ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"],
+    ],
+    ids=" ".join,
+)
+def test_every_choice_of_the_method_runs(tmp_path: Path, more: list[str]) -> None:
+    argv = [*TINY, "--niter", "1", "--inner_loop", "2", "--ipc", "1", "--epochs", "1", "--repeat", "1", "--width", "4"]
+    assert condense.main([*argv, "--results_dir", str(tmp_path), *more]) == 0
+
+
+# --- train.py ---------------------------------------------------------------------------------------------------------
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_train_evaluates_the_newest_set_and_names_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--results_dir", str(finished.parent.parent), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert str(finished) in out
+    found = json.loads(out.splitlines()[-1])
+    card = json.loads((finished / "data.json").read_text())
+    assert found["accuracy_mean"] == card["accuracy"]["accuracy_mean"]  # the same protocol, seeds and set
+    assert (found["net"], found["n"], found["images_per_class"]) == ("convnet2", 2, 2)
+    assert set(found) >= {"accuracy_std"}
+    written = json.loads((finished / "eval.json").read_text())["results"]
+    assert written[-1]["accuracies"] == card["accuracy"]["accuracies"] and written[-1]["command"].startswith("train.py")
+    (finished / "eval.json").unlink()
+
+
+def test_train_takes_several_networks_and_keeps_earlier_results(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (["-n", "convnet", "resnet10", "--width", "4"], ["-n", "resnet10", "--width", "4"]):
+        assert train.main([str(finished), "--epochs", "1", "--repeat", "1", "--json", *argv]) == 0
+    assert last_json(capsys)["net"] == "resnet10"
+    written = json.loads((finished / "eval.json").read_text())["results"]
+    assert [r["net"] for r in written] == ["convnet3", "resnet10"]
+    (finished / "eval.json").unlink()
+
+
+def test_train_picks_by_data_set_factor_and_ipc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--niter", "1", "--inner_loop", "1", "--epochs", "1", "--repeat", "1"]
+    older = run(tmp_path, *quick, "--ipc", "1", "-f", "1")
+    run(tmp_path, *quick)
+    few = ["--results_dir", str(tmp_path), "--epochs", "1", "--repeat", "1"]
+    assert train.main([*few, "-d", "digits", "-f", "1", "--ipc", "1"]) == 0
+    assert str(older) in capsys.readouterr().out
+    with pytest.raises(UserError, match="no distilled set with data set digits, factor 7"):
+        train.main([*few, "-d", "digits", "-f", "7"])
+
+
+def test_a_bare_data_pt_is_evaluated_as_described(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "theirs.pt"
+    bare.write_bytes((finished / "data.pt").read_bytes())
+    few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--json"]
+    assert train.main([str(bare), "-d", "digits", "-f", "2", *few]) == 0
+    found = last_json(capsys)
+    assert (found["images_per_class"], found["decoded_per_class"]) == (2, 8)
+
+
+@pytest.mark.parametrize(("argv", "count"), [(["--real"], 134.7), (["--coreset", "kmeans", "--ipc", "3"], 3)])
+def test_real_images_are_the_bounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], count: float
+) -> None:
+    few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--results_dir", str(tmp_path), "--json"]
+    assert train.main([*argv, *few]) == 0
+    found = last_json(capsys)
+    assert found["images_per_class"] == pytest.approx(count)
+    assert len(list(tmp_path.glob("digits/*/eval.json"))) == 1
+
+
+def test_an_own_folder_goes_through_both_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, counts in (("train", (9, 6)), ("test", (4, 4))):
+        for c, name in enumerate(("cat", "dog")):
+            (tmp_path / "own" / split / name).mkdir(parents=True)
+            for i in range(counts[c]):
+                colour = tuple(torch.randint(0, 256, (3,)).tolist())
+                Image.new("RGB", (20, 16), colour).save(tmp_path / "own" / split / name / f"{i}.png")
+    argv = [*TINY, "--image_folder", str(tmp_path / "own"), "--size", "16", "--results_dir", str(tmp_path / "r")]
+    assert condense.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "--batch_real is 8, class dog has 6 images" in out
+    card = json.loads((tmp_path / "r/folder/convnet3_f2_ipc2/data.json").read_text())
+    assert card["class_names"] == ["cat", "dog"] and len(card["normalization"]["mean"]) == 3
+    assert train.main(["--results_dir", str(tmp_path / "r"), "--json"]) == 0
+    assert last_json(capsys)["accuracy_mean"] == card["accuracy"]["accuracy_mean"]
