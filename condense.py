@@ -21,7 +21,7 @@ from data import Dataset
 from models import NetSpec
 from utils import files, options, runtime
 from utils.augment import Augment
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, first_line
 from utils.evaluation import Score, evaluate
 from utils.formation import decoded_count
 from utils.images import ImageSet
@@ -124,7 +124,10 @@ class Job:
         try:
             state.restore(saved)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.folder.path}: the checkpoint does not fit this run ({error}); --restart") from error
+            reason = first_line(error)
+            raise UserError(
+                f"{self.folder.path}: the checkpoint does not fit this run ({reason}); --restart"
+            ) from error
         self.progress.start_at(state.it * o.inner_loop + state.step)
         log.info("going on after outer iteration %d, inner step %d of %d", state.it, state.step, o.inner_loop)
         return state
@@ -158,7 +161,7 @@ class Job:
                 "normalized": False,
                 "normalization": dict(zip(("mean", "std"), map(list, self.dataset.statistics), strict=True)),
                 "network": dataclasses.asdict(self.spec),
-                "settings": dataclasses.asdict(o),
+                "settings": options.remaining_settings(o),
                 "outer_iterations": state.it,
                 "seconds": round(state.seconds, 1),
                 "finished": finished,
@@ -193,11 +196,11 @@ class Job:
     def mean_loss(self, state: State) -> float:
         """Matching distance per class and inner step of this outer iteration. Raises UserError when it is no number."""
         o = self.o
-        steps = state.step or o.inner_loop
+        it, steps = (state.it + 1, state.step) if state.step else (state.it, o.inner_loop)  # counted from one
         if not (torch.isfinite(state.losses).all() and torch.isfinite(state.pixels.pixels).all()):
             bad = [self.dataset.class_names[c] for c in (~torch.isfinite(state.losses)).nonzero().flatten().tolist()]
             raise UserError(
-                f"the matching loss is not a number in outer iteration {state.it}, inner step {state.step}"
+                f"the matching loss is not a number in outer iteration {it}, inner step {steps}"
                 f"{', class ' + ', '.join(bad[:5]) if bad else ''}: lower --lr_img ({o.lr_img:g}) or --lr ({o.lr:g}) "
                 f"and begin again with --restart; {self.folder.path} keeps its last good state"
             )
@@ -268,28 +271,23 @@ def summary(folder: RunFolder) -> str:
     return "\n".join([f"run folder: {folder.path}", head, *rows])
 
 
-def check_sizes(o: CondenseOptions, dataset: Dataset, spec: NetSpec) -> None:
-    """Compare the options with the data. Warns where there is a natural way on, otherwise raises UsageError."""
-    if o.factor > dataset.side:
-        raise UsageError(f"-f {o.factor}: a cell would be smaller than a pixel, images are {dataset.side} pixels wide")
-    decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
-    if spec.norm == "batch" and min(decoded, o.batch_syn_max) < 2:
-        raise UsageError(
-            "--norm_type batch: needs two synthetic images per class in a step; use instance, or more --ipc"
-        )
-    counts = dataset.train.counts
+def check_sizes(o: CondenseOptions, dataset: Dataset) -> list[str]:
+    """Compare the options with the data, which is read here. Raises UsageError; returns warnings about the rest."""
+    counts, warnings = dataset.train.counts, []
+    assert len(dataset.test)
     smallest = min(range(len(counts)), key=counts.__getitem__)
     name, have = dataset.class_names[smallest], counts[smallest]
     if o.ipc > have:
         raise UsageError(f"--ipc {o.ipc}: class {name} has only {have} training images; use --ipc {have} or less")
     if o.init != "noise" and o.ipc * o.factor**2 > have:
-        log.warning(
-            "--ipc times -f squared is %d, class %s has %d images: some begin twice", o.ipc * o.factor**2, name, have
+        warnings.append(
+            f"--ipc times -f squared is {o.ipc * o.factor**2}, class {name} has {have} images: some begin twice"
         )
     if o.batch_real > have:
-        log.warning("--batch_real is %d, class %s has %d images: all are matched, some twice", o.batch_real, name, have)
+        warnings.append(f"--batch_real is {o.batch_real}, class {name} has {have} images: all are matched, some twice")
     if o.n_data > len(dataset.train):
-        log.warning("--n_data is %d, there are %d training images: all are used", o.n_data, len(dataset.train))
+        warnings.append(f"--n_data is {o.n_data}, there are {len(dataset.train)} training images: all are used")
+    return warnings
 
 
 def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder: RunFolder) -> str:
@@ -317,6 +315,9 @@ def main(argv: Sequence[str]) -> int:
         device = runtime.pick_device(o.device)
         dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
+        options.check_factor(o.factor, dataset.side)
+        decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
+        options.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
         folder = RunFolder(folder_of(o, spec.name))
         if o.dry_run:
             print(describe(resolved, dataset, spec, folder))
@@ -326,11 +327,13 @@ def main(argv: Sequence[str]) -> int:
             log.info("this run is finished; --restart begins it again\n%s", summary(folder))
             return 0
 
-        check_sizes(o, dataset, spec)
+        warnings = check_sizes(o, dataset)
         about = {"command": shlex.join(["condense.py", *argv]), "device": runtime.device_name(device)}
         folder.create(o, {**about, "versions": runtime.versions()})
         with logged_to(folder.path / "log.txt"):
             log.info("%s on %s: %s", about["command"], about["device"], folder.path)
+            for warning in warnings:
+                log.warning("%s", warning)
             job = Job(o, dataset, spec, folder, stopper)
             state = job.start()
             try:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
@@ -31,6 +31,7 @@ from utils.runtime import free_memory
 log = logging.getLogger("dream")
 
 DIGITS_SPLIT = 0  # scikit-learn's random_state of the digits' train/test split, whatever --seed says
+BLOCK = 512  # image files read at a time
 SPARE_MEMORY = 0.5  # of what is free; the other half is for networks and gradients
 
 Split = tuple[Tensor, Tensor, list[str]]  # images (N, C, H, W) uint8, labels (N,) int64, class names
@@ -47,10 +48,11 @@ def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Pat
         try:
             found = make(data_dir, download=False, **split)
         except RuntimeError:  # torchvision's word for "not there, or not with the right checksum"
-            log.info("%s is not in %s yet: downloading it", kind, data_dir)
+            log.info("%s is not ready in %s: unpacking or downloading it", kind, data_dir)
             found = make(data_dir, download=True, **split)
     except Exception as error:  # urllib, http, tarfile, gzip, scipy: each has errors of its own
-        there = [name for name in files if (data_dir / folder / name).exists()]
+        candidates = [name.removesuffix(".gz") for name in files if name.endswith("ubyte.gz")] + list(files)
+        there = [name for name in candidates if (data_dir / folder / name).exists()]
         broken = f"; {', '.join(there)} is there but may be damaged: delete it first" if there else ""
         raise UserError(
             f"{kind} can be neither read nor downloaded ({first_line(error)}). "
@@ -154,6 +156,10 @@ class Dataset:
             self.classes, self.flip = len(self.folder.classes), True
             self.base_side = FOLDER_BASE_SIDE
             self._statistics = None if mean is None or std is None else (mean, std)
+            if mean is not None and len(mean) != self.channels:
+                raise UserError(
+                    f"--image_folder {image_folder}: has {self.channels} channels, the set's normalization {len(mean)}"
+                )
 
     @cached_property
     def train(self) -> ImageSet:
@@ -249,7 +255,7 @@ class Folder:
         names = (os.path.join(top, name) for top, _, files in os.walk(where, followlinks=True) for name in files)
         ignored = [name for name in names if name not in used and not os.path.basename(name).startswith(".")]
         if ignored:
-            log.warning("%d files have no image file's ending and are ignored, e.g. %s", len(ignored), ignored[0])
+            log.warning("ignored, being no image file in a class folder: %s (%d such files)", ignored[0], len(ignored))
 
     def shape(self, size: int | None) -> tuple[int, int]:
         """Channels (1 when every image is grey) and side. Without a size, all images must be squares of one size."""
@@ -268,7 +274,7 @@ class Folder:
                     f"--image_folder {self.root}: images are {width} x {height}; give --size PIXELS, 8 or more"
                 )
             size = width
-        return 1 if all(mode in ("1", "L") or mode.startswith("I") for mode in modes) else 3, size
+        return 1 if all(mode in ("1", "L", "LA") or mode.startswith("I") for mode in modes) else 3, size
 
     def load(self, train: bool, channels: int, side: int, device: torch.device) -> Split:
         """All images of a split as uint8, resized and centre-cropped to the side."""
@@ -277,15 +283,16 @@ class Folder:
         if need > SPARE_MEMORY * free:
             raise UserError(
                 f"--image_folder {self.root}: {len(samples)} images of {channels} x {side} x {side} need "
-                f"{need / 1e9:.1f} GB of memory on {device.type}; {free / 1e9:.1f} GB are free, half of it for networks. "
+                f"{need / 1e9:.1f} GB on {device.type}; {free / 1e9:.1f} GB are free, half of it for networks. "
                 "Give a smaller --size, or a folder with fewer images or classes"
             )
         images = torch.empty(len(samples), channels, side, side, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool, Progress(len(samples), f"reading {self.root}", "image") as progress:
             read = partial(read_image, channels=channels, side=side)
-            for i, image in enumerate(pool.map(read, (path for path, _ in samples))):
-                images[i] = image
-                progress.advance()
+            for first in range(0, len(samples), BLOCK):  # so that a bad file is reported before all the others are read
+                paths = [path for path, _ in samples[first : first + BLOCK]]
+                images[first : first + BLOCK] = torch.stack(list(pool.map(read, paths)))
+                progress.advance(len(paths))
         return images, torch.tensor([label for _, label in samples]), self.classes
 
 
@@ -294,7 +301,9 @@ def read_image(path: str, *, channels: int, side: int) -> Tensor:
     with opened(path) as image:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("L" if channels == 1 else "RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        image = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))
     if image.size != (side, side):
         image = transforms.center_crop(transforms.resize(image, side), [side, side])
     return transforms.pil_to_tensor(image)

@@ -51,12 +51,13 @@ def distilled(o: TrainOptions, path: Path, dataset: Dataset) -> Subject:
     images, labels, _ = files.load_distilled(path)
     shape, expected = tuple(images.shape[1:]), (dataset.channels, dataset.side, dataset.side)
     if shape != expected:
-        raise UserError(f"{path}: holds images of {shape}, {o.dataset} has {expected}; name the right data set with -d")
+        raise UserError(
+            f"{path}: holds images of {shape}, {o.dataset} has {expected}; name the right data set with -d, or --size"
+        )
     if int(labels.max()) >= dataset.classes:
         raise UserError(f"{path}: has a label {int(labels.max())}, {o.dataset} has {dataset.classes} classes; check -d")
     factor = o.factor or 1
-    if factor > dataset.side:
-        raise UsageError(f"-f {factor}: a cell would be smaller than a pixel, images are {dataset.side} pixels wide")
+    options.check_factor(factor, dataset.side)
     found = training_images(
         images.to(dataset.device),
         labels.to(dataset.device),
@@ -77,11 +78,11 @@ def distilled(o: TrainOptions, path: Path, dataset: Dataset) -> Subject:
 
 def real_images(o: TrainOptions, dataset: Dataset) -> Subject:
     """The whole training set, or a coreset that is drawn anew for every training."""
-    real, place = dataset.train, Path(o.results_dir) / o.dataset
+    real, folder = dataset.train, Path(o.results_dir) / o.dataset
     if o.coreset is None:
         count = len(real) / dataset.classes
-        return Subject("all real images", count, count, lambda spec, r: real, place / "real")
-    strategy, ipc = o.coreset, o.ipc or 0
+        return Subject("all real images", count, count, lambda spec, r: real, writable(folder / "real"))
+    strategy, ipc = o.coreset, o.ipc or 1
     smallest = min(real.counts)
     if ipc > smallest:
         name = dataset.class_names[real.counts.index(smallest)]
@@ -90,7 +91,16 @@ def real_images(o: TrainOptions, dataset: Dataset) -> Subject:
     def draw(spec: NetSpec, r: int) -> ImageSet:
         return coreset(real, spec, strategy, ipc=ipc, draws=Draws(dataset.device, o.seed, "coreset", r))
 
-    return Subject(f"{strategy} real images", ipc, ipc, draw, place / f"coreset_{strategy}_ipc{ipc}")
+    return Subject(f"{strategy} real images", ipc, ipc, draw, writable(folder / f"coreset_{strategy}_ipc{ipc}"))
+
+
+def writable(folder: Path) -> Path:
+    """Make the folder now: better than failing after the trainings."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --results_dir") from error
+    return folder
 
 
 def run_networks(o: TrainOptions, subject: Subject, dataset: Dataset, specs: list[NetSpec]) -> list[dict[str, Any]]:
@@ -143,7 +153,6 @@ def record(folder: Path, results: list[dict[str, Any]], about: dict[str, Any]) -
     """Add to eval.json; a result of the same network and protocol is replaced."""
     file = folder / "eval.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         earlier = files.read_json(file)["results"] if file.exists() else []
         same = [(r["network"], r["protocol"]) for r in results]
         kept = [r for r in earlier if (r["network"], r["protocol"]) not in same]
@@ -159,15 +168,17 @@ def folder_of(path: Path) -> Path:
 def main(argv: Sequence[str]) -> int:
     """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
     given = options.make_parser(TrainOptions, __doc__ or "").parse_given(argv)
-    path, card = None, None
+    path, card, card_file = None, None, Path(files.CARD)
     with messages():
         if not given.get("real") and not given.get("coreset"):
             path = Path(given["run"]) if "run" in given else newest(given)
+            if not path.exists():
+                raise UserError(f"{path}: no such file or folder; name a run folder or a data.pt made by condense.py")
             card_file = folder_of(path) / files.CARD
             card = files.read_card(card_file) if card_file.exists() else None
             if card is None and not ("factor" in given and ("dataset" in given or "image_folder" in given)):
                 raise UsageError(f"{path}: has no {files.CARD} beside it; say what it is with -d DATASET and -f FACTOR")
-        o = options.resolve_training(given, card)
+        o = options.resolve_training(given, card, card_file)
         device = runtime.pick_device(o.device)
         known = card["normalization"] if card is not None else {"mean": None, "std": None}
         dataset = Dataset(
@@ -176,6 +187,8 @@ def main(argv: Sequence[str]) -> int:
         shape = {"channels": dataset.channels, "classes": dataset.classes, "side": dataset.side}
         specs = [options.network(o, name, **shape) for name in o.net_type or ["convnet"]]
         subject = distilled(o, path, dataset) if path is not None else real_images(o, dataset)
+        for spec in specs:
+            options.check_batches(spec, o.batch_size, len(subject.training_set(spec, 0)))
 
         log.info("%s: training on %s, %d epochs, on %s", o.dataset, subject.what, o.epochs, runtime.device_name(device))
         log.info("%s", row("network", "images/class", "decoded", "test accuracy %", "time"))

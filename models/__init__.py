@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from models.convnet import ConvNet
 from models.densenet import DenseNet
 from models.network import NORMS, Network
 from models.resnet import ResNet
 
-__all__ = ["FAMILIES", "NORMS", "Family", "NetSpec", "Network", "build", "resolve"]
+__all__ = ["FAMILIES", "NORMS", "Family", "NetSpec", "Network", "build", "resolve", "smallest_batch"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,12 @@ def build(spec: NetSpec) -> Network:
         width=spec.width,
         norm=spec.norm,
     )
+
+
+def smallest_batch(spec: NetSpec) -> int:
+    """Images that one training step needs: 2 where batch norm meets maps of a single pixel, otherwise 1."""
+    try:
+        build(spec).train()(torch.zeros(1, spec.channels, spec.side, spec.side))
+    except ValueError:  # PyTorch's "expected more than 1 value per channel"
+        return 2
+    return 1

@@ -62,8 +62,9 @@ def refused(main: Callable[[Sequence[str]], int], argv: Sequence[str], *says: st
         main(argv)
     message = str(caught.value)
     assert caught.value.status == status, message
-    assert "\n" not in message
+    assert "\n" not in message, message
     for word in says:
-        assert word in message
-    assert tree(unchanged) == before
+        assert word in message, f"{word!r} is not in: {message}"
+    after = tree(unchanged)
+    assert after == before, f"left behind or changed: {sorted(k for k in after if after[k] != before.get(k, ''))}"
     return message

@@ -87,7 +87,7 @@ def layer_distance(metric: str, real: Tensor, syn: Tensor) -> Tensor:
         return (real - syn).abs().sum() / real.numel()
     total = real.new_zeros(())
     for a, b in zip(real.reshape(len(real), -1), syn.reshape(len(syn), -1), strict=True):
-        total = total + 1 - (a @ b) / (a.norm() * b.norm())
+        total = total + 1 - (a @ b) / (a.norm().clamp(min=1e-6) * b.norm().clamp(min=1e-6))
     return total
 
 

@@ -53,8 +53,6 @@ def matcher(factor: int, *, match: str = "grad", metric: str = "mse", syn_max: i
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_inner_steps_with_network_updates_equal_the_published_loop(factor: int, metric: str, match: str) -> None:
-    if match == "feat" and metric == "cos":
-        pytest.skip("average-pooled features can be all zero in a channel, where a cosine has no gradient")
     real, net = real_set(), network()
     match_step = matcher(factor, match=match, metric=metric)
     pixels = torch.rand(CLASSES, 2, 3, SIDE, SIDE, dtype=torch.float64, generator=generator(2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -85,19 +86,15 @@ def test_a_flag_that_repeats_a_default_still_beats_the_preset() -> None:
 def test_the_origin_of_every_option_is_known() -> None:
     given = make_parser(CondenseOptions, "").parse_given(["--reproduce", "-d", "svhn", "--seed", "0"])
     origin = resolve(given).origin
-    assert (origin["seed"], origin["niter"], origin["n_data"], origin["tag"]) == (
-        "flag",
-        "--reproduce",
-        "data set",
-        "default",
-    )
+    found = [origin[name] for name in ("seed", "niter", "n_data", "tag")]
+    assert found == ["flag", "--reproduce", "data set", "default"]
 
 
 def test_published_flag_names_and_short_forms_parse_with_either_dash() -> None:
     names = (
-        "niter inner_loop interval batch_real batch_syn_max lr_img mom_img metric match init decode_type aug_type mixup "
-        "mixup_net n_data net_epoch epochs batch_size lr momentum weight_decay seed repeat tag depth width norm_type "
-        "net_type data_dir select image_folder results_dir device eval_every max_minutes dry_run factor ipc dataset"
+        "niter inner_loop interval batch_real batch_syn_max lr_img mom_img metric match init decode_type aug_type "
+        "mixup mixup_net n_data net_epoch epochs batch_size lr momentum weight_decay seed repeat tag depth width "
+        "norm_type net_type data_dir select image_folder results_dir device eval_every max_minutes dry_run factor ipc dataset"
     )
     known = make_parser(CondenseOptions, "").format_help()
     for name in names.split():
@@ -124,19 +121,25 @@ def test_help_states_every_default_and_the_data_sets_that_differ() -> None:
             assert f"--{field.name}" in text or field.name == "run"
             if field.default not in (None, False):
                 assert str(field.default) in text
-    assert "1e-04 for mnist" in text or "0.0001 for mnist" in " ".join(
-        make_parser(CondenseOptions, "").format_help().split()
-    )
+    text = " ".join(make_parser(CondenseOptions, "").format_help().split())
+    assert "0.0001 for mnist" in text
 
 
 def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -> None:
     settings = dataclasses.asdict(
         parsed("-d", "mnist", "-f", "2", "--depth", "2", "--epochs", "33", "--results_dir", "there")
     )
-    card = {"dataset": "mnist", "factor": 2, "ipc": 10, "decode_type": "single", "settings": settings}
+    card = {
+        "dataset": "mnist",
+        "factor": 2,
+        "ipc": 10,
+        "decode_type": "single",
+        "image_folder": None,
+        "settings": settings,
+    }
 
     def training(*argv: str) -> TrainOptions:
-        return options.resolve_training(make_parser(TrainOptions, "").parse_given(argv), card)
+        return options.resolve_training(make_parser(TrainOptions, "").parse_given(argv), card, Path("data.json"))
 
     o = training()
     assert (o.epochs, o.depth, o.net_type, o.eval_aug_type) == (33, 2, ["convnet"], "color_crop_scale_rotate")

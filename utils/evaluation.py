@@ -9,7 +9,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from models import NetSpec
+from utils.errors import UserError
 from utils.images import ImageSet
 from utils.runtime import Draws
 from utils.training import Recipe, accuracy, train_network
@@ -63,5 +66,7 @@ def evaluate(
     for r in range(repeat):
         draws = Draws(test.device, seed, "evaluate", r)
         net = train_network(spec, training_set(r), recipe, draws, on_epoch)
+        if not all(torch.isfinite(p).all() for p in net.parameters()):
+            raise UserError(f"training {r + 1} of {spec.name} left the range of numbers; lower --lr ({recipe.lr:g})")
         found.append(accuracy(net, test))
     return Score(tuple(found))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,9 @@ def write_tensors(path: Path, content: Any) -> None:
 def read_tensors(path: Path, remedy: str) -> Any:
     """torch.load that never runs code from the file. Raises UserError with the remedy for anything unreadable."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
     except pickle.UnpicklingError as error:
@@ -114,13 +118,14 @@ def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
 
 
 # What data.json must hold for train.py, and of what type.
-CARD_FIELDS: dict[str, type] = {
+CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "dataset": str,
     "ipc": int,
     "factor": int,
     "decode_type": str,
     "normalization": dict,
     "settings": dict,
+    "image_folder": (str, type(None)),
 }
 
 
@@ -130,11 +135,20 @@ def read_card(file: Path) -> dict[str, Any]:
     for name, kind in CARD_FIELDS.items():
         if not isinstance(card.get(name), kind):
             raise UserError(f"{file}: lacks a valid {name!r}; move the file away and describe the set with -d and -f")
-    for name in ("mean", "std"):
-        values = card["normalization"].get(name)
-        if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
-            raise UserError(f"{file}: lacks a valid normalization; move the file away and use -d and -f")
+    mean, std = card["normalization"].get("mean"), card["normalization"].get("std")
+    if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and min(std) > 0):
+        raise UserError(
+            f"{file}: lacks a valid 'normalization'; move the file away and describe the set with -d and -f"
+        )
     return card
+
+
+def _numbers(values: object) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    )
 
 
 def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, ipc: int | None) -> Path:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import models
@@ -45,6 +46,7 @@ REPRODUCE: dict[str, Any] = dict(
 
 REAL_EPOCHS = 100  # of train.py --real: a thousand are for sets of a few images
 PLACES = ("data_dir", "results_dir", "device")  # where to compute, not what
+OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
 EVALUATION_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
 
@@ -110,8 +112,10 @@ def initialisation(text: str) -> str:
 
 
 def tag(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} becomes part of a folder name: use letters, digits, '.', '_', '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} becomes part of a folder name: use up to 100 letters, digits, '.', '_', '-'"
+        )
     return text
 
 
@@ -342,17 +346,17 @@ def resolve(given: dict[str, Any]) -> Resolved:
     return Resolved(options, origin)
 
 
-def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None) -> TrainOptions:
-    """train.py's flags to complete options. card: data.json of the set to be evaluated, which knows its settings.
+def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None, source: Path) -> TrainOptions:
+    """train.py's flags to complete options. card: the set's data.json, which knows its settings; source: its path.
 
     Raises UsageError for a flag that contradicts the card, and for combinations that make no sense.
     """
     values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
     if card is not None:
-        for name in ("dataset", "factor", "ipc", "decode_type"):
-            if name in given and given[name] != card[name]:
+        for name in OF_THE_SET:
+            if name in given and given[name] != card[name] and name != "image_folder":
                 raise UsageError(f"--{name} {given[name]}: the set's data.json says {card[name]}; leave the flag out")
-        own = _settings_of(card)
+        own = _settings_of(card, source)
         if "net_type" in given:  # depth, width and norm belonged to the network that distilled
             own = {k: v for k, v in own.items() if k not in ("depth", "width", "norm_type")}
         values.update(own)
@@ -373,20 +377,31 @@ def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None) -> T
         raise UsageError(f"{options.run}: --real and --coreset train on real images; leave the folder out")
     if options.coreset and options.ipc is None:
         raise UsageError("--coreset: say how many images per class with --ipc N")
+    if (options.real or options.coreset) and options.factor is not None:
+        raise UsageError("-f: real images are not decoded; leave it out with --real and --coreset")
     return options
 
 
-def _settings_of(card: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """The settings in a data.json, which may be anybody's: checked as if they were flags."""
+    known = {**card["settings"], **{name: card[name] for name in OF_THE_SET}}
     words = [
-        f"--{field.name}={card['settings'][field.name]}"
+        f"--{field.name}={known[field.name]}"
         for field in dataclasses.fields(TrainOptions)
-        if card["settings"].get(field.name) is not None and field.name not in PLACES
+        if known.get(field.name) is not None and field.name not in PLACES
     ]
     try:
         return make_parser(TrainOptions, "").parse_given(words)
     except UsageError as error:
-        raise UserError(f"the set's data.json is damaged: {error}") from None
+        reason = str(error).rsplit("; see", 1)[0]
+        raise UserError(
+            f"{source}: is damaged ({reason}); move the file away and describe the set with -d and -f"
+        ) from None
+
+
+def remaining_settings(options: CondenseOptions) -> dict[str, Any]:
+    """What data.json keeps under `settings`: all but what it says of the set itself, and of places."""
+    return {k: v for k, v in dataclasses.asdict(options).items() if k not in OF_THE_SET and k not in PLACES}
 
 
 def check_common(options: Options) -> None:
@@ -397,6 +412,21 @@ def check_common(options: Options) -> None:
         raise UsageError("--image_folder: digits comes with scikit-learn; leave -d out to use the folder")
     if options.size is not None and options.dataset != "folder":
         raise UsageError(f"--size: only for folders of one's own; {options.dataset} has a fixed image size")
+
+
+def check_factor(factor: int, side: int) -> None:
+    """Raises UsageError when cells would be smaller than a pixel."""
+    if factor > side:
+        raise UsageError(f"-f {factor}: a cell would be smaller than a pixel, images are {side} pixels wide")
+
+
+def check_batches(spec: models.NetSpec, *sizes: int) -> None:
+    """Raises UsageError when a network with batch norm would have to train on a single image that it cannot."""
+    if min(sizes) < models.smallest_batch(spec):
+        raise UsageError(
+            f"--norm_type batch: {spec.name} cannot train on a batch of one image of this size; use more images "
+            "(--ipc, -f, --batch_real, --batch_size, --batch_syn_max, --n_data) or --norm_type instance"
+        )
 
 
 def pixel_lr(lr_img: float, *, ipc: int, side: int, base_side: int) -> float:

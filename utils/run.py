@@ -49,7 +49,9 @@ class RunFolder:
         remedy = "--tag NAME keeps both runs, --restart deletes the old one"
         if not (self.path / OPTIONS).exists():
             raise UsageError(f"{self.path}: is not empty and no run folder; {remedy}")
-        there = files.read_json(self.path / OPTIONS).get("options", {})
+        there = files.read_json(self.path / OPTIONS).get("options")
+        if not isinstance(there, dict):
+            raise UserError(f"{self.path / OPTIONS}: holds no options; {remedy}")
         wanted = json.loads(json.dumps(identity(options)))
         differ = [f"--{k} {there.get(k)} there, {v} here" for k, v in wanted.items() if there.get(k) != v]
         if differ:
@@ -87,6 +89,8 @@ class RunFolder:
             self._cut_metrics(0)
             return None
         state = files.read_tensors(self.path / CHECKPOINT, "begin again with --restart")
+        if not isinstance(state, dict) or not isinstance(state.get("metrics_bytes"), int):
+            raise UserError(f"{self.path / CHECKPOINT}: is no checkpoint; begin again with --restart")
         self._cut_metrics(state["metrics_bytes"])
         return state
 

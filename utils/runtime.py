@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, first_line
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -36,6 +36,14 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         print(
             f"{name}: error: the GPU's memory is full; lower --batch_real, --batch_syn_max or --batch_size, "
             "or use --device cpu",
+            file=sys.stderr,
+        )
+        status = 1
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        print(
+            f"{name}: error: the memory is full ({first_line(error)}); lower --width, --size or batches",
             file=sys.stderr,
         )
         status = 1

@@ -1,0 +1,1 @@
+"""Figures, one script each: python3 -m figs.NAME --help."""
