@@ -210,7 +210,8 @@ class Job:
 
     def evaluate_at(self, it: int, state: State) -> Score:
         """Test the current set and log it."""
-        score = self.evaluate(lambda r: self.distilled(state), f"evaluating iteration {it}")
+        with self.progress.paused():
+            score = self.evaluate(lambda r: self.distilled(state), f"evaluating iteration {it}")
         state.accuracy = score.mean
         seconds = state.seconds + time.monotonic() - self.started
         self.folder.metric(iteration=it, **score.as_dict(), net=self.spec.name, seconds=round(seconds, 1))
@@ -311,7 +312,8 @@ def main(argv: Sequence[str]) -> int:
     parser = options.make_parser(CondenseOptions, __doc__ or "")
     resolved = options.resolve(parser.parse_given(argv))
     o = resolved.options
-    with messages(), Stopper(o.max_minutes) as stopper:
+    stopper = Stopper(o.max_minutes)
+    with messages():
         device = runtime.pick_device(o.device)
         dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
@@ -330,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
         warnings = check_sizes(o, dataset)
         about = {"command": shlex.join(["condense.py", *argv]), "device": runtime.device_name(device)}
         folder.create(o, {**about, "versions": runtime.versions()})
-        with logged_to(folder.path / "log.txt"):
+        with logged_to(folder.path / "log.txt"), stopper:
             log.info("%s on %s: %s", about["command"], about["device"], folder.path)
             for warning in warnings:
                 log.warning("%s", warning)

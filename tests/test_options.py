@@ -94,7 +94,8 @@ def test_published_flag_names_and_short_forms_parse_with_either_dash() -> None:
     names = (
         "niter inner_loop interval batch_real batch_syn_max lr_img mom_img metric match init decode_type aug_type "
         "mixup mixup_net n_data net_epoch epochs batch_size lr momentum weight_decay seed repeat tag depth width "
-        "norm_type net_type data_dir select image_folder results_dir device eval_every max_minutes dry_run factor ipc dataset"
+        "norm_type net_type data_dir select image_folder results_dir device eval_every max_minutes dry_run factor ipc "
+        "dataset"
     )
     known = make_parser(CondenseOptions, "").format_help()
     for name in names.split():

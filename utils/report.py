@@ -77,9 +77,23 @@ class Progress:
     def start_at(self, done: int) -> None:
         """Begin with units that an earlier process finished; they do not count for the pace."""
         self.done = self._from = done
-        self._bar.initial = self._bar.n = done
         self._started = time.monotonic()
-        self._bar.start_t = self._bar.last_print_t = time.time()
+        if not self._bar.disable:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
+            self._bar.start_t = self._bar.last_print_t = time.time()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Something else happens meanwhile, an evaluation say: its time does not count for the pace."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            elapsed = time.monotonic() - began
+            self._started += elapsed
+            if not self._bar.disable:
+                self._bar.start_t += elapsed
+                self._bar.last_print_t += elapsed
 
     def advance(self, count: int = 1) -> None:
         self.done += count
