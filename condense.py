@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from data import Dataset
 from models import NetSpec
 from utils import files, options, runtime
 from utils.augment import Augment
-from utils.errors import UsageError, UserError, first_line
+from utils.errors import UserError, first_line
 from utils.evaluation import Score, evaluate
-from utils.formation import decoded_count
+from utils.flags import make_parser
+from utils.formation import decode, decoded_count
 from utils.images import ImageSet
 from utils.matching import Comparison, Matcher
 from utils.options import CondenseOptions
 from utils.pixels import PixelSGD
 from utils.report import Progress, logged_to, messages, span
-from utils.run import RunFolder, folder_of
+from utils.run import RunFolder
 from utils.runtime import Draws, Stopped, Stopper
 from utils.selection import Context, select
 from utils.state import State
@@ -107,7 +108,7 @@ class Job:
             pixels = initial_pixels(
                 self.real, self.spec, o.init, ipc=o.ipc, factor=o.factor, draws=draws, raw=o.cluster_raw
             )
-            self.folder.save_pictures("initial", pixels, o)
+            self.save_pictures("initial", pixels)
         else:
             pixels = torch.zeros(self.real.classes, o.ipc, *self.real.images.shape[1:], device=self.device)
         lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=self.dataset.side, base_side=self.dataset.base_side)
@@ -138,36 +139,36 @@ class Job:
         now = time.monotonic()
         state.seconds, self.started = state.seconds + now - self.started, now
         self.folder.save_checkpoint(state.save())
-        self.save_result(state, finished=False)
-        self.folder.save_pictures("latest", state.pixels.pixels, self.o)
+        files.save_distilled(self.folder.path, state.pixels.pixels, self.card(state, finished=False))
+        self.save_pictures("latest", state.pixels.pixels)
 
-    def save_result(self, state: State, *, finished: bool, **scores: Score) -> None:
+    def save_pictures(self, when: str, pixels: Tensor) -> None:
+        stored = pixels.clamp(0, 1)
+        self.folder.save_pictures(when, stored, decode(stored, factor=self.o.factor, decode_type=self.o.decode_type))
+
+    def card(self, state: State, *, finished: bool) -> dict[str, object]:
+        """data.json: what the set is and how to use it."""
         o = self.o
-        files.save_distilled(
-            self.folder.path,
-            state.pixels.pixels,
-            {
-                "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with "
-                "factor and decode_type, then subtract mean and divide by std of normalization, per channel.",
-                "dataset": o.dataset,
-                "image_folder": o.image_folder,
-                "class_names": self.dataset.class_names,
-                "ipc": o.ipc,
-                "factor": o.factor,
-                "decode_type": o.decode_type,
-                "decoded_per_class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
-                "shape": list(state.pixels.pixels.shape[2:]),
-                "value_range": [0.0, 1.0],
-                "normalized": False,
-                "normalization": dict(zip(("mean", "std"), map(list, self.dataset.statistics), strict=True)),
-                "network": dataclasses.asdict(self.spec),
-                "settings": options.remaining_settings(o),
-                "outer_iterations": state.it,
-                "seconds": round(state.seconds, 1),
-                "finished": finished,
-                **{name: score.as_dict() for name, score in scores.items()},
-            },
-        )
+        return {
+            "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with factor "
+            "and decode_type, then subtract mean and divide by std of normalization, per channel.",
+            "dataset": o.dataset,
+            "image_folder": options.as_saved(o)["image_folder"],
+            "class_names": self.dataset.class_names,
+            "ipc": o.ipc,
+            "factor": o.factor,
+            "decode_type": o.decode_type,
+            "decoded_per_class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
+            "shape": list(state.pixels.pixels.shape[2:]),
+            "value_range": [0.0, 1.0],
+            "normalized": False,
+            "normalization": dict(zip(("mean", "std"), map(list, self.dataset.statistics), strict=True)),
+            "network": dataclasses.asdict(self.spec),
+            "settings": options.remaining_settings(o),
+            "outer_iterations": state.it,
+            "seconds": round(state.seconds, 1),
+            "finished": finished,
+        }
 
     # --- Around a step ------------------------------------------------------------------------------------------------
 
@@ -197,12 +198,12 @@ class Job:
         """Matching distance per class and inner step of this outer iteration. Raises UserError when it is no number."""
         o = self.o
         it, steps = (state.it + 1, state.step) if state.step else (state.it, o.inner_loop)  # counted from one
-        if not (torch.isfinite(state.losses).all() and torch.isfinite(state.pixels.pixels).all()):
+        if not all(torch.isfinite(x).all() for x in (state.losses, state.pixels.pixels, *state.net.parameters())):
             bad = [self.dataset.class_names[c] for c in (~torch.isfinite(state.losses)).nonzero().flatten().tolist()]
             raise UserError(
                 f"the matching loss is not a number in outer iteration {it}, inner step {steps}"
                 f"{', class ' + ', '.join(bad[:5]) if bad else ''}: lower --lr_img ({o.lr_img:g}) or --lr ({o.lr:g}) "
-                f"and begin again with --restart; {self.folder.path} keeps its last good state"
+                "and begin again with --restart; nothing of this state was saved"
             )
         return state.losses.mean().item() / steps
 
@@ -248,12 +249,12 @@ class Job:
         return coreset(self.real, self.spec, "random", ipc=self.o.ipc, draws=self.draws("random real", r))
 
     def finish(self, state: State) -> None:
-        """Save, evaluate once beside random real images, and say so."""
+        """Save, and evaluate once beside random real images."""
         self.save(state)
-        self.folder.save_pictures("final", state.pixels.pixels, self.o)
-        ours = self.evaluate_at(state.it, state)
+        self.save_pictures("final", state.pixels.pixels)
         random = self.evaluate(self.random_real, "evaluating random real images")
-        self.save_result(state, finished=True, accuracy=ours, random_real=random)
+        scores = {"accuracy": self.evaluate_at(state.it, state).as_dict(), "random_real": random.as_dict()}
+        files.write_json(self.folder.path / files.CARD, {**self.card(state, finished=True), **scores})
 
 
 def summary(folder: RunFolder) -> str:
@@ -274,12 +275,12 @@ def summary(folder: RunFolder) -> str:
 
 def check_sizes(o: CondenseOptions, dataset: Dataset) -> list[str]:
     """Compare the options with the data, which is read here. Raises UsageError; returns warnings about the rest."""
+    if not len(dataset.test):
+        raise UserError(f"{o.dataset}: has no test images")
     counts, warnings = dataset.train.counts, []
-    assert len(dataset.test)
-    smallest = min(range(len(counts)), key=counts.__getitem__)
-    name, have = dataset.class_names[smallest], counts[smallest]
-    if o.ipc > have:
-        raise UsageError(f"--ipc {o.ipc}: class {name} has only {have} training images; use --ipc {have} or less")
+    options.check_ipc(o.ipc, counts, dataset.class_names)
+    have = min(counts)
+    name = dataset.class_names[counts.index(have)]
     if o.init != "noise" and o.ipc * o.factor**2 > have:
         warnings.append(
             f"--ipc times -f squared is {o.ipc * o.factor**2}, class {name} has {have} images: some begin twice"
@@ -309,7 +310,7 @@ def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder
 
 def main(argv: Sequence[str]) -> int:
     """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
-    parser = options.make_parser(CondenseOptions, __doc__ or "")
+    parser = make_parser(CondenseOptions, __doc__ or "")
     resolved = options.resolve(parser.parse_given(argv))
     o = resolved.options
     stopper = Stopper(o.max_minutes)
@@ -320,31 +321,32 @@ def main(argv: Sequence[str]) -> int:
         options.check_factor(o.factor, dataset.side)
         decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
         options.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
-        folder = RunFolder(folder_of(o, spec.name))
+        folder, saved = RunFolder(options.run_folder(o, spec.name)), options.as_saved(o)
         if o.dry_run:
             print(describe(resolved, dataset, spec, folder))
             return 0
-        status = folder.check(o)
+        status = folder.check(saved, free=options.FREE, restart=o.restart)
         if status == "finished":
             log.info("this run is finished; --restart begins it again\n%s", summary(folder))
             return 0
 
         warnings = check_sizes(o, dataset)
-        about = {"command": shlex.join(["condense.py", *argv]), "device": runtime.device_name(device)}
-        folder.create(o, {**about, "versions": runtime.versions()})
+        about = runtime.session("condense.py", argv, device)
+        folder.create(saved, about, restart=o.restart)
         with logged_to(folder.path / "log.txt"), stopper:
             log.info("%s on %s: %s", about["command"], about["device"], folder.path)
             for warning in warnings:
                 log.warning("%s", warning)
             job = Job(o, dataset, spec, folder, stopper)
-            state = job.start()
             try:
                 with job.progress:
+                    state = job.start()
                     condense(job, state)
                 job.finish(state)
             except Stopped as stop:
                 job.save(state)
-                log.info("stopped (%s) and saved in %s; run the same command again to go on", stop, folder.path)
+                again = "the same command without --restart" if o.restart else "the same command again"
+                log.info("stopped (%s) and saved in %s; run %s to go on", stop, folder.path, again)
                 return stopper.status
             log.info("%s", summary(folder))
     return 0

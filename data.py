@@ -3,18 +3,20 @@
     dataset = Dataset("cifar10", device=device)
     dataset.train, dataset.test                 # ImageSet each, read when first used
 
-A new data set is one row of `DATASETS` and, unless torchvision has it, one function like `load_digits`.
+A new data set is one row of `DATASETS` here, with a function like `load_digits` unless torchvision has it, and one row
+of `DATASET_SETTINGS` in utils/presets.py, which may be empty.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from utils.report import Progress
 from utils.runtime import free_memory
 
 log = logging.getLogger("dream")
+T = TypeVar("T")
 
 DIGITS_SPLIT = 0  # scikit-learn's random_state of the digits' train/test split, whatever --seed says
 BLOCK = 512  # image files read at a time
@@ -259,11 +262,9 @@ class Folder:
 
     def shape(self, size: int | None) -> tuple[int, int]:
         """Channels (1 when every image is grey) and side. Without a size, all images must be squares of one size."""
-        modes, sizes = set(), set()
-        for path, _ in self.samples[True] + self.samples[False]:
-            with opened(path) as image:
-                modes.add(image.mode)
-                sizes.add(image.size)
+        samples = self.samples[True] + self.samples[False]
+        heads = [head for block in self._in_blocks(samples, mode_and_size, "looking at") for head in block]
+        modes, sizes = {mode for mode, _ in heads}, {size for _, size in heads}
         if size is None:
             if len(sizes) > 1:
                 some = ", ".join(f"{w} x {h}" for w, h in sorted(sizes)[:3])
@@ -274,7 +275,15 @@ class Folder:
                     f"--image_folder {self.root}: images are {width} x {height}; give --size PIXELS, 8 or more"
                 )
             size = width
-        return 1 if all(mode in ("1", "L", "LA") or mode.startswith("I") for mode in modes) else 3, size
+        return 1 if all(mode in ("1", "L", "LA") or mode.startswith("I;16") for mode in modes) else 3, size
+
+    def _in_blocks(self, samples: list[tuple[str, int]], read: Callable[[str], T], what: str) -> Iterator[list[T]]:
+        """Read files in threads, a block at a time, so that a bad one is reported before all the others are read."""
+        with ThreadPoolExecutor() as pool, Progress(len(samples), f"{what} {self.root}", "image") as progress:
+            for first in range(0, len(samples), BLOCK):
+                paths = [path for path, _ in samples[first : first + BLOCK]]
+                yield list(pool.map(read, paths))
+                progress.advance(len(paths))
 
     def load(self, train: bool, channels: int, side: int, device: torch.device) -> Split:
         """All images of a split as uint8, resized and centre-cropped to the side."""
@@ -287,13 +296,16 @@ class Folder:
                 "Give a smaller --size, or a folder with fewer images or classes"
             )
         images = torch.empty(len(samples), channels, side, side, dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool, Progress(len(samples), f"reading {self.root}", "image") as progress:
-            read = partial(read_image, channels=channels, side=side)
-            for first in range(0, len(samples), BLOCK):  # so that a bad file is reported before all the others are read
-                paths = [path for path, _ in samples[first : first + BLOCK]]
-                images[first : first + BLOCK] = torch.stack(list(pool.map(read, paths)))
-                progress.advance(len(paths))
+        read = partial(read_image, channels=channels, side=side)
+        for i, block in enumerate(self._in_blocks(samples, read, "reading")):
+            images[i * BLOCK : i * BLOCK + len(block)] = torch.stack(block)
         return images, torch.tensor([label for _, label in samples]), self.classes
+
+
+def mode_and_size(path: str) -> tuple[str, tuple[int, int]]:
+    """What an image file's header says."""
+    with opened(path) as image:
+        return image.mode, image.size
 
 
 def read_image(path: str, *, channels: int, side: int) -> Tensor:
@@ -301,6 +313,8 @@ def read_image(path: str, *, channels: int, side: int) -> Tensor:
     with opened(path) as image:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32-bit images have no fixed range")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         image = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))

@@ -14,7 +14,7 @@ from models.densenet import DenseNet
 from models.network import NORMS, Network
 from models.resnet import ResNet
 
-__all__ = ["FAMILIES", "NORMS", "Family", "NetSpec", "Network", "build", "resolve", "smallest_batch"]
+__all__ = ["FAMILIES", "NORMS", "Family", "NetSpec", "Network", "build", "resolve", "smallest_batch", "split_name"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class NetSpec:
         return f"{self.family}{self.depth}"
 
 
+def split_name(name: str) -> tuple[str, int | None]:
+    """`resnet18` -> ("resnet", 18), `convnet` -> ("convnet", None). Raises ValueError for an unknown family."""
+    match = re.fullmatch(r"([a-z_]+?)(\d+)?", name)
+    if not match or match[1] not in FAMILIES:
+        raise ValueError(
+            f"unknown network {name!r}: choose one of {', '.join(FAMILIES)}, with a depth if you like (resnet18)"
+        )
+    return match[1], int(match[2]) if match[2] else None
+
+
 def resolve(
     name: str,
     *,
@@ -68,20 +78,15 @@ def resolve(
 
     Raises ValueError, naming the choices, for an unknown name or a depth that contradicts the name's.
     """
-    match = re.fullmatch(r"([a-z_]+?)(\d+)?", name)
-    if not match or match[1] not in FAMILIES:
-        raise ValueError(
-            f"unknown network {name!r}: choose one of {', '.join(FAMILIES)}, with a depth if you like (resnet18)"
-        )
-    named = int(match[2]) if match[2] else None
+    family, named = split_name(name)
     if named is not None and depth is not None and named != depth:
         raise ValueError(f"network {name!r} has depth {named}, which contradicts depth {depth}")
-    family = FAMILIES[match[1]]
+    usual = FAMILIES[family]
     return NetSpec(
-        family=match[1],
-        depth=depth or named or family.depth,
-        width=width or family.width,
-        norm=norm or family.norm,
+        family=family,
+        depth=depth or named or usual.depth,
+        width=width or usual.width,
+        norm=norm or usual.norm,
         channels=channels,
         classes=classes,
         side=side,

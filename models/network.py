@@ -35,7 +35,7 @@ class Network(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """One (N, C, H, W) tensor per block, first block first. x: (N, C, H, W) normalised images."""
-        raise AssertionError("a network implements features()")
+        raise AssertionError(f"{type(self).__name__} does not implement features()")
 
     def pool(self, last: Tensor) -> Tensor:
         """What the classifier sees of the last features: all of them, unless a network averages first."""

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import condense
 from utils import options
-from utils.run import METRICS, folder_of
+from utils.flags import make_parser
+from utils.run import METRICS
 from utils.runtime import run_main
 
 # Accuracy in per cent at outer iterations, CIFAR-10, ipc 10, f = 2, as published (read off a curve, +-0.5).
@@ -37,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
     words = ["--reproduce", "-d", "cifar10", "-f", "2", "--ipc", "10", "--eval_every", "40", "--tag", "headline"]
     words += ["--image_folder", given.image_folder, "--max_minutes", given.minutes, *given.more]
     status = condense.main(words)
-    o = options.resolve(options.make_parser(options.CondenseOptions, "").parse_given(words)).options
+    o = options.resolve(make_parser(options.CondenseOptions, "").parse_given(words)).options
     spec = options.network(o, o.net_type, channels=3, classes=10, side=32)
-    print(table(folder_of(o, spec.name) / METRICS, o.select))
+    print(table(options.run_folder(o, spec.name) / METRICS, o.select))
     return status
 
 

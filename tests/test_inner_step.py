@@ -141,21 +141,28 @@ def test_other_draws_thin_out_to_other_synthetic_images() -> None:
 @pytest.mark.parametrize(
     ("bias", "fc", "expected"),
     [
-        (False, False, ["0.weight", "1.weight"]),
-        (True, False, ["0.weight", "1.weight", "0.bias", "1.bias"]),
-        (False, True, ["0.weight", "1.weight", "fc.weight"]),
-        (True, True, ["0.weight", "1.weight", "fc.weight", "0.bias", "1.bias", "fc.bias"]),
+        (False, False, {"0.0.weight", "1.0.weight"}),
+        (False, True, {"0.0.weight", "1.0.weight", "fc.weight"}),
+        (True, False, {f"{block}.{layer}.{kind}" for block in "01" for layer in "01" for kind in ("weight", "bias")}),
     ],
 )
-def test_bias_and_fc_add_what_they_say_and_norm_parameters_never_take_part(
-    bias: bool, fc: bool, expected: list[str]
+def test_biases_norm_layers_and_the_classifier_take_part_only_when_asked(
+    bias: bool, fc: bool, expected: set[str]
 ) -> None:
     net = network()
-    names = {
-        id(p): n.replace("blocks.", "").replace(".0.", ".").replace("classifier", "fc")
-        for n, p in net.named_parameters()
-    }
-    assert [names[id(p)] for p in matched_parameters(net, bias=bias, fc=fc)] == expected
+    names = {id(p): n.removeprefix("blocks.").replace("classifier", "fc") for n, p in net.named_parameters()}
+    assert {names[id(p)] for p in matched_parameters(net, bias=bias, fc=fc)} == expected
+    everything = matched_parameters(net, bias=True, fc=True)
+    assert {id(p) for p in everything} == {id(p) for p in net.parameters()} and len(everything) == len(names)
+
+
+def test_matching_leaves_the_running_statistics_of_batch_norm_alone() -> None:
+    real, net = real_set(), network("batch")
+    picks = torch.stack([real.starts[c] + torch.arange(6) for c in range(CLASSES)])
+    before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k}
+    matcher(1)(net, torch.rand(CLASSES, 2, 3, SIDE, SIDE, dtype=torch.float64), real, picks, Draws("cpu", 0))
+    assert before and all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_distances_are_those_of_hand_made_gradients() -> None:

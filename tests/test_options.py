@@ -7,7 +7,9 @@ import pytest
 
 from utils import options
 from utils.errors import UsageError
-from utils.options import DATASET_SETTINGS, PUBLISHED, CondenseOptions, TrainOptions, make_parser, pixel_lr, resolve
+from utils.flags import make_parser
+from utils.options import CondenseOptions, TrainOptions, pixel_lr, resolve
+from utils.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
 
 # dream.md's table, written out once more: what --reproduce has to show.
 COMMON = dict(
@@ -74,7 +76,7 @@ def test_a_flag_beats_every_preset(dataset: str) -> None:
 
 
 def test_every_preset_option_has_such_a_value_above() -> None:
-    layers = [*DATASET_SETTINGS.values(), options.REPRODUCE, options.exceptions("mnist", 2, 1)]
+    layers = [*DATASET_SETTINGS.values(), REPRODUCE, exceptions("mnist", 2, 1)]
     assert {name for layer in layers for name in layer} <= set(OTHER)
 
 
@@ -146,7 +148,26 @@ def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -
     assert (o.epochs, o.depth, o.net_type, o.eval_aug_type) == (33, 2, ["convnet"], "color_crop_scale_rotate")
     assert o.results_dir == "results"
     assert training("--epochs", "5").epochs == 5
-    other = training("-n", "resnet10", "densenet")
-    assert (other.net_type, other.depth) == (["resnet10", "densenet"], None)
+    shape = {"channels": 1, "classes": 10, "side": 28}
+
+    def networks(*argv: str) -> list[tuple[str, int]]:
+        given = make_parser(TrainOptions, "").parse_given(argv)
+        found = options.networks(training(*argv), given, card, **shape)
+        return [(spec.name, spec.width) for spec in found]
+
+    assert networks() == [("convnet2", 128)]
+    assert networks("-n", "convnet", "resnet10", "convnet3") == [("convnet2", 128), ("resnet10", 64), ("convnet3", 128)]
+    assert networks("-n", "resnet", "--depth", "18", "--width", "8") == [("resnet18", 8)]
     with pytest.raises(UsageError, match=r"--factor 3: the set's data.json says 2"):
         training("-f", "3")
+
+
+def test_a_preset_s_depth_and_width_concern_its_own_family_only() -> None:
+    assert parsed("-n", "resnet10").depth is None
+    published = parsed("--reproduce", "-d", "cifar10", "-n", "resnet_ap10")
+    assert (published.depth, published.width, published.norm_type, published.niter) == (None, None, None, 2000)
+    deeper = parsed("--reproduce", "-d", "cifar10", "-n", "convnet4")
+    assert (deeper.depth, deeper.width) == (None, 128)
+    assert parsed("-n", "convnet").depth == parsed().depth == 2
+    with pytest.raises(UsageError, match="--net_type: unknown network 'lenet'"):
+        parsed("-n", "lenet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -10,16 +11,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 import condense
+import models
 import train
+from data import Dataset
+from tests.oracle import PublishedPixels
 from utils import files
+from utils.augment import Augment
 from utils.errors import UsageError, UserError
 from utils.run import RunFolder
+from utils.runtime import Draws
+from utils.selection import Context, select
+from utils.synthetic import initial_pixels
+from utils.training import Recipe, fresh_network, update_network
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(
@@ -91,9 +101,10 @@ def test_metrics_are_one_json_object_per_event(finished: Path) -> None:
 
 
 def test_options_json_says_what_ran_where(finished: Path) -> None:
-    about = json.loads((finished / "options.json").read_text())
-    assert about["options"]["niter"] == 3 and about["options"]["seed"] == 0
-    assert about["versions"]["torch"] == torch.__version__ and "git_commit" in about["versions"]
+    found = json.loads((finished / "options.json").read_text())
+    assert found["options"]["niter"] == 3 and found["options"]["seed"] == 0 and "data_dir" in found["options"]
+    about = found["sessions"][0]
+    assert about["versions"]["torch"] == torch.__version__ and "git_commit" in about["versions"] and about["started"]
     assert "CPU" in about["device"] and about["command"].startswith("condense.py")
 
 
@@ -105,6 +116,42 @@ def test_the_same_command_gives_the_same_file_bit_for_bit_and_another_seed_does_
     assert without_time(metrics(again)) == without_time(metrics(finished))
     other = run(tmp_path / "other", "--eval_every", "2", "--seed", "1")
     assert (other / "data.pt").read_bytes() != (finished / "data.pt").read_bytes()
+
+
+def test_the_main_loop_is_the_published_algorithm(tmp_path: Path) -> None:
+    """Two outer iterations of condense.py against the naive loop: when it selects, clamps, renews and keeps what."""
+    argv = [*TINY, "--niter", "2", "--lr_img", "0.2", "--batch_syn_max", "128"]
+    data = run(tmp_path, *argv) / "data.pt"
+    dataset = Dataset("digits", device=torch.device("cpu"))
+    real, normalize = dataset.train, dataset.normalize
+    spec = models.resolve("convnet", channels=1, classes=10, side=8, depth=2, width=8)
+
+    def draws(purpose: str, *position: int) -> Draws:
+        return Draws("cpu", 0, purpose, *position)
+
+    start = initial_pixels(real, spec, "kmeans", ipc=2, factor=2, draws=draws("init"), raw=False)
+    published = PublishedPixels(start, lr=0.2 * 2 / 10, momentum=0.5)
+    update = Recipe(batch_size=8, augment=Augment("color_crop"), mixup="cut")
+    clamped = 0
+    for it in range(2):
+        net = fresh_network(spec, draws("network", it))
+        sgd = update.optimizer(net)
+        clamped += int(((published.pixels < 0) | (published.pixels > 1)).sum())
+        published.pixels.data.clamp_(0, 1)
+        for step in range(4):
+            if step in (0, 2):
+                picks = select(Context(net, real, draws("select", it, step)), 8, strategy="kmeans")
+            augment = Augment("color_crop_cutout")
+            published.inner_step(
+                net, real, picks, augment.draw_shared(10, draws("match", it, step)),
+                factor=2, names=augment.names, metric="mse", match="grad", normalize=normalize,
+            )  # fmt: skip
+            update_network(net, sgd, real, update, n_data=16, draws=draws("update", it, step))
+    assert clamped > 50  # so that a clamp at another moment would show
+    images, _ = torch.load(data, weights_only=True)
+    expected = published.pixels.detach().clamp(0, 1).flatten(0, 1)
+    assert (expected - start.flatten(0, 1)).abs().max() > 0.1
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 11])
@@ -152,6 +199,25 @@ def test_a_stop_during_an_evaluation_loses_nothing(
     folder = tmp_path / "digits" / finished.name
     assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
     assert without_time(metrics(folder)) == without_time(metrics(finished))
+
+
+@pytest.mark.parametrize("evaluation", [3, 4])
+def test_a_stop_during_the_last_two_evaluations_does_not_log_twice(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
+) -> None:
+    argv = [*TINY, "--results_dir", str(tmp_path), "--eval_every", "2"]
+    with monkeypatch.context() as patch:
+        original, count = condense.Job.evaluate, itertools.count(1)
+
+        def evaluate(job: condense.Job, *rest: Any) -> object:
+            if next(count) == evaluation:
+                job.stopper.signal = signal.SIGTERM
+            return original(job, *rest)
+
+        patch.setattr(condense.Job, "evaluate", evaluate)
+        assert condense.main(argv) == 128 + signal.SIGTERM
+    assert condense.main(argv) == 0
+    assert without_time(metrics(tmp_path / "digits" / finished.name)) == without_time(metrics(finished))
 
 
 def test_a_finished_run_says_so_and_computes_nothing(
@@ -209,7 +275,8 @@ def test_a_signal_in_the_middle_loses_nothing(finished: Path, tmp_path: Path, nu
     out, err = process.communicate(timeout=60)
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number, err
-        assert "run the same command again to go on" in out and err == ""
+        assert "run the same command again to go on" in out
+        assert err == "SIGINT: finishing this step and saving; again to stop at once\n"
     again = subprocess.run(command(tmp_path, "--eval_every", "2"), capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
@@ -295,7 +362,7 @@ def test_train_takes_several_networks_and_keeps_earlier_results(
         assert train.main([str(finished), "--epochs", "1", "--repeat", "1", "--json", *argv]) == 0
     assert last_json(capsys)["net"] == "resnet10"
     written = json.loads((finished / "eval.json").read_text())["results"]
-    assert [r["net"] for r in written] == ["convnet3", "resnet10"]
+    assert [r["net"] for r in written] == ["convnet2", "resnet10"]
     (finished / "eval.json").unlink()
 
 

@@ -47,8 +47,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_nothing_imports_a_script(path: Path) -> None:
-    allowed = SCRIPTS - {"condense"} if name(path).startswith("figs") else set()
-    assert not imports(path) & (SCRIPTS - allowed)
+    assert not imports(path) & SCRIPTS
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "models"], ids=name)
@@ -70,8 +69,8 @@ def test_numeric_parts_import_torch_models_and_each_other_only(path: Path) -> No
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_only_the_scripts_and_the_options_know_the_command_line(path: Path) -> None:
-    knows = {"argparse", "utils.options"} & imports(path)
-    assert not knows or name(path) in SCRIPTS | {"utils.options", "utils.run"} or path.parent.name == "figs"
+    knows = {"argparse", "utils.options", "utils.flags"} & imports(path)
+    assert not knows or name(path) in SCRIPTS | {"utils.options", "utils.flags"} or path.parent.name == "figs"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

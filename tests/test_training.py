@@ -7,11 +7,12 @@ import torch
 
 import models
 from models import Network
+from tests.oracle import naive_epoch
 from utils.augment import Augment
 from utils.evaluation import Score, evaluate
 from utils.images import ImageSet, Normalize
 from utils.runtime import Draws
-from utils.training import Recipe, accuracy, batches, cutmix, fresh_network, train_network, update_network
+from utils.training import Recipe, accuracy, batches, cutmix, fresh_network, train_epoch, train_network, update_network
 
 NORMALIZE = Normalize((0.0,), (1.0,))
 SPEC = models.resolve("convnet", channels=1, classes=2, side=8, depth=2, width=8)
@@ -36,7 +37,7 @@ def test_a_network_learns_an_easy_task() -> None:
 
 
 def test_accuracy_counts_every_test_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.training.chunk_size", lambda device: 7)
+    monkeypatch.setattr("utils.training.chunk_size", lambda device, side: 7)
     test = easy_set(50, 1)
     net = fresh_network(SPEC, Draws("cpu", 0))
     net.classifier.weight.data.zero_()
@@ -54,6 +55,9 @@ def test_the_rate_falls_to_a_fifth_at_two_thirds_and_five_sixths(monkeypatch: py
     monkeypatch.setattr("utils.training.train_epoch", train_epoch)
     train_network(SPEC, easy_set(8, 0), recipe(epochs=12), Draws("cpu", 0))
     assert rates == pytest.approx([0.01] * 8 + [0.002] * 2 + [0.0004] * 2)
+    rates.clear()
+    train_network(SPEC, easy_set(8, 0), recipe(epochs=1), Draws("cpu", 0))
+    assert rates == [0.01]
 
 
 def test_the_same_draws_train_the_same_network_bit_for_bit() -> None:
@@ -93,6 +97,8 @@ def test_a_single_left_over_image_joins_the_batch_before_it() -> None:
     assert [len(b) for b in batches(torch.arange(9), 4)] == [4, 5]
     assert [len(b) for b in batches(torch.arange(10), 4)] == [4, 4, 2]
     assert [len(b) for b in batches(torch.arange(1), 4)] == [1]
+    assert [len(b) for b in batches(torch.arange(3), 1)] == [1, 1, 1]
+    assert batches(torch.arange(0), 4) == []
 
 
 def test_cutmix_pastes_a_box_of_the_named_image_and_knows_its_area() -> None:
@@ -112,13 +118,47 @@ def test_cutmix_pastes_a_box_of_the_named_image_and_knows_its_area() -> None:
     assert min(shares) < 0.5 and max(shares) > 0.9
 
 
-def test_without_cutmix_the_loss_is_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.training.cutmix", lambda *a: pytest.fail("CutMix was not asked for"))
-    train_network(SPEC, easy_set(8, 0), recipe(epochs=20), Draws("cpu", 0))
+@pytest.mark.parametrize("mixup", ["cut", "vanilla"])
+def test_an_epoch_equals_plain_sgd_image_by_image(mixup: str) -> None:
+    """Augmentation per image, CutMix with its area-weighted loss, momentum, weight decay: against loops in float64."""
+    augment = Augment("color_crop_flip")
+    train = easy_set(20, 0)
+    train.images = train.images.double()
+    settings = recipe(augment=augment, mixup=mixup, batch_size=6, lr=0.1, momentum=0.8, weight_decay=0.05)
+    net, naive = (fresh_network(SPEC, Draws("cpu", 1)).double() for _ in range(2))
+    sgd = settings.optimizer(net)
+    velocity: dict[str, torch.Tensor] = {}
+    for epoch in range(3):
+        train_epoch(net, sgd, train, torch.arange(20), settings, Draws("cpu", epoch))
+        naive_epoch(naive, velocity, train, settings, Draws("cpu", epoch))
+    for ours, theirs in zip(net.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
-def test_repeats_are_different_trainings_and_a_score_carries_n() -> None:
+@pytest.mark.parametrize(("mixup", "low", "high"), [("cut", 80, 120), ("vanilla", 0, 0)])
+def test_half_of_the_batches_are_mixed_or_none(
+    monkeypatch: pytest.MonkeyPatch, mixup: str, low: int, high: int
+) -> None:
+    mixed: list[int] = []
+
+    def count(x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, float]:
+        mixed.append(len(x))
+        return x, y, 1.0
+
+    monkeypatch.setattr("utils.training.cutmix", count)
+    train_network(SPEC, easy_set(8, 0), recipe(epochs=100, batch_size=4, mixup=mixup), Draws("cpu", 0))
+    assert low <= len(mixed) <= high
+
+
+def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+    nets: list[Network] = []
+
+    def remember(net: Network, test: ImageSet) -> float:
+        nets.append(net)
+        return 0.0
+
+    monkeypatch.setattr("utils.evaluation.accuracy", remember)
 
     def training_set(r: int) -> ImageSet:
         seen.append(r)
@@ -126,6 +166,7 @@ def test_repeats_are_different_trainings_and_a_score_carries_n() -> None:
 
     score = evaluate(SPEC, training_set, easy_set(40, 9), recipe(epochs=1), repeat=3, seed=0)
     assert seen == [0, 1, 2] and score.n == 3
+    assert len({net.classifier.weight[0, 0].item() for net in nets}) == 3
 
 
 def test_a_score_s_spread_is_the_sample_deviation_and_unknown_for_one() -> None:

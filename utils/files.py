@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from utils.errors import UserError, first_line
 
+log = logging.getLogger("dream")
+
 DATA, CARD = "data.pt", "data.json"
+OVERSHOOT = 0.25  # beyond [0, 1] that others' sets may show: the published loop does not clamp before it saves
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -38,6 +42,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def make_folder(path: Path) -> None:
+    """Raises UserError when the folder cannot be made or written into."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / ".probe", b"")
+        (path / ".probe").unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --results_dir") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -108,12 +122,14 @@ def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
     if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise refuse(f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
     low, high = images.min().item(), images.max().item()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails, too
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # NaN fails, too
         raise refuse(f"pixels range from {low:.3g} to {high:.3g}, which looks normalised or damaged")
+    if low < 0 or high > 1:
+        log.warning("%s: pixels range from %.3g to %.3g; clamped to [0, 1]", file, low, high)
     if labels.min() < 0:
         raise refuse(f"a label is {labels.min().item()}")
     card_file = file.with_name(CARD)
-    card = read_json(card_file) if card_file.exists() else None
+    card = read_card(card_file) if card_file.exists() else None
     return images.float().clamp(0, 1), labels.long(), card
 
 
@@ -155,7 +171,11 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
     """The run folder with the newest data.pt that fits. Raises UserError when there is none."""
     fitting = []
     for file in results.glob(f"{dataset or '*'}/*/{DATA}"):
-        card = read_json(file.with_name(CARD)) if file.with_name(CARD).exists() else {}
+        try:
+            card = read_json(file.with_name(CARD)) if file.with_name(CARD).exists() else {}
+        except UserError as error:
+            log.warning("%s; passed over", str(error).split(";")[0])
+            continue
         if factor in (None, card.get("factor")) and ipc in (None, card.get("ipc")):
             fitting.append(file)
     if not fitting:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one class's real and synthetic images are compared. bias, fc: gradients matched beside the conv weights."""
+    """How one class's real and synthetic images are compared; for bias and fc see `matched_parameters`."""
 
     metric: str = "mse"
     bias: bool = False
@@ -76,17 +77,26 @@ def class_loss(net: Network, images: Tensor, label: int) -> Tensor:
 
 
 def matched_parameters(net: Network, *, bias: bool, fc: bool) -> list[Tensor]:
-    """The weights of all convolutions; with `fc` the classifier's as well; with `bias` the biases of those layers.
+    """The weights of all convolutions; with `bias` also their biases and the norm layers' parameters; with `fc` the
+    classifier's weight, and its bias if both."""
+    found: list[Tensor] = [p for p in net.parameters() if p.dim() == 4 or (bias and p.dim() == 1)]
+    classifier = list(net.classifier.parameters())
+    found = [p for p in found if all(p is not own for own in classifier)]
+    return found + [p for p in classifier if fc and (bias or p.dim() == 2)]
 
-    Norm parameters never take part.
-    """
-    layers: list[nn.Module] = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    if fc:
-        layers.append(net.classifier)
-    found: list[Tensor] = [layer.get_parameter("weight") for layer in layers]
-    if bias:
-        found += [layer.get_parameter("bias") for layer in layers if layer.bias is not None]
-    return found
+
+@contextmanager
+def frozen_statistics(net: Network) -> Iterator[None]:
+    """Batch norm normalises by the batch but remembers nothing: a batch of one class says little of all images."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,8 @@ class Matcher:
                 syn = syn[draws.permutation(len(syn))[: self.batch_syn_max]]
             syn = self.augment(real.normalize(syn), shared[c])
             wanted = self.augment(real.normalize(real.images[picks[c]]), shared[c])
-            loss = distance(net, wanted, syn, c, self.comparison)
+            with frozen_statistics(net):
+                loss = distance(net, wanted, syn, c, self.comparison)
             gradients.append(torch.autograd.grad(loss, stored)[0])
             distances.append(loss.detach())
         return torch.stack(distances), torch.stack(gradients)

@@ -1,148 +1,46 @@
-"""The command lines: every flag once, the data sets' settings once, and how they are laid over each other.
+"""The command lines: every flag once, and how flags, presets and defaults are laid over each other.
 
 Precedence is default < the data set's settings (and --reproduce) < flag. A flag that the user gave is never changed.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import models
 from utils import augment, formation, matching, selection, training
 from utils.errors import UsageError, UserError
+from utils.flags import augmentation, flag, initialisation, integer, make_parser, number, tag
+from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions
 
 RESULTS_DIR = "results"
-
-# Settings of each data set, laid over the defaults; the published ones are those of Liu et al. (ICCV 2023).
-# lr_img holds at ipc 10, see `pixel_lr`. Digits and folders are not in the paper: digits is tuned for minutes on a CPU.
-DATASET_SETTINGS: dict[str, dict[str, Any]] = {
-    "mnist": dict(metric="l1", lr_img=1e-4, n_data=500),
-    # The published code scales this rate by an accidental (28/32)^2. Kept, so that the step is the published one.
-    "fashion": dict(metric="l1", lr_img=1e-4 * (28 / 32) ** 2, n_data=500),
-    "svhn": dict(metric="mse", lr_img=5e-3, n_data=500),
-    "cifar10": dict(metric="mse", lr_img=5e-3, n_data=2000),
-    "cifar100": dict(metric="mse", lr_img=5e-3, n_data=2000),
-    "digits": dict(depth=2, lr_img=5e-3, n_data=128, niter=10, inner_loop=20, batch_real=32, epochs=300, repeat=3),
-    "folder": dict(),
-}
-PUBLISHED = ("mnist", "fashion", "svhn", "cifar10", "cifar100")
-
-# What --reproduce adds: the published budget and protocol, whatever the defaults become.
-REPRODUCE: dict[str, Any] = dict(
-    niter=2000, inner_loop=100, interval=10, batch_real=128, batch_syn_max=128, mom_img=0.5, match="grad",
-    select="kmeans", init="kmeans", net_type="convnet", depth=3, width=128, norm_type="instance",
-    aug_type="color_crop_cutout", mixup_net="cut", net_epoch=1, epochs=1000, batch_size=64, lr=0.01, momentum=0.9,
-    weight_decay=5e-4, mixup="cut",
-)  # fmt: skip
-
-REAL_EPOCHS = 100  # of train.py --real: a thousand are for sets of a few images
 PLACES = ("data_dir", "results_dir", "device")  # where to compute, not what
+FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce")  # may differ when a run goes on
 OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
-EVALUATION_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
-
-
-def exceptions(dataset: str, factor: int, ipc: int) -> dict[str, Any]:
-    """The two published settings that depend on more than the data set."""
-    if dataset == "svhn" and factor == 1 and ipc == 1:
-        return dict(mixup="vanilla")
-    if dataset == "mnist" and factor > 1:
-        return dict(
-            aug_type="color_crop", mixup_net="vanilla", mixup="vanilla", eval_aug_type="color_crop_scale_rotate"
-        )
-    return {}
-
-
-# --- Values -----------------------------------------------------------------------------------------------------------
-
-
-def integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return value
-
-    return parse
-
-
-def number(least: float = 0.0, *, below: float = math.inf, open_end: bool = False) -> Callable[[str], float]:
-    """least <= value < below; with open_end, least < value."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (least < value if open_end else least <= value) or not value < below:
-            low = f"above {least:g}" if open_end else f"of {least:g} or more"
-            high = "" if below == math.inf else f" and below {below:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {low}{high}")
-        return value
-
-    return parse
-
-
-def augmentation(text: str) -> str:
-    try:
-        augment.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def initialisation(text: str) -> str:
-    """`mix` is the published name of k-means initialisation with a factor above 1."""
-    name = "kmeans" if text == "mix" else text
-    if name not in ("kmeans", "random", "noise"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of kmeans, random, noise")
-    return name
-
-
-def tag(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} becomes part of a folder name: use up to 100 letters, digits, '.', '_', '-'"
-        )
-    return text
-
-
-def flag(
-    default: Any,
-    *names: str,
-    help: str,
-    group: str,
-    parse: Callable[[str], Any] = str,
-    choices: Sequence[str] | None = None,
-    metavar: str | None = None,
-    nargs: str | None = None,
-) -> Any:
-    """A dataclass field that is also a command-line flag; a default of False makes a switch."""
-    metadata = dict(names=names, help=help, group=group, parse=parse, choices=choices, metavar=metavar, nargs=nargs)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-GROUPS = (
-    "data", "synthetic set", "what to train on", "budget", "selection", "matching", "network", "network training",
-    "evaluation", "run",
-)  # fmt: skip
-
 # One name per group of --help, so that the lines below say the rest.
-_data, _synthetic, _subject, _budget, _selection, _matching, _network, _training, _evaluation, _run = (
-    partial(flag, group=group) for group in GROUPS
-)
+_data = partial(flag, group="data")
+_synthetic = partial(flag, group="synthetic set")
+_subject = partial(flag, group="what to train on")
+_budget = partial(flag, group="budget")
+_selection = partial(flag, group="selection")
+_matching = partial(flag, group="matching")
+_network = partial(flag, group="network")
+_training = partial(flag, group="network training")
+_evaluation = partial(flag, group="evaluation")
+_run = partial(flag, group="run")
+
+
+def per_family(setting: str) -> str:
+    """The default of depth, width or norm for every network, for --help."""
+    found = ", ".join(f"{name} {getattr(family, setting)}" for name, family in models.FAMILIES.items())
+    own = DATASET_SETTINGS["digits"].get(setting)
+    return found if own is None else f"{found}; convnet {own} for digits"
 
 
 # fmt: off
@@ -163,17 +61,18 @@ class Options:
     seed: int = _run(0, parse=integer(0), metavar="N",
         help="every random draw derives from it; 0 is a seed like any other")
     depth: int | None = _network(None, parse=integer(1), metavar="N",
-        help="blocks of a ConvNet, layers of the others (default: convnet 3, resnet 10, densenet 121)")
+        help=f"blocks of a ConvNet, layers of the others (default: {per_family('depth')})")
     width: int | None = _network(None, parse=integer(1), metavar="CHANNELS",
-        help="channels of a ConvNet, of a ResNet's first stage, growth of a DenseNet (default: 128, 64, 12)")
+        help=f"channels of a ConvNet, of a ResNet's first stage, growth of a DenseNet (default: {per_family('width')})")
     norm_type: str | None = _network(None, choices=models.NORMS,
-        help="normalisation layers (default: instance for convnet and resnet_ap, batch for resnet and densenet)")
+        help=f"normalisation layers (default: {per_family('norm')})")
     lr: float = _training(0.01, parse=number(open_end=True), metavar="RATE",
         help="learning rate of networks, while distilling and in evaluation")
     momentum: float = _training(0.9, parse=number(below=1), metavar="M", help="momentum of networks")
     weight_decay: float = _training(5e-4, parse=number(), metavar="W", help="weight decay of networks")
     epochs: int = _evaluation(1000, parse=integer(1), metavar="N",
-        help=f"epochs of an evaluation training (default: 1000; digits 300; train.py --real {REAL_EPOCHS})")
+        help=f"epochs of an evaluation training (default: 1000; {DATASET_SETTINGS['digits']['epochs']} for digits; "
+             f"{REAL_EPOCHS} for train.py --real)")
     batch_size: int = _evaluation(64, parse=integer(1), metavar="IMAGES",
         help="mini-batch of an evaluation training")
     mixup: str = _evaluation("cut", choices=training.MIXUPS,
@@ -215,7 +114,7 @@ class CondenseOptions(Options):
         help="cluster un-normalised images, as the published code does; everything else normalises")
     match: str = _matching("grad", choices=tuple(matching.OBJECTIVES), help="match gradients or mean features")
     metric: str = _matching("mse", choices=tuple(matching.METRICS), help="distance per layer, summed over layers")
-    bias: bool = _matching(False, help="match the gradients of biases as well")
+    bias: bool = _matching(False, help="match the gradients of biases and norm layers as well")
     fc: bool = _matching(False, help="match the gradient of the classifier as well")
     aug_type: str = _matching("color_crop_cutout", parse=augmentation, metavar="NAMES",
         help="augmentation while matching; the network update uses it without cutout under CutMix")
@@ -255,61 +154,18 @@ class TrainOptions(Options):
 # fmt: on
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, `-` for `_` in flag names, and a guess at what a misspelt flag meant."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Only what the user gave."""
-        words = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
-        given, unknown = self.parse_known_args(words)
-        for word in unknown:
-            name = word.split("=")[0]
-            close = difflib.get_close_matches(name, self._option_string_actions, 1)
-            self.error(f"unknown option {name}" + (f" (did you mean {close[0]}?)" if close else ""))
-        return vars(given)
+def as_saved(options: CondenseOptions) -> dict[str, Any]:
+    """All options as options.json holds them; the folder's path is absolute, so that it can be compared."""
+    found = dataclasses.asdict(options)
+    if options.image_folder is not None:
+        found["image_folder"] = str(Path(options.image_folder).resolve())
+    return found
 
 
-def make_parser(kind: type[Options], description: str) -> Parser:
-    """The parser of an options class. Absent flags stay absent, so that defaults and settings can fill them."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    fields = dataclasses.fields(kind)
-    used = {field.metadata["group"] for field in fields}
-    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
-    for field in fields:
-        meta = field.metadata
-        group = groups[meta["group"]]
-        positional = field.name == "run"
-        names = [field.name] if positional else [*meta["names"], f"--{field.name}"]
-        text = meta["help"].replace("%", "%%")
-        if field.default is False:
-            group.add_argument(*names, action="store_true", help=text)
-            continue
-        if field.default is not None and "default" not in text:
-            text += f" (default: {default_text(field)})"
-        nargs = "?" if positional else meta["nargs"]
-        group.add_argument(
-            *names, type=meta["parse"], choices=meta["choices"], metavar=meta["metavar"], nargs=nargs, help=text
-        )
-    return parser
-
-
-def default_text(field: dataclasses.Field[Any]) -> str:
-    """The default, and the data sets that have another one."""
-    others: dict[str, list[str]] = {}
-    for dataset, settings in DATASET_SETTINGS.items():
-        if field.name in settings and settings[field.name] != field.default:
-            others.setdefault(
-                f"{settings[field.name]:.4g}" if field.name == "lr_img" else str(settings[field.name]), []
-            ).append(dataset)
-    return "; ".join([str(field.default), *(f"{value} for {', '.join(names)}" for value, names in others.items())])
+def run_folder(options: CondenseOptions, network: str) -> Path:
+    """results/<dataset>/<net>_f<f>_ipc<n>[_<tag>]"""
+    name = f"{network}_f{options.factor}_ipc{options.ipc}" + (f"_{options.tag}" if options.tag else "")
+    return Path(options.results_dir) / options.dataset / name
 
 
 # --- Resolution -------------------------------------------------------------------------------------------------------
@@ -339,6 +195,8 @@ def resolve(given: dict[str, Any]) -> Resolved:
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, layer in layers:
+        if layer is not given and layer is not first and "net_type" in given:
+            layer = suited(layer, given["net_type"])
         values.update(layer)
         origin.update(dict.fromkeys(layer, name))
     options = CondenseOptions(**values)
@@ -346,8 +204,32 @@ def resolve(given: dict[str, Any]) -> Resolved:
     return Resolved(options, origin)
 
 
-def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None, source: Path) -> TrainOptions:
+NETWORK = ("net_type", "depth", "width", "norm_type")
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """Family and depth of a network's name. Raises UsageError for an unknown family."""
+    try:
+        return models.split_name(name)
+    except ValueError as error:
+        raise UsageError(f"--net_type: {error}") from None
+
+
+def suited(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Settings as far as they concern the network of that name: a ConvNet's depth and width say nothing of a ResNet."""
+    found = {k: v for k, v in settings.items() if k not in NETWORK}
+    family, depth = split_name(name)
+    if family == split_name(settings.get("net_type") or "convnet")[0]:
+        found |= {k: settings[k] for k in NETWORK[1:] if k in settings and not (k == "depth" and depth)}
+    return found
+
+
+def resolve_training(
+    given: dict[str, Any], card: Mapping[str, Any] | None, source: Path, *, ipc: int | None = None
+) -> TrainOptions:
     """train.py's flags to complete options. card: the set's data.json, which knows its settings; source: its path.
+
+    ipc: images per class of a set without a card.
 
     Raises UsageError for a flag that contradicts the card, and for combinations that make no sense.
     """
@@ -356,13 +238,10 @@ def resolve_training(given: dict[str, Any], card: Mapping[str, Any] | None, sour
         for name in OF_THE_SET:
             if name in given and given[name] != card[name] and name != "image_folder":
                 raise UsageError(f"--{name} {given[name]}: the set's data.json says {card[name]}; leave the flag out")
-        own = _settings_of(card, source)
-        if "net_type" in given:  # depth, width and norm belonged to the network that distilled
-            own = {k: v for k, v in own.items() if k not in ("depth", "width", "norm_type")}
-        values.update(own)
+        values.update(_settings_of(card, source))
     else:
         values["dataset"] = given.get("dataset", "folder" if "image_folder" in given else values["dataset"])
-        peculiar = exceptions(values["dataset"], given.get("factor") or 1, given.get("ipc") or 10)
+        peculiar = exceptions(values["dataset"], given.get("factor") or 1, given.get("ipc") or ipc or 10)
         for layer in (
             DATASET_SETTINGS[values["dataset"]],
             peculiar,
@@ -401,7 +280,7 @@ def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 def remaining_settings(options: CondenseOptions) -> dict[str, Any]:
     """What data.json keeps under `settings`: all but what it says of the set itself, and of places."""
-    return {k: v for k, v in dataclasses.asdict(options).items() if k not in OF_THE_SET and k not in PLACES}
+    return {k: v for k, v in dataclasses.asdict(options).items() if k not in (*FREE, *OF_THE_SET)}
 
 
 def check_common(options: Options) -> None:
@@ -412,6 +291,14 @@ def check_common(options: Options) -> None:
         raise UsageError("--image_folder: digits comes with scikit-learn; leave -d out to use the folder")
     if options.size is not None and options.dataset != "folder":
         raise UsageError(f"--size: only for folders of one's own; {options.dataset} has a fixed image size")
+
+
+def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
+    """Raises UsageError when a class has fewer images than are asked for."""
+    smallest = min(counts)
+    if ipc > smallest:
+        name = names[counts.index(smallest)]
+        raise UsageError(f"--ipc {ipc}: class {name} has only {smallest} training images; use --ipc {smallest} or less")
 
 
 def check_factor(factor: int, side: int) -> None:
@@ -458,6 +345,27 @@ def evaluation_recipe(options: Options, *, flip: bool) -> training.Recipe:
         weight_decay=options.weight_decay,
         epochs=options.epochs,
     )
+
+
+def networks(
+    options: TrainOptions,
+    given: Mapping[str, Any],
+    card: Mapping[str, Any] | None,
+    *,
+    channels: int,
+    classes: int,
+    side: int,
+) -> list[models.NetSpec]:
+    """train.py's networks; each takes the flags given, and of the set's own settings those that concern it."""
+    found = []
+    own = {k: getattr(options, k) for k in NETWORK[1:] if k not in given}
+    distilled_with = card["settings"].get("net_type") if card else None
+    for name in options.net_type or ["convnet"]:
+        concerned = suited({**own, "net_type": distilled_with}, name)
+        settings: dict[str, Any] = {k: concerned.get(k) for k in own}
+        apart = dataclasses.replace(options, **settings)
+        found.append(network(apart, name, channels=channels, classes=classes, side=side))
+    return found
 
 
 def network(options: Options, name: str, *, channels: int, classes: int, side: int) -> models.NetSpec:

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from utils import files, pictures
 from utils.errors import UsageError, UserError
-from utils.formation import decode
-from utils.options import PLACES, CondenseOptions
 
 OPTIONS, METRICS, LOG, CHECKPOINT = "options.json", "metrics.jsonl", "log.txt", "checkpoint.pt"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints at most, plus one inner step
-
-# Options that may differ when a run goes on: they say where and how long to compute, not what.
-FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce")
-
-
-def folder_of(options: CondenseOptions, network: str) -> Path:
-    """results/<dataset>/<net>_f<f>_ipc<n>[_<tag>]"""
-    name = f"{network}_f{options.factor}_ipc{options.ipc}" + (f"_{options.tag}" if options.tag else "")
-    return Path(options.results_dir) / options.dataset / name
-
-
-def identity(options: CondenseOptions) -> dict[str, Any]:
-    """The options that a resumed run must share with the first one."""
-    found = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
-    if options.image_folder is not None:
-        found["image_folder"] = str(Path(options.image_folder).resolve())
-    return found
 
 
 class RunFolder:
@@ -42,9 +25,12 @@ class RunFolder:
         self.path = path
         self._saved = time.monotonic()
 
-    def check(self, options: CondenseOptions) -> str:
-        """`new`, `started` or `finished`. Raises UsageError when the folder belongs to another command."""
-        if options.restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+    def check(self, options: dict[str, Any], *, free: Collection[str], restart: bool) -> str:
+        """`new`, `started` or `finished`. Raises UsageError when the folder belongs to another command.
+
+        free: names of the options that may differ from those of the run in the folder.
+        """
+        if restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return "new"
         remedy = "--tag NAME keeps both runs, --restart deletes the old one"
         if not (self.path / OPTIONS).exists():
@@ -52,27 +38,27 @@ class RunFolder:
         there = files.read_json(self.path / OPTIONS).get("options")
         if not isinstance(there, dict):
             raise UserError(f"{self.path / OPTIONS}: holds no options; {remedy}")
-        wanted = json.loads(json.dumps(identity(options)))
-        differ = [f"--{k} {there.get(k)} there, {v} here" for k, v in wanted.items() if there.get(k) != v]
+        differ = [
+            f"--{k} {there.get(k)} there, {v} here"
+            for k, v in json.loads(json.dumps(options)).items()
+            if k not in free and there.get(k) != v
+        ]
         if differ:
             raise UsageError(f"{self.path}: belongs to another command ({'; '.join(differ)}); {remedy}")
         card = self.path / files.CARD
         return "finished" if card.exists() and files.read_json(card).get("finished") else "started"
 
-    def create(self, options: CondenseOptions, about: dict[str, Any]) -> None:
-        """Make the folder and options.json. Raises UserError when it cannot be written."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if options.restart:
-                for name in (OPTIONS, METRICS, LOG, CHECKPOINT, files.DATA, files.CARD, "eval.json"):
-                    (self.path / name).unlink(missing_ok=True)
-                for picture in [*self.path.glob("stored_*.png"), *self.path.glob("decoded_*.png")]:
-                    picture.unlink()
-            files.write_json(self.path / OPTIONS, {"options": identity(options), **about})
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another --results_dir"
-            ) from error
+    def create(self, options: dict[str, Any], session: dict[str, Any], *, restart: bool) -> None:
+        """Make the folder and options.json, which lists every session. Raises UserError when it cannot be written."""
+        files.make_folder(self.path)
+        if restart:
+            for name in (OPTIONS, METRICS, LOG, CHECKPOINT, files.DATA, files.CARD, "eval.json"):
+                (self.path / name).unlink(missing_ok=True)
+            for picture in [*self.path.glob("stored_*.png"), *self.path.glob("decoded_*.png")]:
+                picture.unlink()
+        file = self.path / OPTIONS
+        sessions = files.read_json(file).get("sessions", []) if file.exists() else []
+        files.write_json(file, {"options": options, "sessions": [*sessions, session]})
 
     # --- Checkpoints and metrics --------------------------------------------------------------------------------------
 
@@ -109,9 +95,7 @@ class RunFolder:
 
     # --- Results ------------------------------------------------------------------------------------------------------
 
-    def save_pictures(self, when: str, pixels: Any, options: CondenseOptions) -> None:
-        """stored_<when>.png and decoded_<when>.png. pixels: (classes, ipc, C, H, W)."""
-        shown = pixels.detach().clamp(0, 1)
-        files.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(shown))
-        decoded = decode(shown[:, : pictures.COLUMNS], factor=options.factor, decode_type=options.decode_type)
+    def save_pictures(self, when: str, stored: Tensor, decoded: Tensor) -> None:
+        """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1]."""
+        files.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
         files.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))

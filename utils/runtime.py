@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         print(f"{name}: error: {error.filename or 'a file'}: {error.strerror or error}{hint}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{name}: stopped {stop}".rstrip(), file=sys.stderr)
         status = 130
     sys.exit(status)
 
@@ -75,9 +76,10 @@ def keep_freed_memory() -> None:
     mallopt(top_pad, 2**28)
 
 
-def chunk_size(device: torch.device) -> int:
+def chunk_size(device: torch.device, side: int) -> int:
     """Images per forward pass where nothing is learned: few stay in a CPU's cache, many fill a GPU."""
-    return 1024 if device.type == "cuda" else 64
+    pixels = 2**20 if device.type == "cuda" else 2**16
+    return max(1, min(pixels // side**2, 1024))
 
 
 def pick_device(name: str) -> torch.device:
@@ -165,8 +167,10 @@ class Stopper:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("at once; the same command goes on from what was saved last")
         self.signal = signal.Signals(number)
+        again = "; again to stop at once" if number == signal.SIGINT else ""
+        print(f"{self.signal.name}: finishing this step and saving{again}", file=sys.stderr)
 
     def check(self, *, signals_only: bool = False) -> None:
         """Raise Stopped if there is a reason; with `signals_only` the time limit is none."""
@@ -181,8 +185,18 @@ class Stopper:
         return 0 if self.signal is None else 128 + self.signal.value
 
 
+def session(program: str, argv: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What ran, when, on what, for the files that it leaves."""
+    return {
+        "command": shlex.join([program, *argv]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "device": device_name(device),
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
-    """Versions and the code's own commit, for the files that a run leaves."""
+    """Versions, and the code's own commit."""
     import numpy
     import sklearn
     import torchvision

@@ -36,6 +36,8 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     for c in range(real.classes):
         have = real.counts[c]
         within = choose(context, c, min(count, have))
+        if have < count:  # let chance say which images come twice
+            within = within[context.draws.permutation(have)]
         turns = torch.arange(count, device=real.device) % len(within)
         rows.append(real.starts[c] + within[turns])
     return torch.stack(rows)
@@ -59,11 +61,14 @@ STRATEGIES: dict[str, Callable[[Context, int, int], Tensor]] = {"kmeans": kmeans
 def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
     """Images (N, C, H, W) as they lie on the device -> (N, D) embeddings, chunk by chunk.
 
-    In evaluation mode: with batch norm an image's embedding must not depend on its neighbours in a chunk.
+    In evaluation mode: with batch norm an image's embedding must not depend on its neighbours in a chunk. (Running
+    statistics come from the network updates alone, so before the first update batch norm does not normalise.)
     """
     training = net.training
     net.eval()
-    found = torch.cat([net.embed(prepare(chunk)) for chunk in images.split(chunk_size(images.device))])
+    found = torch.cat(
+        [net.embed(prepare(chunk)) for chunk in images.split(chunk_size(images.device, images.shape[-1]))]
+    )
     net.train(training)
     return found
 

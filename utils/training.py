@@ -58,7 +58,7 @@ def train_network(
     """A fresh network trained on the whole set; the rate falls to a fifth at 2/3 and again at 5/6 of the epochs."""
     net = fresh_network(spec, draws)
     sgd = recipe.optimizer(net)
-    falls = [2 * recipe.epochs // 3, 5 * recipe.epochs // 6]
+    falls = [epoch for epoch in (2 * recipe.epochs // 3, 5 * recipe.epochs // 6) if epoch > 0]
     schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, falls, gamma=0.2)
     everything = torch.arange(len(train), device=train.device)
     for _ in range(recipe.epochs):
@@ -89,8 +89,8 @@ def train_epoch(
 
 def batches(index: Tensor, size: int) -> list[Tensor]:
     """`index` in pieces of `size`; a last piece of one image joins its neighbour, since batch norm needs two."""
-    pieces = list(index.split(size))
-    if len(pieces) > 1 and len(pieces[-1]) == 1:
+    pieces = list(index.split(size)) if len(index) else []
+    if size > 1 and len(pieces) > 1 and len(pieces[-1]) == 1:
         pieces[-2:] = [torch.cat(pieces[-2:])]
     return pieces
 
@@ -117,7 +117,7 @@ def accuracy(net: Network, test: ImageSet) -> float:
     """Per cent of the test images that the network classifies correctly."""
     net.eval()
     right = torch.zeros((), dtype=torch.int64, device=test.device)
-    for index in torch.arange(len(test), device=test.device).split(chunk_size(test.device)):
+    for index in torch.arange(len(test), device=test.device).split(chunk_size(test.device, test.side)):
         x, y = test.batch(index)
         right += (net(x).argmax(1) == y).sum()
     return 100 * right.item() / len(test)

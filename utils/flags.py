@@ -1,0 +1,146 @@
+"""Command-line flags from the fields of a dataclass: values that are checked, help by group, errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from utils import augment
+from utils.errors import UsageError
+from utils.presets import DATASET_SETTINGS
+
+GROUPS = (
+    "data", "synthetic set", "what to train on", "budget", "selection", "matching", "network", "network training",
+    "evaluation", "run",
+)  # fmt: skip
+
+
+def integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return value
+
+    return parse
+
+
+def number(least: float = 0.0, *, below: float = math.inf, open_end: bool = False) -> Callable[[str], float]:
+    """least <= value < below; with open_end, least < value."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value if open_end else least <= value) or not value < below:
+            low = f"above {least:g}" if open_end else f"of {least:g} or more"
+            high = "" if below == math.inf else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {low}{high}")
+        return value
+
+    return parse
+
+
+def augmentation(text: str) -> str:
+    try:
+        augment.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def initialisation(text: str) -> str:
+    """`mix` is the published name of k-means initialisation with a factor above 1."""
+    name = "kmeans" if text == "mix" else text
+    if name not in ("kmeans", "random", "noise"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of kmeans, random, noise")
+    return name
+
+
+def tag(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} becomes part of a folder name: use up to 100 letters, digits, '.', '_', '-'"
+        )
+    return text
+
+
+def flag(
+    default: Any,
+    *names: str,
+    help: str,
+    group: str,
+    parse: Callable[[str], Any] = str,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    nargs: str | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line flag; a default of False makes a switch."""
+    metadata = dict(names=names, help=help, group=group, parse=parse, choices=choices, metavar=metavar, nargs=nargs)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, `-` for `_` in flag names, and a guess at what a misspelt flag meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Only what the user gave."""
+        words = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+        given, unknown = self.parse_known_args(words)
+        for word in unknown:
+            name = word.split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, 1)
+            self.error(f"unknown option {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+        return vars(given)
+
+
+def make_parser(kind: type[Any], description: str) -> Parser:
+    """The parser of an options class. Absent flags stay absent, so that defaults and settings can fill them."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    fields = dataclasses.fields(kind)
+    used = {field.metadata["group"] for field in fields}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
+    for field in fields:
+        meta = field.metadata
+        group = groups[meta["group"]]
+        positional = field.name == "run"
+        names = [field.name] if positional else [*meta["names"], f"--{field.name}"]
+        text = meta["help"].replace("%", "%%")
+        if field.default is False:
+            group.add_argument(*names, action="store_true", help=text)
+            continue
+        if field.default is not None and "default" not in text:
+            text += f" (default: {default_text(field)})"
+        nargs = "?" if positional else meta["nargs"]
+        group.add_argument(
+            *names, type=meta["parse"], choices=meta["choices"], metavar=meta["metavar"], nargs=nargs, help=text
+        )
+    return parser
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default, and the data sets that have another one."""
+    others: dict[str, list[str]] = {}
+    for dataset, settings in DATASET_SETTINGS.items():
+        if field.name in settings and settings[field.name] != field.default:
+            others.setdefault(
+                f"{settings[field.name]:.4g}" if field.name == "lr_img" else str(settings[field.name]), []
+            ).append(dataset)
+    return "; ".join([str(field.default), *(f"{value} for {', '.join(names)}" for value, names in others.items())])
