@@ -13,7 +13,7 @@ DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "svhn": dict(metric="mse", lr_img=5e-3, n_data=500),
     "cifar10": dict(metric="mse", lr_img=5e-3, n_data=2000),
     "cifar100": dict(metric="mse", lr_img=5e-3, n_data=2000),
-    "digits": dict(depth=2, lr_img=5e-3, n_data=128, niter=10, inner_loop=20, batch_real=32, epochs=300, repeat=3),
+    "digits": dict(depth=2, lr_img=5e-3, n_data=128, niter=10, inner_loop=20, batch_real=32, epochs=300),
     "folder": dict(),
 }
 PUBLISHED = ("mnist", "fashion", "svhn", "cifar10", "cifar100")
