@@ -99,23 +99,24 @@ class Info:
 MNIST_FILES = [
     f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 ]
-TORCHVISION = {
-    "mnist": partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES),
-    "fashion": partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
-    "svhn": partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"]),
-    "cifar10": partial(from_torchvision, "CIFAR10", "", ["cifar-10-python.tar.gz"]),
-    "cifar100": partial(from_torchvision, "CIFAR100", "", ["cifar-100-python.tar.gz"]),
-}
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
 
 DATASETS = {
     #              classes, channels, side, mean, std, flip, load
-    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), False, TORCHVISION["mnist"]),
-    "fashion": Info(10, 1, 28, (0.2861,), (0.3530,), True, TORCHVISION["fashion"]),
-    "svhn": Info(10, 3, 32, *SVHN, False, TORCHVISION["svhn"]),
-    "cifar10": Info(10, 3, 32, *CIFAR, True, TORCHVISION["cifar10"]),
-    "cifar100": Info(100, 3, 32, *CIFAR, True, TORCHVISION["cifar100"]),
+    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), False, partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES)),
+    "fashion": Info(
+        10,
+        1,
+        28,
+        (0.2861,),
+        (0.3530,),
+        True,
+        partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
+    ),
+    "svhn": Info(10, 3, 32, *SVHN, False, partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"])),
+    "cifar10": Info(10, 3, 32, *CIFAR, True, partial(from_torchvision, "CIFAR10", "", ["cifar-10-python.tar.gz"])),
+    "cifar100": Info(100, 3, 32, *CIFAR, True, partial(from_torchvision, "CIFAR100", "", ["cifar-100-python.tar.gz"])),
     "digits": Info(10, 1, 8, (0.3053,), (0.3758,), False, load_digits),
 }
 FOLDER_BASE_SIDE = 32  # at which the default pixel rate holds for folders of one's own

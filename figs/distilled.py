@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
 def draw(rows: list[torch.Tensor], names: list[str], out: Path) -> None:
     """rows: one (n, C, H, W) tensor in [0, 1] per class."""
     columns = max(len(row) for row in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(0.8 * columns + 1.2, 0.8 * len(rows)), squeeze=False)
+    margin = 0.3 + 0.09 * max(map(len, names))  # inches, for the names
+    width, height = margin + 0.8 * columns, 0.8 * len(rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False)
     for row, name, line in zip(rows, names, axes, strict=True):
         for i, axis in enumerate(line):
             axis.set_xticks([])
@@ -54,9 +56,7 @@ def draw(rows: list[torch.Tensor], names: list[str], out: Path) -> None:
             else:
                 axis.axis("off")
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
-    figure.subplots_adjust(
-        left=1.2 / (0.8 * columns + 1.2), right=0.99, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06
-    )
+    figure.subplots_adjust(left=margin / width, right=0.99, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

@@ -1,4 +1,4 @@
-"""The networks, by name. A new one is one class with `features` and one row of `FAMILIES`."""
+"""The networks, by name. A new one is one class with a stem, stages and a classifier, and one row of `FAMILIES`."""
 
 from __future__ import annotations
 

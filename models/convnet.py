@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from models.network import Network, norm2d
 
@@ -26,12 +26,6 @@ class ConvNet(Network):
             padding = 1 + (padded - side) // 2 if i == 0 else 1
             conv = nn.Conv2d(channels if i == 0 else width, width, 3, padding=padding)
             blocks.append(nn.Sequential(conv, norm2d(norm, width), nn.ReLU(), nn.AvgPool2d(2)))
-        self.blocks = nn.ModuleList(blocks)
+        self.stem = nn.Identity()
+        self.stages = nn.ModuleList(blocks)
         self.classifier = nn.Linear(width * (padded >> depth) ** 2, classes)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        found = []
-        for block in self.blocks:
-            x = block(x)  # (N, width, S, S), S halves at every block
-            found.append(x)
-        return found

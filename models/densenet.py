@@ -53,16 +53,8 @@ class DenseNet(Network):
             if i == len(LAYOUTS[depth]) - 1:
                 layers += [norm2d(norm, fan), nn.ReLU()]
             blocks.append(nn.Sequential(*layers))
-        self.blocks = nn.ModuleList(blocks)
+        self.stages = nn.ModuleList(blocks)
         self._add_classifier(channels, side, classes)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        found = []
-        for block in self.blocks:
-            x = block(x)
-            found.append(x)
-        return found
 
     def pool(self, last: Tensor) -> Tensor:
         return last.mean((2, 3))

@@ -29,13 +29,20 @@ def norm2d(kind: str, channels: int) -> nn.Module:
 
 
 class Network(nn.Module):
-    """Base class. A subclass sets `classifier` and implements `features`; the rest follows from those two."""
+    """A stem, stages in a row, and a linear classifier: what every network here consists of and offers."""
 
+    stem: nn.Module
+    stages: nn.ModuleList
     classifier: nn.Linear
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """One (N, C, H, W) tensor per block, first block first. x: (N, C, H, W) normalised images."""
-        raise AssertionError(f"{type(self).__name__} does not implement features()")
+        """One (N, C, H, W) tensor per stage, first stage first. x: (N, C, H, W) normalised images."""
+        x = self.stem(x)
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return found
 
     def pool(self, last: Tensor) -> Tensor:
         """What the classifier sees of the last features: all of them, unless a network averages first."""

@@ -69,13 +69,5 @@ class ResNet(Network):
         self.stages = nn.ModuleList(stages)
         self._add_classifier(channels, side, classes)
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        found = []
-        for stage in self.stages:
-            x = stage(x)
-            found.append(x)
-        return found
-
     def pool(self, last: Tensor) -> Tensor:
         return last.mean((2, 3))

@@ -28,6 +28,7 @@ from data import Dataset
 from tests.files import Pixels, image_folder, noise, save
 from utils.errors import UsageError, UserError
 from utils.images import ImageSet, Normalize, to_unit
+from utils.presets import PUBLISHED
 
 CPU = torch.device("cpu")
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -235,7 +236,7 @@ def test_files_that_are_there_are_read_without_network(
     assert asked == []
 
 
-@pytest.mark.parametrize("name", data.TORCHVISION)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_table_row_matches_the_published_shape(name: str) -> None:
     classes, channels, side = {
         "mnist": (10, 1, 28), "fashion": (10, 1, 28), "svhn": (10, 3, 32), "cifar10": (10, 3, 32),

@@ -150,7 +150,7 @@ def test_biases_norm_layers_and_the_classifier_take_part_only_when_asked(
     bias: bool, fc: bool, expected: set[str]
 ) -> None:
     net = network()
-    names = {id(p): n.removeprefix("blocks.").replace("classifier", "fc") for n, p in net.named_parameters()}
+    names = {id(p): n.removeprefix("stages.").replace("classifier", "fc") for n, p in net.named_parameters()}
     assert {names[id(p)] for p in matched_parameters(net, bias=bias, fc=fc)} == expected
     everything = matched_parameters(net, bias=True, fc=True)
     assert {id(p) for p in everything} == {id(p) for p in net.parameters()} and len(everything) == len(names)
