@@ -61,10 +61,13 @@ def test_messages_reach_the_screen_and_the_log_file(tmp_path: Path, capsys: pyte
     with messages(), logged_to(tmp_path / "log.txt"):
         log.info("hello")
         log.warning("careful")
+    with pytest.raises(ValueError, match="broken"), logged_to(tmp_path / "log.txt"):
+        raise ValueError("broken")
     log.info("after")
     assert capsys.readouterr().out == "hello\nwarning: careful\n"
     text = (tmp_path / "log.txt").read_text()
-    assert "INFO    hello" in text and "WARNING careful" in text and "after" not in text
+    assert "INFO    hello" in text and "WARNING careful" in text and "ERROR   ValueError: broken" in text
+    assert "after" not in text
 
 
 def test_a_grid_has_a_row_per_class_and_enlarges_small_images(tmp_path: Path) -> None:

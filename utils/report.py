@@ -46,12 +46,16 @@ def messages() -> Iterator[None]:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Append the program's messages to a file as well, with the time."""
+    """Append the program's messages to a file as well, with the time, and the error that ends the block, if one does."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
     try:
         yield
+    except BaseException as error:  # the caller shows it on the screen
+        what = f"{type(error).__name__}: {error}"
+        handler.handle(logging.LogRecord(log.name, logging.ERROR, "", 0, what, None, None))
+        raise
     finally:
         log.removeHandler(handler)
         handler.close()
