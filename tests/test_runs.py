@@ -342,7 +342,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 
 def test_train_evaluates_the_newest_set_and_names_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["--results_dir", str(finished.parent.parent), "--json"]) == 0
+    assert train.main(["--device", "cpu", "--results_dir", str(finished.parent.parent), "--json"]) == 0
     out = capsys.readouterr().out
     assert str(finished) in out
     found = json.loads(out.splitlines()[-1])
@@ -359,7 +359,7 @@ def test_train_takes_several_networks_and_keeps_earlier_results(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argv in (["-n", "convnet", "resnet10", "--width", "4"], ["-n", "resnet10", "--width", "4"]):
-        assert train.main([str(finished), "--epochs", "1", "--repeat", "1", "--json", *argv]) == 0
+        assert train.main(["--device", "cpu", str(finished), "--epochs", "1", "--repeat", "1", "--json", *argv]) == 0
     assert last_json(capsys)["net"] == "resnet10"
     written = json.loads((finished / "eval.json").read_text())["results"]
     assert [r["net"] for r in written] == ["convnet2", "resnet10"]
@@ -371,10 +371,10 @@ def test_train_picks_by_data_set_factor_and_ipc(tmp_path: Path, capsys: pytest.C
     older = run(tmp_path, *quick, "--ipc", "1", "-f", "1")
     run(tmp_path, *quick)
     few = ["--results_dir", str(tmp_path), "--epochs", "1", "--repeat", "1"]
-    assert train.main([*few, "-d", "digits", "-f", "1", "--ipc", "1"]) == 0
+    assert train.main(["--device", "cpu", *few, "-d", "digits", "-f", "1", "--ipc", "1"]) == 0
     assert str(older) in capsys.readouterr().out
     with pytest.raises(UserError, match="no distilled set with data set digits, factor 7"):
-        train.main([*few, "-d", "digits", "-f", "7"])
+        train.main(["--device", "cpu", *few, "-d", "digits", "-f", "7"])
 
 
 def test_a_bare_data_pt_is_evaluated_as_described(
@@ -383,7 +383,7 @@ def test_a_bare_data_pt_is_evaluated_as_described(
     bare = tmp_path / "theirs.pt"
     bare.write_bytes((finished / "data.pt").read_bytes())
     few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--json"]
-    assert train.main([str(bare), "-d", "digits", "-f", "2", *few]) == 0
+    assert train.main(["--device", "cpu", str(bare), "-d", "digits", "-f", "2", *few]) == 0
     found = last_json(capsys)
     assert (found["images_per_class"], found["decoded_per_class"]) == (2, 8)
 
@@ -393,7 +393,7 @@ def test_real_images_are_the_bounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], count: float
 ) -> None:
     few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--results_dir", str(tmp_path), "--json"]
-    assert train.main([*argv, *few]) == 0
+    assert train.main(["--device", "cpu", *argv, *few]) == 0
     found = last_json(capsys)
     assert found["images_per_class"] == pytest.approx(count)
     assert len(list(tmp_path.glob("digits/*/eval.json"))) == 1
@@ -412,5 +412,5 @@ def test_an_own_folder_goes_through_both_commands(tmp_path: Path, capsys: pytest
     assert "--batch_real is 8, class dog has 6 images" in out
     card = json.loads((tmp_path / "r/folder/convnet3_f2_ipc2/data.json").read_text())
     assert card["class_names"] == ["cat", "dog"] and len(card["normalization"]["mean"]) == 3
-    assert train.main(["--results_dir", str(tmp_path / "r"), "--json"]) == 0
+    assert train.main(["--device", "cpu", "--results_dir", str(tmp_path / "r"), "--json"]) == 0
     assert last_json(capsys)["accuracy_mean"] == card["accuracy"]["accuracy_mean"]

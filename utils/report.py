@@ -46,7 +46,7 @@ def messages() -> Iterator[None]:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Append the program's messages to a file as well, with the time, and the error that ends the block, if one does."""
+    """Append the program's messages to a file as well, with the time, and the error that ends the block if one does."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)

@@ -171,7 +171,7 @@ class Stopper:
         self.signal = signal.Signals(number)
         again = "; again to stop at once" if number == signal.SIGINT else ""
         # Not print: the signal may have come in the middle of one, which must not be entered twice.
-        os.write(sys.stderr.fileno(), f"{self.signal.name}: finishing this step and saving{again}\n".encode())
+        os.write(2, f"{self.signal.name}: finishing this step and saving{again}\n".encode())
 
     def check(self, *, signals_only: bool = False) -> None:
         """Raise Stopped if there is a reason; with `signals_only` the time limit is none."""
