@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,8 +121,13 @@ class Job:
             picks=torch.zeros(self.real.classes, o.batch_real, dtype=torch.int64, device=self.device),
             losses=torch.zeros(self.real.classes, device=self.device),
         )
-        if saved is None:
-            return state
+        if saved is not None:
+            self.restore(state, saved)
+        self.progress.start_at(state.it * o.inner_loop + state.step)
+        return state
+
+    def restore(self, state: State, saved: dict[str, Any]) -> None:
+        """Take over a checkpoint. Raises UserError when it does not fit."""
         try:
             state.restore(saved)
         except (KeyError, RuntimeError, ValueError) as error:
@@ -129,9 +135,7 @@ class Job:
             raise UserError(
                 f"{self.folder.path}: the checkpoint does not fit this run ({reason}); --restart"
             ) from error
-        self.progress.start_at(state.it * o.inner_loop + state.step)
-        log.info("going on after outer iteration %d, inner step %d of %d", state.it, state.step, o.inner_loop)
-        return state
+        log.info("going on after outer iteration %d, inner step %d of %d", state.it, state.step, self.o.inner_loop)
 
     def save(self, state: State) -> None:
         """Checkpoint, data.pt and pictures of now. Never saves a state that has gone wrong."""
