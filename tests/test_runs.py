@@ -296,6 +296,15 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_a_process_killed_in_a_write_leaves_is_taken_over(tmp_path: Path) -> None:
+    folder = tmp_path / "digits" / "convnet2_f2_ipc2"
+    folder.mkdir(parents=True)
+    for name in (".probe", ".options.json.part", ".checkpoint.pt.part"):
+        (folder / name).write_bytes(b"half a")
+    run(tmp_path, "--niter", "1")
+    assert not list(folder.glob(".*"))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half a file")

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import pickle
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,19 @@ OVERSHOOT = 0.25  # beyond [0, 1] that others' sets may show: the published loop
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: after a crash at any moment it holds the old content or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace a file in one step: after a crash at any moment it holds the old content or the new one.
+
+    What a killed process leaves is one hidden file beside it, which the next write takes over.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:

@@ -30,7 +30,8 @@ class RunFolder:
 
         free: names of the options that may differ from those of the run in the folder.
         """
-        if restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        # Hidden files do not count: a process killed before its options.json was complete leaves such.
+        if restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*"))):
             return "new"
         remedy = "--tag NAME keeps both runs, --restart deletes the old one"
         if not (self.path / OPTIONS).exists():
