@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from data import Dataset
-from models import NetSpec
+from models import NetSpec, Network, forward_flop
 from utils import files, options, runtime
 from utils.augment import Augment
+from utils.device import Compute, peak_memory, pick_device, set_precision
 from utils.errors import UserError, first_line
 from utils.evaluation import Score, evaluate
 from utils.flags import make_parser
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
-from utils.matching import Comparison, Matcher
+from utils.matching import Matcher, MatchingStep
+from utils.objectives import Comparison
 from utils.options import CondenseOptions
 from utils.pixels import PixelSGD
 from utils.report import Progress, logged_to, messages, span
@@ -36,31 +38,28 @@ from utils.runtime import Draws, Stopped, Stopper
 from utils.selection import Context, select
 from utils.state import State
 from utils.synthetic import coreset, initial_pixels, training_images
-from utils.training import Recipe, fresh_network, update_network
+from utils.training import Recipe, Trainer, fresh_network, update_network
 
 log = logging.getLogger("dream")
 
 
 def condense(job: Job, state: State) -> None:
     """Bring the state from wherever it is to the last outer iteration (Algorithm 1). Raises Stopped on request."""
-    o, real = job.o, job.real
+    o = job.o
     while state.it < o.niter:
         it, step = state.it, state.step
         if step == 0:
             if o.eval_every and it % o.eval_every == 0:
                 job.evaluate_at(it, state)
-            state.begin_iteration(fresh_network(job.spec, job.draws("network", it)), job.update)
+            state.begin_iteration(fresh_network(job.spec, job.draws("network", it)))
         if step % o.interval == 0:
-            context = Context(state.net, real, job.draws("select", it, step), raw=o.cluster_raw)
-            state.picks = select(context, o.batch_real, strategy=o.select)  # (classes, batch_real)
+            context = job.context(state.net, job.draws("select", it, step))
+            state.picks.copy_(select(context, o.batch_real, strategy=o.select))  # (classes, batch_real)
 
-        draws = job.draws("match", it, step)
-        losses, gradients = job.match(state.net, state.pixels.lookahead(), real, state.picks, draws)
-        state.pixels.step(gradients)
-        draws = job.draws("update", it, step)
-        update_network(state.net, state.sgd, real, job.update, n_data=o.n_data, draws=draws)
+        # (classes,), on the device: reading them at every step would stall a GPU.
+        state.losses += state.match(state.picks, job.draws("match", it, step))
+        update_network(state.trainer, n_data=o.n_data, draws=job.draws("update", it, step))
 
-        state.losses += losses  # (classes,), on the device: reading them at every step would stall a GPU
         state.advance(o.inner_loop)
         job.after_step(state)
 
@@ -69,18 +68,25 @@ class Job:
     """One command's fixed parts, and what happens around the steps: reports, evaluations, files."""
 
     def __init__(
-        self, o: CondenseOptions, dataset: Dataset, spec: NetSpec, folder: RunFolder, stopper: Stopper
+        self,
+        o: CondenseOptions,
+        dataset: Dataset,
+        spec: NetSpec,
+        folder: RunFolder,
+        stopper: Stopper,
+        compute: Compute,
     ) -> None:
         self.o, self.dataset, self.spec, self.folder, self.stopper = o, dataset, spec, folder, stopper
         self.device = dataset.device
         self.real, self.test = dataset.train, dataset.test
-        self.match = Matcher(
-            objective=o.match,
-            comparison=Comparison(metric=o.metric, bias=o.bias, fc=o.fc),
+        self.compute = compute
+        self.matcher = Matcher(
+            how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
             factor=o.factor,
             decode_type=o.decode_type,
             batch_syn_max=o.batch_syn_max,
             augment=Augment(o.aug_type),
+            compute=compute,
         )
         self.update = Recipe(
             batch_size=o.batch_real,
@@ -99,25 +105,28 @@ class Job:
     def draws(self, purpose: str, *position: int) -> Draws:
         return Draws(self.device, self.o.seed, purpose, *position)
 
+    def context(self, net: Network, draws: Draws) -> Context:
+        """What representatives are selected from."""
+        return Context(net, self.real, draws, self.compute.cheapest(), raw=self.o.cluster_raw, kmeans=self.o.kmeans)
+
     # --- State --------------------------------------------------------------------------------------------------------
 
     def start(self) -> State:
         """The state to go on from: the last checkpoint's, or the initial one, with its pictures."""
         o, saved = self.o, self.folder.load_checkpoint()
         if saved is None:
-            draws = self.draws("init")
-            pixels = initial_pixels(
-                self.real, self.spec, o.init, ipc=o.ipc, factor=o.factor, draws=draws, raw=o.cluster_raw
-            )
+            net = fresh_network(self.spec, draws := self.draws("init"))
+            pixels = initial_pixels(self.context(net, draws), o.init, ipc=o.ipc, factor=o.factor)
             self.save_pictures("initial", pixels)
         else:
             pixels = torch.zeros(self.real.classes, o.ipc, *self.real.images.shape[1:], device=self.device)
         lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=self.dataset.side, base_side=self.dataset.base_side)
         net = fresh_network(self.spec, self.draws("network", 0))
+        sgd = PixelSGD(pixels, lr=lr, momentum=o.mom_img)
         state = State(
-            pixels=PixelSGD(pixels, lr=lr, momentum=o.mom_img),
-            net=net,
-            sgd=self.update.optimizer(net),
+            pixels=sgd,
+            trainer=Trainer([net], [self.real], self.update, self.compute),
+            match=MatchingStep(self.matcher, net, sgd, self.real),
             picks=torch.zeros(self.real.classes, o.batch_real, dtype=torch.int64, device=self.device),
             losses=torch.zeros(self.real.classes, device=self.device),
         )
@@ -227,12 +236,19 @@ class Job:
         o = self.o
         with Progress(o.repeat * o.epochs, what, "epoch") as progress:
 
-            def on_epoch() -> None:
-                progress.advance()
+            def on_epoch(count: int) -> None:
+                progress.advance(count)
                 self.stopper.check(signals_only=True)
 
             return evaluate(
-                self.spec, training_set, self.test, self.protocol, repeat=o.repeat, seed=o.seed, on_epoch=on_epoch
+                self.spec,
+                training_set,
+                self.test,
+                self.protocol,
+                repeat=o.repeat,
+                seed=o.seed,
+                compute=dataclasses.replace(self.compute, precision="fp32"),
+                on_epoch=on_epoch,
             )
 
     def distilled(self, state: State) -> ImageSet:
@@ -250,7 +266,8 @@ class Job:
 
     def random_real(self, r: int) -> ImageSet:
         """As many randomly drawn real images per class as the set stores, other ones for every training."""
-        return coreset(self.real, self.spec, "random", ipc=self.o.ipc, draws=self.draws("random real", r))
+        draws = self.draws("random real", r)
+        return coreset(self.context(fresh_network(self.spec, draws), draws), "random", ipc=self.o.ipc)
 
     def finish(self, state: State) -> None:
         """Save, and evaluate once beside random real images."""
@@ -275,6 +292,14 @@ def summary(folder: RunFolder) -> str:
         f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {card['settings']['epochs']} epochs"
     )
     return "\n".join([f"run folder: {folder.path}", head, *rows])
+
+
+def step_flop(o: CondenseOptions, spec: NetSpec, *, decoded: int, real: int) -> float:
+    """Floating-point operations of an average inner step: a forward pass is one, a backward pass two, and the gradient
+    of a distance between gradients seven in all."""
+    matched = spec.classes * (3 * o.batch_real + 7 * min(decoded, o.batch_syn_max)) if o.match == "grad" else 0
+    selected = real / o.interval if o.select == "kmeans" else 0
+    return forward_flop(spec) * (matched + 3 * o.net_epoch * min(o.n_data, real) + selected)
 
 
 def check_sizes(o: CondenseOptions, dataset: Dataset) -> list[str]:
@@ -319,7 +344,8 @@ def main(argv: Sequence[str]) -> int:
     o = resolved.options
     stopper = Stopper(o.max_minutes)
     with messages():
-        device = runtime.pick_device(o.device)
+        device = pick_device(o.device)
+        set_precision(device, o.precision)
         dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
         options.check_factor(o.factor, dataset.side)
@@ -341,7 +367,11 @@ def main(argv: Sequence[str]) -> int:
             log.info("%s on %s: %s", about["command"], about["device"], folder.path)
             for warning in warnings:
                 log.warning("%s", warning)
-            job = Job(o, dataset, spec, folder, stopper)
+            steps = o.niter * o.inner_loop
+            flop = steps * step_flop(o, spec, decoded=decoded, real=len(dataset.train))
+            compute = options.computing(device, o.compile, o.precision, flop)
+            log.info("%.3g TFLOP to go in %s%s", flop / 1e12, o.precision, ", compiled" if compute.compile else "")
+            job = Job(o, dataset, spec, folder, stopper, compute)
             try:
                 with job.progress:
                     state = job.start()
@@ -352,7 +382,7 @@ def main(argv: Sequence[str]) -> int:
                 again = "the same command without --restart" if o.restart else "the same command again"
                 log.info("stopped (%s) and saved in %s; run %s to go on", stop, folder.path, again)
                 return stopper.status
-            log.info("%s", summary(folder))
+            log.info("%s\npeak memory: %.2g GB", summary(folder), peak_memory(device) / 1e9)
     return 0
 
 

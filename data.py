@@ -28,7 +28,7 @@ from torchvision.transforms import functional as transforms
 from utils.errors import UsageError, UserError, first_line
 from utils.images import ImageSet, Normalize
 from utils.report import Progress
-from utils.runtime import free_memory
+from utils.device import free_memory
 
 log = logging.getLogger("dream")
 T = TypeVar("T")

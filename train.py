@@ -25,8 +25,9 @@ from typing import Any
 from torch import Tensor
 
 from data import Dataset
-from models import NetSpec
+from models import NetSpec, forward_flop
 from utils import files, options, runtime
+from utils.device import Compute, device_name, peak_memory, pick_device, set_precision
 from utils.errors import UsageError, UserError
 from utils.evaluation import evaluate
 from utils.flags import make_parser
@@ -34,7 +35,9 @@ from utils.images import ImageSet
 from utils.options import TrainOptions
 from utils.report import Progress, messages, span
 from utils.runtime import Draws
+from utils.selection import Context
 from utils.synthetic import coreset, training_images
+from utils.training import fresh_network
 
 log = logging.getLogger("dream")
 
@@ -94,7 +97,10 @@ def real_images(o: TrainOptions, dataset: Dataset) -> Subject:
     options.check_ipc(ipc, real.counts, dataset.class_names)
 
     def draw(spec: NetSpec, r: int) -> ImageSet:
-        return coreset(real, spec, strategy, ipc=ipc, draws=Draws(dataset.device, o.seed, "coreset", r))
+        draws = Draws(dataset.device, o.seed, "coreset", r)
+        return coreset(
+            Context(fresh_network(spec, draws), real, draws, Compute(dataset.device).cheapest()), strategy, ipc=ipc
+        )
 
     folder = folder / f"coreset_{strategy}_ipc{ipc}"
     files.make_folder(folder)
@@ -114,12 +120,15 @@ def run_networks(
         "weight_decay": o.weight_decay,
         "mixup": o.mixup,
         "eval_aug_type": options.evaluation_augmentation(o, flip=dataset.flip),
+        "precision": o.precision,
         "seed": o.seed,
     }
     results = []
     log.info("%s", row("network", "images/class", "decoded", "test accuracy %", "time"))
     for spec in specs:
         started = time.monotonic()
+        images = 3 * o.epochs * o.repeat * subject.decoded_per_class * dataset.classes
+        compute = options.computing(dataset.device, o.compile, o.precision, images * forward_flop(spec))
         with Progress(o.repeat * o.epochs, spec.name, "epoch") as progress:
             score = evaluate(
                 spec,
@@ -128,6 +137,7 @@ def run_networks(
                 recipe,
                 repeat=o.repeat,
                 seed=o.seed,
+                compute=compute,
                 on_epoch=progress.advance,
             )
         seconds = time.monotonic() - started
@@ -202,7 +212,8 @@ def main(argv: Sequence[str]) -> int:
             o = options.resolve_training(given, card, card_file, ipc=len(images) // len(labels.unique()))
             if card is not None and not card.get("finished"):
                 log.warning("%s is unfinished, after %s outer iterations", path, card.get("outer_iterations"))
-        device = runtime.pick_device(o.device)
+        device = pick_device(o.device)
+        set_precision(device, o.precision)
         known = card["normalization"] if card is not None else {}
         dataset = Dataset(
             o.dataset,
@@ -224,8 +235,9 @@ def main(argv: Sequence[str]) -> int:
         for spec in specs:
             options.check_batches(spec, o.batch_size, round(subject.decoded_per_class * dataset.classes))
 
-        log.info("%s: training on %s, %d epochs, on %s", o.dataset, subject.what, o.epochs, runtime.device_name(device))
+        log.info("%s: training on %s, %d epochs, on %s", o.dataset, subject.what, o.epochs, device_name(device))
         results = run_networks(o, subject, dataset, specs, runtime.session("train.py", argv, device))
+        log.info("peak memory: %.2g GB", peak_memory(device) / 1e9)
         if o.json:
             print(json.dumps({**results[0], "results": results}))
     return 0

@@ -14,7 +14,19 @@ from models.densenet import DenseNet
 from models.network import NORMS, Network
 from models.resnet import ResNet
 
-__all__ = ["FAMILIES", "NORMS", "Family", "NetSpec", "Network", "build", "resolve", "smallest_batch", "split_name"]
+__all__ = [
+    "FAMILIES",
+    "NORMS",
+    "ConvNet",
+    "Family",
+    "NetSpec",
+    "Network",
+    "build",
+    "forward_flop",
+    "resolve",
+    "smallest_batch",
+    "split_name",
+]
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,15 @@ def build(spec: NetSpec) -> Network:
         width=spec.width,
         norm=spec.norm,
     )
+
+
+def forward_flop(spec: NetSpec) -> int:
+    """Floating-point operations of one image's forward pass, two per multiplication and addition."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        build(spec).eval()(torch.zeros(1, spec.channels, spec.side, spec.side))
+    return int(counter.get_total_flops())
 
 
 def smallest_batch(spec: NetSpec) -> int:

@@ -1,13 +1,15 @@
 """Differentiable augmentation of normalised images (DSA, Zhao & Bilen 2021, with the strengths that DREAM uses).
 
-One draw is eight uniform numbers and the name of one geometric operation. A draw with one row treats all images of
-a batch alike: that is how real and synthetic images meet the same, "siamese", augmentation (Sec. 3.1).
+A draw is nine uniform numbers per image, (n, 9): eight for the operations, and one, the same for a whole call, that
+picks one of the geometric operations named. A draw with one row treats all images alike: that is how real and
+synthetic images meet the same, "siamese", augmentation (Sec. 3.1). Nothing here depends on a value of a draw from
+Python's side, so that a GPU can replay it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +25,7 @@ CROP, CUTOUT, TRANSLATE = 0.125, 0.5, 0.125  # of the side
 SCALE, ROTATE = 1.2, 15.0  # a factor, degrees
 
 # The columns of a draw.
-FLIP, BRIGHT, SATURATE, CONTRASTED, MOVE_Y, MOVE_X, CUT_Y, CUT_X = range(8)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """u: (n, 8) uniform numbers in [0, 1), n = 1 for a shared draw; geometry: the operation drawn, if any is named."""
-
-    u: Tensor
-    geometry: str | None
+FLIP, BRIGHT, SATURATE, CONTRASTED, MOVE_Y, MOVE_X, CUT_Y, CUT_X, GEOMETRY = range(9)
 
 
 class Augment:
@@ -42,26 +36,27 @@ class Augment:
         self.names = parse(names)
         self.geometries = [name for name in ONE_OF if name in self.names]
 
-    def draw(self, n: int, draws: Draws) -> Draw:
-        """One draw for a call on n images, each with numbers of its own."""
-        return Draw(draws.uniform(n, 8), self._geometry(draws))
+    def draw(self, calls: int, n: int, draws: Draws) -> Tensor:
+        """Draws for `calls` calls on n images each, (calls * n, 9), every image with numbers of its own."""
+        u = draws.uniform(calls, n, 9)
+        u[:, :, GEOMETRY] = u[:, :1, GEOMETRY]
+        return u.flatten(0, 1)
 
-    def draw_shared(self, calls: int, draws: Draws) -> list[Draw]:
-        """Independent shared draws for several calls, e.g. one per class."""
-        return [Draw(row, self._geometry(draws)) for row in draws.uniform(calls, 8).split(1)]
+    def draw_shared(self, calls: int, draws: Draws) -> Tensor:
+        """One draw for each of several calls, e.g. one per class, (calls, 9)."""
+        return draws.uniform(calls, 9)
 
-    def _geometry(self, draws: Draws) -> str | None:
-        return draws.host.choice(self.geometries) if self.geometries else None
-
-    def __call__(self, x: Tensor, draw: Draw) -> Tensor:
-        """x: (N, C, H, W) normalised -> the same shape. Colour, flip, geometry, cutout, in this order."""
-        u = draw.u.to(x.dtype)
+    def __call__(self, x: Tensor, u: Tensor) -> Tensor:
+        """x: (N, C, H, W) normalised, u: (N or 1, 9). Colour, flip, geometry, cutout, in this order."""
+        u = u.to(x.dtype)
         if "color" in self.names:
             x = color(x, u)
         if "flip" in self.names:
             x = torch.where(column(u, FLIP) < 0.5, x.flip(3), x)
-        if draw.geometry is not None:
-            x = GEOMETRY[draw.geometry](x, u)
+        if self.geometries == ["crop"]:
+            x = crop(x, u)
+        elif self.geometries:
+            x = warp(x, u, self.geometries)
         if "cutout" in self.names:
             x = cutout(x, u)
         return x
@@ -97,18 +92,23 @@ def color(x: Tensor, u: Tensor) -> Tensor:
     return (x - mean) * (column(u, CONTRASTED) + CONTRAST) + mean
 
 
+def shifts(u: Tensor, i: int, size: int) -> Tensor:
+    """The crop's shift along one axis in whole pixels, (n,)."""
+    reach = round(CROP * size)
+    return (u[:, i] * (2 * reach + 1)).floor() - reach
+
+
 def crop(x: Tensor, u: Tensor) -> Tensor:
     """Shift by whole pixels, zeros coming in: up to an eighth of the side on each axis."""
-    n, _, height, width = x.shape
-    for dim, size, i in ((2, height, MOVE_Y), (3, width, MOVE_X)):
-        reach = round(CROP * size)
-        shift = (u[:, i] * (2 * reach + 1)).floor().long() - reach
-        pad = [0, 0, reach, reach] if dim == 2 else [reach, reach, 0, 0]
-        index = torch.arange(size, device=x.device) + (reach + shift).view(-1, 1)  # (n or 1, size)
-        index = index.view(-1, 1, size, 1) if dim == 2 else index.view(-1, 1, 1, size)
-        shape = (n, x.shape[1], size, x.shape[3]) if dim == 2 else (n, x.shape[1], x.shape[2], size)
-        x = F.pad(x, pad).gather(dim, index.expand(shape))
-    return x
+    n, channels, height, width = x.shape
+    reach = round(CROP * max(height, width))
+    row, column = (
+        torch.arange(size, device=x.device) + (reach + shifts(u, i, size).long()).view(-1, 1)  # (n or 1, size)
+        for size, i in ((height, MOVE_Y), (width, MOVE_X))
+    )
+    index = row[:, :, None] * (width + 2 * reach) + column[:, None, :]
+    padded = F.pad(x, [reach] * 4).flatten(2)
+    return padded.gather(2, index.flatten(1)[:, None].expand(n, channels, -1)).view_as(x)
 
 
 def cutout(x: Tensor, u: Tensor) -> Tensor:
@@ -123,33 +123,52 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
     return x.masked_fill(hole, 0)
 
 
-def scale(x: Tensor, u: Tensor) -> Tensor:
-    """Each axis by its own factor in [1 / 1.2, 1.2]."""
-    low, high = 1 / SCALE, SCALE
-    sx, sy = (low + (high - low) * u[:, i] for i in (MOVE_X, MOVE_Y))
-    zero = torch.zeros_like(sx)
-    return affine(x, [sx, zero, zero, zero, sy, zero])
-
-
-def rotate(x: Tensor, u: Tensor) -> Tensor:
-    """By an angle in +-15 degrees."""
-    angle = (u[:, MOVE_X] - 0.5) * 2 * math.radians(ROTATE)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return affine(x, [cos, -sin, zero, sin, cos, zero])
-
-
-def translate(x: Tensor, u: Tensor) -> Tensor:
-    """By up to an eighth of the side on each axis, in fractions of a pixel (crop moves by whole ones)."""
-    dx, dy = ((u[:, i] - 0.5) * 4 * TRANSLATE for i in (MOVE_X, MOVE_Y))  # the grid is 2 wide
-    one, zero = torch.ones_like(dx), torch.zeros_like(dx)
-    return affine(x, [one, zero, dx, zero, one, dy])
-
-
-def affine(x: Tensor, entries: list[Tensor]) -> Tensor:
-    """Resample x under the 2 x 3 matrices whose six entries are given, each (n,) or (1,)."""
-    theta = torch.stack(entries, 1).view(-1, 2, 3).expand(len(x), 2, 3)
+def warp(x: Tensor, u: Tensor, geometries: list[str]) -> Tensor:
+    """Every image under the operation that its draw picks: all of them are maps of the plane, (n, 2, 3)."""
+    matrices = torch.stack([MATRICES[name](u, x.shape[2], x.shape[3]) for name in geometries])
+    picked = (u[:, GEOMETRY] * len(geometries)).long()
+    theta = matrices[picked, torch.arange(len(u), device=x.device)].expand(len(x), 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
 
 
-GEOMETRY = {"crop": crop, "scale": scale, "rotate": rotate, "translate": translate}
+def rows(*entries: Tensor) -> Tensor:
+    """Six tensors (n,) as matrices (n, 2, 3)."""
+    return torch.stack(entries, 1).view(-1, 2, 3)
+
+
+def cropping(u: Tensor, height: int, width: int) -> Tensor:
+    """`crop` as a map; coordinates run from -1 to 1."""
+    dy, dx = 2 * shifts(u, MOVE_Y, height) / height, 2 * shifts(u, MOVE_X, width) / width
+    one, zero = torch.ones_like(dx), torch.zeros_like(dx)
+    return rows(one, zero, dx, zero, one, dy)
+
+
+def scaling(u: Tensor, height: int, width: int) -> Tensor:
+    """Each axis by its own factor in [1 / 1.2, 1.2]."""
+    low, high = 1 / SCALE, SCALE
+    sx, sy = (low + (high - low) * u[:, i] for i in (MOVE_X, MOVE_Y))
+    zero = torch.zeros_like(sx)
+    return rows(sx, zero, zero, zero, sy, zero)
+
+
+def rotation(u: Tensor, height: int, width: int) -> Tensor:
+    """By an angle in +-15 degrees."""
+    angle = (u[:, MOVE_X] - 0.5) * 2 * math.radians(ROTATE)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return rows(cos, -sin, zero, sin, cos, zero)
+
+
+def translation(u: Tensor, height: int, width: int) -> Tensor:
+    """By up to an eighth of the side on each axis, in fractions of a pixel (crop moves by whole ones)."""
+    dx, dy = ((u[:, i] - 0.5) * 4 * TRANSLATE for i in (MOVE_X, MOVE_Y))
+    one, zero = torch.ones_like(dx), torch.zeros_like(dx)
+    return rows(one, zero, dx, zero, one, dy)
+
+
+MATRICES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "crop": cropping,
+    "scale": scaling,
+    "rotate": rotation,
+    "translate": translation,
+}

@@ -8,14 +8,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from models import NetSpec
+from utils.device import Compute
 from utils.errors import UserError
 from utils.images import ImageSet
 from utils.runtime import Draws
-from utils.training import Recipe, accuracy, train_network
+from utils.training import Recipe, accuracy, train_networks
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Score:
         }
 
 
+TOGETHER = 4096  # images of a set up to which trainings run side by side; a larger one fills the machine by itself
+
+
 def evaluate(
     spec: NetSpec,
     training_set: Callable[[int], ImageSet],
@@ -59,14 +64,29 @@ def evaluate(
     *,
     repeat: int,
     seed: int,
-    on_epoch: Callable[[], None] = lambda: None,
+    compute: Compute,
+    on_epoch: Callable[[int], None] = lambda count: None,
 ) -> Score:
-    """Train `repeat` fresh networks and test each once. `training_set(r)` gives the r-th training its images."""
+    """Train `repeat` fresh networks and test each once. `training_set(r)` gives the r-th training its images.
+
+    The trainings are independent of each other, whether they run side by side or in turn. on_epoch: told how many
+    trainings have finished an epoch.
+    """
+    sets = [training_set(r) for r in range(repeat)]
+    draws = [Draws(test.device, seed, "evaluate", r) for r in range(repeat)]
+    size = min(len(sets[0]), recipe.batch_size) * test.side**2  # pixels of one step of one training
+    few = all(len(train) == len(sets[0]) <= TOGETHER for train in sets)
+    together = repeat if few and (test.device.type == "cuda" or repeat * size <= compute.pixels) else 1
     found = []
-    for r in range(repeat):
-        draws = Draws(test.device, seed, "evaluate", r)
-        net = train_network(spec, training_set(r), recipe, draws, on_epoch)
-        if not all(torch.isfinite(p).all() for p in net.parameters()):
-            raise UserError(f"training {r + 1} of {spec.name} left the range of numbers; lower --lr ({recipe.lr:g})")
-        found.append(accuracy(net, test))
+    for first in range(0, repeat, together):
+        now = range(first, min(first + together, repeat))
+        nets = train_networks(
+            spec, [sets[r] for r in now], recipe, [draws[r] for r in now], compute, partial(on_epoch, len(now))
+        )
+        for r, net in zip(now, nets, strict=True):
+            if not all(torch.isfinite(p).all() for p in net.parameters()):
+                raise UserError(
+                    f"training {r + 1} of {spec.name} left the range of numbers; lower --lr ({recipe.lr:g})"
+                )
+            found.append(accuracy(net, test, compute))
     return Score(tuple(found))

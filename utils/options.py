@@ -6,20 +6,26 @@ Precedence is default < the data set's settings (and --reproduce) < flag. A flag
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import models
-from utils import augment, formation, matching, selection, training
+from utils import augment, formation, objectives, selection, training
+from utils.device import PRECISIONS, Compute, compiler_error
 from utils.errors import UsageError, UserError
 from utils.flags import augmentation, flag, initialisation, integer, make_parser, number, tag
 from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions
 
+log = logging.getLogger("dream")
+
 RESULTS_DIR = "results"
-PLACES = ("data_dir", "results_dir", "device")  # where to compute, not what
+PLACES = ("data_dir", "results_dir", "device", "compile")  # where and how to compute, not what
 FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce")  # may differ when a run goes on
 OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
@@ -58,6 +64,8 @@ class Options:
     data_dir: str = _data("data", metavar="DIR", help="where data sets are downloaded to and looked for")
     results_dir: str = _run(RESULTS_DIR, metavar="DIR", help="where run folders lie")
     device: str = _run("auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
+    compile: str = _run("auto", choices=("auto", "on", "off"),
+        help="compile the passes through a ConvNet; auto: when there is a compiler and work enough to earn its time")
     seed: int = _run(0, parse=integer(0), metavar="N",
         help="every random draw derives from it; 0 is a seed like any other")
     depth: int | None = _network(None, parse=integer(1), metavar="N",
@@ -107,17 +115,21 @@ class CondenseOptions(Options):
         help="stop cleanly after this time; the same command goes on later (an evaluation under way is finished)")
     select: str = _selection("kmeans", choices=tuple(selection.STRATEGIES),
         help="real images to match: k-means representatives (DREAM) or a random draw")
+    kmeans: str = _selection("batched", choices=tuple(selection.KMEANS),
+        help="k-means of all classes at once on the device, or scikit-learn's KMeans to convergence, for reference")
     interval: int = _selection(10, parse=integer(1), metavar="STEPS", help="inner steps between two selections")
     batch_real: int = _selection(128, parse=integer(1), metavar="IMAGES",
         help="real images per class to match, and mini-batch of the network update")
     cluster_raw: bool = _selection(False,
         help="cluster un-normalised images, as the published code does; everything else normalises")
-    match: str = _matching("grad", choices=tuple(matching.OBJECTIVES), help="match gradients or mean features")
-    metric: str = _matching("mse", choices=tuple(matching.METRICS), help="distance per layer, summed over layers")
+    match: str = _matching("grad", choices=tuple(objectives.OBJECTIVES), help="match gradients or mean features")
+    metric: str = _matching("mse", choices=tuple(objectives.METRICS), help="distance per layer, summed over layers")
     bias: bool = _matching(False, help="match the gradients of biases and norm layers as well")
     fc: bool = _matching(False, help="match the gradient of the classifier as well")
     aug_type: str = _matching("color_crop_cutout", parse=augmentation, metavar="NAMES",
         help="augmentation while matching; the network update uses it without cutout under CutMix")
+    precision: str = _matching("fp32", choices=PRECISIONS,
+        help="arithmetic of matching and network updates; evaluations stay in fp32")
     batch_syn_max: int = _matching(128, parse=integer(1), metavar="IMAGES",
         help="synthetic images per class and step at most")
     lr_img: float = _matching(5e-3, parse=number(open_end=True), metavar="RATE",
@@ -150,6 +162,7 @@ class TrainOptions(Options):
     net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
         help=f"one or more of {', '.join(models.FAMILIES)}; a depth may follow, as in resnet18 (default: the network "
              "that distilled, or convnet)")
+    precision: str = _training("fp32", choices=PRECISIONS, help="arithmetic of the trainings")
     json: bool = _run(False, help="print one JSON object as the last line of standard output")
 # fmt: on
 
@@ -267,7 +280,8 @@ def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     words = [
         f"--{field.name}={known[field.name]}"
         for field in dataclasses.fields(TrainOptions)
-        if known.get(field.name) is not None and field.name not in PLACES
+        # How the set was computed says nothing of how it is to be evaluated.
+        if known.get(field.name) is not None and field.name not in (*PLACES, "precision")
     ]
     try:
         return make_parser(TrainOptions, "").parse_given(words)
@@ -345,6 +359,23 @@ def evaluation_recipe(options: Options, *, flip: bool) -> training.Recipe:
         weight_decay=options.weight_decay,
         epochs=options.epochs,
     )
+
+
+WORTH_COMPILING = {"cpu": 2e13, "cuda": 2e15}  # operations whose saving pays for half a minute of compilation
+
+
+def computing(device: torch.device, compile: str, precision: str, flop: float) -> Compute:
+    """Whether to compile follows from the amount of work, so that a resumed run goes on in the same way.
+
+    Raises UsageError when compilation is asked for and fails.
+    """
+    wanted = compile == "on" or (compile == "auto" and flop >= WORTH_COMPILING[device.type])
+    problem = compiler_error(device) if wanted else None
+    if problem and compile == "on":
+        raise UsageError(f"--compile on: {problem}; install a C++ compiler (g++ or clang++), or use --compile auto")
+    if problem:
+        log.info("not compiled (%s): slower, with the same results up to rounding", problem)
+    return Compute(device, precision, compile=wanted and problem is None)
 
 
 def networks(

@@ -1,8 +1,7 @@
-"""The machine: device, memory, random draws, signals, versions. Nothing else asks about CUDA or the environment."""
+"""The process: its errors and signals, random draws, versions. Nothing else asks about the terminal."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -21,7 +20,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from utils.errors import UsageError, UserError, first_line
+from utils.device import device_name, keep_freed_memory
+from utils.errors import UserError, first_line
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -59,54 +59,6 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         print(f"{name}: stopped {stop}".rstrip(), file=sys.stderr)
         status = 130
     sys.exit(status)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what PyTorch frees instead of returning it to the system after every large tensor.
-
-    Getting it back costs a page fault per 4 KiB, up to half of a step's time on a CPU. Results are the same.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**28)
-
-
-def chunk_size(device: torch.device, side: int) -> int:
-    """Images per forward pass where nothing is learned: few stay in a CPU's cache, many fill a GPU."""
-    pixels = 2**20 if device.type == "cuda" else 2**16
-    return max(1, min(pixels // side**2, 1024))
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UsageError when CUDA is asked for in vain."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device auto or --device cpu")
-    return torch.device(name)
-
-
-def device_name(device: torch.device) -> str:
-    """For people: the GPU's name, or the processor and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:  # Linux counts the reclaimable cache in; elsewhere the whole memory is the best that is known
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Draws:

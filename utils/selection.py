@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models import Network
+from utils import forms
+from utils.device import Compute
 from utils.images import ImageSet, to_unit
-from utils.runtime import Draws, chunk_size
+from utils.runtime import Draws
 
-KMEANS_ITERATIONS = 10  # inertia within 0.2 % of convergence on ConvNet embeddings, at a third of the time
+KMEANS_ITERATIONS = 15  # inertia within 1 % of scikit-learn's at a third of the iterations to convergence
+EMBEDDING_BYTES = 2**28  # of the classes that are clustered together
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Context:
     net: Network
     real: ImageSet
     draws: Draws
+    compute: Compute
     raw: bool = False  # cluster un-normalised images, as the published code does
+    kmeans: str = "batched"
 
 
 def select(context: Context, count: int, *, strategy: str) -> Tensor:
@@ -30,91 +35,151 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
 
     All different within a class that has as many; a smaller class gives all its images, repeated in turn.
     """
-    choose = STRATEGIES[strategy]
     real = context.real
+    found = STRATEGIES[strategy](context, [min(count, have) for have in real.counts])
     rows = []
-    for c in range(real.classes):
-        have = real.counts[c]
-        within = choose(context, c, min(count, have))
+    for within, start, have in zip(found, real.starts, real.counts, strict=True):
         if have < count:  # let chance say which images come twice
             within = within[context.draws.permutation(have)]
-        turns = torch.arange(count, device=real.device) % len(within)
-        rows.append(real.starts[c] + within[turns])
+            within = within[torch.arange(count, device=real.device) % have]
+        rows.append(start + within)
     return torch.stack(rows)
 
 
-def random_images(context: Context, c: int, count: int) -> Tensor:
+def random_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """A true random draw without replacement."""
-    return context.draws.permutation(context.real.counts[c])[:count]
+    return [context.draws.permutation(have)[:k] for have, k in zip(context.real.counts, counts, strict=True)]
 
 
-def kmeans_images(context: Context, c: int, count: int) -> Tensor:
-    """The image nearest each of `count` k-means centroids of ALL images of the class, in the network's embedding."""
-    found = embed(context.net, context.real.of_class(c), context.real.normalize if not context.raw else to_unit)
-    return kmeans_representatives(found, count, context.draws)
+def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+    """The image nearest each of k k-means centroids of ALL images of a class, in the network's embedding."""
+    real, found = context.real, {}
+    todo = []
+    for c, (have, k) in enumerate(zip(real.counts, counts, strict=True)):
+        if k == have:
+            found[c] = torch.arange(have, device=real.device)
+        else:
+            todo.append(c)
+    prepare = to_unit if context.raw else real.normalize
+    while todo:
+        group, x = [], []
+        while todo and (not group or sum(e.nbytes for e in x) < EMBEDDING_BYTES):
+            group.append(todo.pop(0))
+            x.append(embed(context.net, real.of_class(group[-1]), prepare, context.compute))
+        picked = KMEANS[context.kmeans](x, counts[group[0]], context.draws)
+        found.update(zip(group, picked, strict=True))
+    return [found[c] for c in range(real.classes)]
 
 
-STRATEGIES: dict[str, Callable[[Context, int, int], Tensor]] = {"kmeans": kmeans_images, "random": random_images}
+# A strategy names images of every class by their position within it: counts[c] different ones of class c.
+STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
+    "kmeans": kmeans_images,
+    "random": random_images,
+}
 
 
 @torch.no_grad()
-def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """Images (N, C, H, W) as they lie on the device -> (N, D) embeddings, chunk by chunk.
+def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], compute: Compute) -> Tensor:
+    """Images (N, C, H, W) as they lie on the device -> (N, D) embeddings, piece by piece.
 
-    In evaluation mode: with batch norm an image's embedding must not depend on its neighbours in a chunk. (Running
+    In evaluation mode: with batch norm an image's embedding must not depend on its neighbours in a piece. (Running
     statistics come from the network updates alone, so before the first update batch norm does not normalise.)
     """
     training = net.training
     net.eval()
-    found = torch.cat(
-        [net.embed(prepare(chunk)) for chunk in images.split(chunk_size(images.device, images.shape[-1]))]
-    )
+    pieces = images.split(max(512, compute.images(images.shape[-1])))
+    found = torch.cat([forms.embed(net, prepare(piece), compute) for piece in pieces])
     net.train(training)
     return found
 
 
-@torch.no_grad()
-def kmeans_representatives(x: Tensor, k: int, draws: Draws, *, iterations: int = KMEANS_ITERATIONS) -> Tensor:
-    """Row numbers of k different points of x (N, D), each the nearest to the centroid of its k-means cluster; (k,).
+# --- Clustering: points (N, D) of several classes, k representatives of each, all k < N ------------------------------
 
-    Lloyd's algorithm from k random points, a fixed number of iterations and no wait for the device in it. Clusters
-    that run empty move to the points farthest from their own centroid. Taking the nearest *member* of a cluster keeps
-    an image from standing for two centroids.
+
+def batched_kmeans(x: Sequence[Tensor], k: int, draws: Draws, *, iterations: int = KMEANS_ITERATIONS) -> list[Tensor]:
+    """Row numbers of k different points of every class, each the nearest to the centroid of its cluster.
+
+    Lloyd's algorithm from k random points, for all classes at once, a fixed number of iterations and no wait for the
+    device in them. Clusters that run empty move to the points farthest from their own centroid.
     """
-    n = len(x)
-    assert 1 <= k <= n, (k, n)
-    if k == n:
-        return torch.arange(n, device=x.device)
-    centroids = x[draws.permutation(n)[:k]]
+    points, real = padded(x)
+    chance = draws.uniform(*real.shape).masked_fill(~real, torch.inf)
+    start = chance.topk(k, largest=False).indices  # k different points of each class, at random
+    centroids = points[torch.arange(len(points), device=points.device)[:, None], start]
+    squares = points.square().sum(2)
     for _ in range(iterations):
-        nearest, distance = assign(x, centroids)
-        centroids = update_centroids(x, nearest, distance, k)
-    nearest, distance = assign(x, centroids)
+        nearest, distance = assign(points, squares, real, centroids)
+        centroids = update_centroids(points, real, nearest, distance, k)
+    nearest, distance = assign(points, squares, real, centroids)
+    return list(representatives(real, nearest, distance, k))
 
-    # Nearest member of every cluster, first row on ties; empty clusters keep the out-of-range number n.
-    best = distance.new_full((k,), torch.inf).scatter_reduce(0, nearest, distance, "amin")
-    rows = torch.arange(n, device=x.device)
-    candidate = torch.where(distance == best[nearest], rows, n)
-    picks = rows.new_full((k,), n).scatter_reduce(0, nearest, candidate, "amin")
 
-    # Clusters that are empty even so (duplicate images) take the farthest points that nobody has picked.
-    taken = torch.zeros(n + 1, dtype=torch.bool, device=x.device).index_fill(0, picks, True)[:n]
-    spare = distance.masked_fill(taken, -torch.inf).topk(k).indices
+def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws) -> list[Tensor]:
+    """The same by scikit-learn's KMeans to convergence, from k-means++: the reference, on the CPU, class by class."""
+    from sklearn.cluster import KMeans
+
+    found = []
+    for points in x:
+        fitted = KMeans(k, n_init=1, random_state=draws.host.getrandbits(31)).fit(points.float().cpu().numpy())
+        centroids = torch.from_numpy(fitted.cluster_centers_).to(points.device, torch.float32)
+        one, real = padded([points.float()])
+        nearest, distance = assign(one, one.square().sum(2), real, centroids[None])
+        found.append(representatives(real, nearest, distance, k)[0])
+    return found
+
+
+KMEANS: dict[str, Callable[[Sequence[Tensor], int, Draws], list[Tensor]]] = {
+    "batched": batched_kmeans,
+    "sklearn": sklearn_kmeans,
+}
+
+
+def padded(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Classes of different sizes as one tensor (classes, N, D), and which rows are real, (classes, N)."""
+    longest = max(map(len, x))
+    sizes = torch.tensor([len(points) for points in x]).to(x[0].device, non_blocking=True)
+    return torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True), torch.arange(
+        longest, device=x[0].device
+    ) < sizes[:, None]
+
+
+def assign(points: Tensor, squares: Tensor, real: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of the nearest centroid of every point, and the squared distance to it, both (classes, N).
+
+    squares: |point|^2, (classes, N). A row that is padding has distance -inf.
+    """
+    partial = torch.baddbmm(centroids.square().sum(2)[:, None], points, centroids.mT, alpha=-2)  # |c|^2 - 2 x.c
+    value, nearest = partial.min(2)
+    return nearest, (value + squares).clamp_(min=0).masked_fill_(~real, -torch.inf)
+
+
+def update_centroids(points: Tensor, real: Tensor, nearest: Tensor, distance: Tensor, k: int) -> Tensor:
+    """Means of the clusters, (classes, k, D); the j-th empty cluster of a class moves to its j-th farthest point."""
+    member = torch.zeros(len(points), k, points.shape[1], dtype=points.dtype, device=points.device)
+    member.scatter_(1, nearest[:, None], real[:, None].to(points.dtype))  # (classes, k, N), a one per real point
+    sizes = member.sum(2, keepdim=True)
+    means = (member @ points) / sizes.clamp(min=1)
+    empty = sizes[:, :, 0] == 0
+    turn = (empty.cumsum(1) - 1).clamp(min=0)
+    farthest = distance.topk(k, dim=1).indices.gather(1, turn)  # for each cluster, were it empty
+    spare = points[torch.arange(len(points), device=points.device)[:, None], farthest]
+    return torch.where(empty[:, :, None], spare, means)
+
+
+def representatives(real: Tensor, nearest: Tensor, distance: Tensor, k: int) -> Tensor:
+    """The nearest member of every cluster, (classes, k), the first one on ties; all different.
+
+    Taking members keeps an image from standing for two centroids. Clusters that are empty even so (duplicate images)
+    take the farthest points that nobody else has taken.
+    """
+    classes, n = distance.shape
+    distance = distance.masked_fill(~real, torch.inf)
+    best = distance.new_full((classes, k), torch.inf).scatter_reduce(1, nearest, distance, "amin")
+    rows = torch.arange(n, device=distance.device).expand(classes, n)
+    candidate = torch.where((distance == best.gather(1, nearest)) & real, rows, n)
+    picks = rows.new_full((classes, k), n).scatter_reduce(1, nearest, candidate, "amin")
+
+    taken = torch.zeros(classes, n + 1, dtype=torch.bool, device=distance.device).scatter_(1, picks, True)[:, :n]
+    spare = distance.masked_fill(taken | ~real, -torch.inf).topk(k, dim=1).indices
     empty = picks == n
-    return torch.where(empty, spare[empty.cumsum(0) - 1], picks)
-
-
-def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the nearest centroid of every point (N,), and the squared distance to it (N,)."""
-    partial = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)  # |c|^2 - 2 x.c, (N, k)
-    value, nearest = partial.min(1)
-    return nearest, (value + x.square().sum(1)).clamp_(min=0)
-
-
-def update_centroids(x: Tensor, nearest: Tensor, distance: Tensor, k: int) -> Tensor:
-    """Means of the clusters, (k, D); the j-th empty cluster moves to the j-th farthest point."""
-    sums = torch.zeros(k, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, nearest, x)
-    sizes = torch.zeros_like(sums[:, 0]).index_add_(0, nearest, torch.ones_like(x[:, 0]))
-    empty = sizes == 0
-    farthest = x[distance.topk(k).indices]  # (k, D)
-    return torch.where(empty[:, None], farthest[empty.cumsum(0) - 1], sums / sizes.clamp(min=1)[:, None])
+    return torch.where(empty, spare.gather(1, (empty.cumsum(1) - 1).clamp(min=0)), picks)

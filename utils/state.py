@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from models import Network
+from utils.matching import MatchingStep
 from utils.pixels import PixelSGD
-from utils.training import Recipe
+from utils.training import Trainer
 
 
 @dataclass
@@ -18,8 +19,8 @@ class State:
     """All that a run needs to go on; everything else, random numbers included, derives from options and position."""
 
     pixels: PixelSGD
-    net: Network
-    sgd: torch.optim.Optimizer
+    trainer: Trainer  # of the network of this outer iteration
+    match: MatchingStep  # of the pixels against it
     picks: Tensor  # (classes, batch_real) positions of the real images that are matched at present
     losses: Tensor  # (classes,) summed over the inner steps of this outer iteration
     it: int = 0  # the next inner step to take: outer iteration, and step in it
@@ -27,9 +28,13 @@ class State:
     seconds: float = 0.0  # wall clock of all processes up to the last save, evaluations included
     accuracy: float | None = None  # of the latest evaluation, per cent
 
-    def begin_iteration(self, net: Network, update: Recipe) -> None:
+    @property
+    def net(self) -> Network:
+        return self.trainer.nets[0]
+
+    def begin_iteration(self, net: Network) -> None:
         """A fresh network; pixels back in [0, 1], their velocity kept, as published."""
-        self.net, self.sgd = net, update.optimizer(net)
+        self.trainer.restart(net)
         self.pixels.clamp()
         self.losses.zero_()
 
@@ -45,7 +50,7 @@ class State:
             "pixels": self.pixels.pixels,
             "velocity": self.pixels.velocity,
             "net": self.net.state_dict(),
-            "sgd": self.sgd.state_dict(),
+            "sgd": self.trainer.sgd.state_dict(),
             "picks": self.picks,
             "losses": self.losses,
             "it": self.it,
@@ -60,8 +65,8 @@ class State:
             self.pixels.pixels.copy_(saved["pixels"])
             self.pixels.velocity.copy_(saved["velocity"])
         self.net.load_state_dict(saved["net"])
-        self.sgd.load_state_dict(saved["sgd"])
-        self.picks = saved["picks"].to(self.picks.device)
+        self.trainer.sgd.load_state_dict(saved["sgd"])
+        self.picks.copy_(saved["picks"])
         self.losses.copy_(saved["losses"])
         self.it, self.step = saved["it"], saved["step"]
         self.seconds, self.accuracy = saved["seconds"], saved["accuracy"]

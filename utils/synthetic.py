@@ -5,29 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models import NetSpec
 from utils.formation import decode, pack
 from utils.images import ImageSet, Normalize, to_unit
-from utils.runtime import Draws
 from utils.selection import Context, select
-from utils.training import fresh_network
 
 NOISE_MEAN, NOISE_STD = 0.5, 0.25
 
 
-def initial_pixels(
-    real: ImageSet, spec: NetSpec, init: str, *, ipc: int, factor: int, draws: Draws, raw: bool
-) -> Tensor:
+def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Tensor:
     """Stored images to begin with, (classes, ipc, C, H, W) float32 in [0, 1] (Sec. 3.3, "clustering initialisation").
 
-    kmeans, random: ipc * factor^2 real images per class, chosen by that strategy under an untrained network, shrunk
-    into the cells. noise: normal, clamped.
+    kmeans, random: ipc * factor^2 real images per class, chosen by that strategy, shrunk into the cells. noise: normal, clamped.
     """
+    real = context.real
     if init == "noise":
         shape = (real.classes, ipc, *real.images.shape[1:])
-        return (NOISE_MEAN + NOISE_STD * draws.normal(*shape)).clamp_(0, 1)
-    net = fresh_network(spec, draws)
-    index = select(Context(net, real, draws, raw), ipc * factor**2, strategy=init)
+        return (NOISE_MEAN + NOISE_STD * context.draws.normal(*shape)).clamp_(0, 1)
+    index = select(context, ipc * factor**2, strategy=init)
     return pack(to_unit(real.images[index]), factor=factor).clamp_(0, 1)
 
 
@@ -46,7 +40,6 @@ def training_images(
     return ImageSet(torch.cat(decoded), torch.cat(repeated), classes=classes, normalize=normalize)
 
 
-def coreset(real: ImageSet, spec: NetSpec, strategy: str, *, ipc: int, draws: Draws) -> ImageSet:
-    """`ipc` real images per class, chosen under an untrained network: the baseline of the same size."""
-    net = fresh_network(spec, draws)
-    return real.subset(select(Context(net, real, draws), ipc, strategy=strategy).flatten())
+def coreset(context: Context, strategy: str, *, ipc: int) -> ImageSet:
+    """`ipc` real images per class: the baseline of the same size."""
+    return context.real.subset(select(context, ipc, strategy=strategy).flatten())

@@ -1,22 +1,24 @@
-"""Training a network on an image set: the short updates while distilling, and the full trainings of an evaluation."""
+"""Training networks on image sets: the short updates while distilling, and the full trainings of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import models
 from models import NetSpec, Network
-from utils.augment import Augment
+from utils import forms
+from utils.augment import GEOMETRY, Augment
+from utils.device import Captured, Compute
 from utils.images import ImageSet
-from utils.runtime import Draws, chunk_size
+from utils.runtime import Draws
 
 MIXUPS = ("cut", "vanilla")  # CutMix, or nothing
 CUTMIX_PROBABILITY = 0.5
+APPLY, SIZE, CENTRE_Y, CENTRE_X = range(4)  # the uniform numbers of a CutMix
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Recipe:
     weight_decay: float = 5e-4
     epochs: int = 1
 
-    def optimizer(self, net: Network) -> torch.optim.SGD:
-        return torch.optim.SGD(net.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+    def lr_at(self, epoch: int) -> float:
+        """A fifth of it from 2/3 of the epochs on, and a fifth of that from 5/6."""
+        falls = [fall for fall in (2 * self.epochs // 3, 5 * self.epochs // 6) if 0 < fall <= epoch]
+        return self.lr * 0.2 ** len(falls)
 
 
 def fresh_network(spec: NetSpec, draws: Draws) -> Network:
@@ -42,82 +46,145 @@ def fresh_network(spec: NetSpec, draws: Draws) -> Network:
         return models.build(spec).to(draws.device)
 
 
-def update_network(
-    net: Network, sgd: torch.optim.Optimizer, real: ImageSet, recipe: Recipe, *, n_data: int, draws: Draws
-) -> None:
-    """`recipe.epochs` passes over n_data random real images: what keeps gradients informative while distilling."""
-    net.train()
-    drawn = draws.permutation(len(real))[:n_data]
-    for _ in range(recipe.epochs):
-        train_epoch(net, sgd, real, drawn, recipe, draws)
+@dataclass(frozen=True)
+class Plan:
+    """All random choices of one epoch over n images of one network, drawn on the device at once."""
+
+    order: Tensor  # (n,) positions in the set
+    u: Tensor  # (n, 9) for the augmentation, see utils/augment.py
+    partner: Tensor  # (n,) whose box an image gets: numbers within its batch
+    mix: Tensor  # (batches, 4) for CutMix
 
 
-def train_network(
-    spec: NetSpec, train: ImageSet, recipe: Recipe, draws: Draws, on_epoch: Callable[[], None] = lambda: None
-) -> Network:
-    """A fresh network trained on the whole set; the rate falls to a fifth at 2/3 and again at 5/6 of the epochs."""
-    net = fresh_network(spec, draws)
-    sgd = recipe.optimizer(net)
-    falls = [epoch for epoch in (2 * recipe.epochs // 3, 5 * recipe.epochs // 6) if epoch > 0]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, falls, gamma=0.2)
-    everything = torch.arange(len(train), device=train.device)
-    for _ in range(recipe.epochs):
-        train_epoch(net, sgd, train, everything, recipe, draws)
-        schedule.step()
+def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
+    """One pass over the images at `index` in random order, in batches that begin and end at `edges`."""
+    n, device = len(index), index.device
+    order = index[draws.permutation(n)]
+    u, chance, mix = draws.uniform(n, 9), draws.uniform(n), draws.uniform(len(edges), 4)
+    sizes = torch.tensor([end - start for start, end in edges]).to(device, non_blocking=True)
+    batch = torch.arange(len(edges), device=device).repeat_interleave(sizes, output_size=n)
+    first = (sizes.cumsum(0) - sizes)[batch]
+    u[:, GEOMETRY] = u[first, GEOMETRY]  # one geometric operation per batch
+    return Plan(order, u, (batch + chance).argsort() - first, mix)
+
+
+class Trainer:
+    """K networks of one shape that train side by side, each on an image set of its own, or all on one."""
+
+    def __init__(self, nets: Sequence[Network], sets: Sequence[ImageSet], recipe: Recipe, compute: Compute) -> None:
+        self.nets, self.recipe, self.compute = list(nets), recipe, compute
+        shared = all(train is sets[0] for train in sets)
+        self.images, self.labels = (
+            tensors[0][None] if shared else torch.stack(tensors)
+            for tensors in ([train.images for train in sets], [train.labels for train in sets])
+        )  # (K or 1, N, C, H, W) and (K or 1, N)
+        self.normalize, self.classes = sets[0].normalize, sets[0].classes
+        self.rows = torch.arange(len(self.images), device=compute.device)[:, None]
+        self.parameters = [p for net in self.nets for p in net.parameters()]
+        self.sgd = torch.optim.SGD(
+            self.parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.sgd.param_groups[0]["lr"] = torch.tensor(recipe.lr, device=compute.device)  # a CUDA graph reads it there
+        for p in self.parameters:
+            self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.step = Captured(self._step, compute.device)
+
+    def restart(self, net: Network) -> None:
+        """Begin again with the weights of `net`, at the same addresses, and without momentum. For a single network."""
+        self.nets[0].load_state_dict(net.state_dict())
+        for p in self.parameters:
+            self.sgd.state[p]["momentum_buffer"].zero_()
+
+    def set_lr(self, lr: float) -> None:
+        self.sgd.param_groups[0]["lr"].fill_(lr)
+
+    def epoch(self, index: Tensor, draws: Sequence[Draws]) -> None:
+        """One pass over the images at `index`, in an order and with draws of its own for every network."""
+        for net in self.nets:
+            net.train()
+        edges = batches(len(index), self.recipe.batch_size)
+        plans = [plan(index, edges, d) for d in draws]
+        order, u, partner, mix = (
+            torch.stack([getattr(p, name) for p in plans]) for name in ("order", "u", "partner", "mix")
+        )
+        for number, (start, end) in enumerate(edges):
+            self.step(order[:, start:end], u[:, start:end], partner[:, start:end], mix[:, number])
+
+    def _step(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
+        """One batch of every network. index, partner: (K, n); u: (K, n, 9); mix: (K, 4)."""
+        images, labels = self.images[self.rows, index], self.labels[self.rows, index]
+        x = self.recipe.augment(self.normalize(images.flatten(0, 1)), u.flatten(0, 1)).unflatten(0, index.shape)
+        target = torch.eye(self.classes, dtype=x.dtype, device=x.device)[labels]
+        if self.recipe.mixup == "cut":
+            x, target = cutmix(x, target, partner, mix)
+        found = self.compute.retry(lambda: forms.gradients(self.nets, x, target, self.compute))
+        for p, g in zip(self.parameters, [g for net in found for g in net], strict=True):
+            p.grad = g
+        self.sgd.step()
+
+
+def update_network(trainer: Trainer, *, n_data: int, draws: Draws) -> None:
+    """`epochs` passes over n_data random real images: what keeps gradients informative while distilling."""
+    drawn = draws.permutation(trainer.images.shape[1])[:n_data]
+    for _ in range(trainer.recipe.epochs):
+        trainer.epoch(drawn, [draws])
+
+
+def train_networks(
+    spec: NetSpec,
+    sets: Sequence[ImageSet],
+    recipe: Recipe,
+    draws: Sequence[Draws],
+    compute: Compute,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> list[Network]:
+    """Fresh networks side by side, each trained on the whole of its set; the sets are of one size."""
+    trainer = Trainer([fresh_network(spec, d) for d in draws], sets, recipe, compute)
+    everything = torch.arange(len(sets[0]), device=compute.device)
+    for epoch in range(recipe.epochs):
+        trainer.set_lr(recipe.lr_at(epoch))
+        trainer.epoch(everything, draws)
         on_epoch()
-    return net
+    return trainer.nets
 
 
-def train_epoch(
-    net: Network, sgd: torch.optim.Optimizer, train: ImageSet, index: Tensor, recipe: Recipe, draws: Draws
-) -> None:
-    """One pass over the images at `index`, in random order."""
-    for batch in batches(index[draws.permutation(len(index))], recipe.batch_size):
-        x, y = train.batch(batch)
-        x = recipe.augment(x, recipe.augment.draw(len(x), draws))
-        other, share = y, 1.0
-        if recipe.mixup == "cut" and draws.host.random() < CUTMIX_PROBABILITY:
-            x, other, share = cutmix(x, y, draws)
-        logits = net(x)
-        loss = share * F.cross_entropy(logits, y)
-        if share < 1:
-            loss = loss + (1 - share) * F.cross_entropy(logits, other)
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
+def batches(n: int, size: int) -> list[tuple[int, int]]:
+    """range(n) in pieces of `size`, (start, end); a last one of a single image joins its neighbour, since batch norm
+    needs two."""
+    edges = [(start, min(start + size, n)) for start in range(0, n, size)]
+    if size > 1 and len(edges) > 1 and edges[-1] == (n - 1, n):
+        edges[-2:] = [(edges[-2][0], n)]
+    return edges
 
 
-def batches(index: Tensor, size: int) -> list[Tensor]:
-    """`index` in pieces of `size`; a last piece of one image joins its neighbour, since batch norm needs two."""
-    pieces = list(index.split(size)) if len(index) else []
-    if size > 1 and len(pieces) > 1 and len(pieces[-1]) == 1:
-        pieces[-2:] = [torch.cat(pieces[-2:])]
-    return pieces
+def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste a box of another image into every image of half of the batches (Yun et al., ICCV 2019).
 
-
-def cutmix(x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor, float]:
-    """Paste a box of a random other image of the batch (Yun et al., ICCV 2019).
-
-    Returns the images, the labels of the pasted boxes, and the share of the area that an image keeps.
+    x: (K, n, C, H, W); target: (K, n, classes); partner: (K, n) positions of the other images; mix: (K, 4) uniform
+    numbers. Returns the images, and the targets weighted by the area that each kind of image really has.
     """
-    height, width = x.shape[2:]
-    cut = (1 - draws.host.random()) ** 0.5  # lambda ~ Beta(1, 1), the box has sides sqrt(1 - lambda)
-    centre_y, centre_x = draws.host.randrange(height), draws.host.randrange(width)
-    half_y, half_x = int(height * cut) // 2, int(width * cut) // 2
-    top, bottom = max(centre_y - half_y, 0), min(centre_y + half_y, height)
-    left, right = max(centre_x - half_x, 0), min(centre_x + half_x, width)
-    order = draws.permutation(len(x))
-    mixed = x.clone()
-    mixed[:, :, top:bottom, left:right] = x[order][:, :, top:bottom, left:right]
-    return mixed, y[order], 1 - (bottom - top) * (right - left) / (height * width)
+    inside = None
+    for size, centre, dim in ((x.shape[3], CENTRE_Y, 0), (x.shape[4], CENTRE_X, 1)):
+        half = (size * (1 - mix[:, SIZE].double()).sqrt()).floor() // 2  # lambda ~ Beta(1, 1), sides sqrt(1 - lambda)
+        middle = (size * mix[:, centre].double()).floor()
+        at = torch.arange(size, device=x.device)
+        strip = (at >= (middle - half)[:, None]) & (at < (middle + half)[:, None])  # (K, size)
+        strip = strip[:, :, None] if dim == 0 else strip[:, None, :]
+        inside = strip if inside is None else inside & strip
+    assert inside is not None
+    inside = inside & (mix[:, APPLY] < CUTMIX_PROBABILITY)[:, None, None]  # (K, H, W)
+    share = inside.to(x.dtype).mean((1, 2))[:, None, None]
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    mixed = torch.where(inside[:, None, None], x[rows, partner], x)
+    return mixed, (1 - share) * target + share * target[rows, partner]
 
 
 @torch.no_grad()
-def accuracy(net: Network, test: ImageSet) -> float:
+def accuracy(net: Network, test: ImageSet, compute: Compute) -> float:
     """Per cent of the test images that the network classifies correctly."""
     net.eval()
     right = torch.zeros((), dtype=torch.int64, device=test.device)
-    for index in torch.arange(len(test), device=test.device).split(chunk_size(test.device, test.side)):
+    for index in torch.arange(len(test), device=test.device).split(max(512, compute.images(test.side))):
         x, y = test.batch(index)
-        right += (net(x).argmax(1) == y).sum()
+        right += (forms.predict(net, x, compute) == y).sum()
     return 100 * right.item() / len(test)

@@ -1,0 +1,350 @@
+"""Passes through a ConvNet whose derivatives of first and second order are written out (Sec. 3.1 without autograd).
+
+Matching gradients needs the derivative of a distance between gradients, L(G_syn, G_real). With D = dL/dG_syn held
+constant, dL/dpixels is the gradient of the directional derivative of the synthetic loss along D: one tangent pass
+forward, and its adjoint backward. A layer costs 7 convolutions of the synthetic images and 3 of the real ones, the
+minimum for an exact step. No graph is kept, images pass in pieces that stay in cache, and every pass over a piece is a
+plain function of tensors, which compiles.
+
+Images come as (K, n, C, H, W): K classes that meet one network, or K networks that train side by side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from models import ConvNet, Network
+from utils import stages
+from utils.device import Compute, compiled
+
+
+def suits(net: Network) -> bool:
+    """Whether this network's derivatives are written out here: a ConvNet whose norm looks at one image at a time."""
+    return isinstance(net, ConvNet) and all(isinstance(norm, nn.GroupNorm) for _, norm, *_ in net.stages)
+
+
+# --- Parameters as the passes see them --------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """One block of one network, K = 1, or of several."""
+
+    weights: tuple[Tensor, ...]  # K times (out, in, 3, 3)
+    biases: tuple[Tensor, ...]  # K times (out,)
+    gamma: Tensor  # (K, out)
+    beta: Tensor
+    padding: tuple[int, int]
+    groups: int
+    eps: float
+
+
+class Weights(NamedTuple):
+    """A ConvNet, or K of one shape."""
+
+    blocks: tuple[Block, ...]
+    classifier: Tensor  # (K, classes, D)
+    offset: Tensor  # (K, 1, classes)
+
+    def of(self, rows: slice) -> Weights:
+        """The networks that these rows of images meet: theirs, or the only one there is."""
+        if len(self.classifier) == 1:
+            return self
+        blocks = tuple(
+            b._replace(weights=b.weights[rows], biases=b.biases[rows], gamma=b.gamma[rows], beta=b.beta[rows])
+            for b in self.blocks
+        )
+        return Weights(blocks, self.classifier[rows], self.offset[rows])
+
+
+def weights_of(nets: Sequence[Network], dtype: torch.dtype) -> Weights:
+    """The parameters of networks of one shape as they are now, in this precision and the fastest layout."""
+    blocks = []
+    for layers in zip(*(net.stages for net in nets), strict=True):
+        conv, norm, *_ = layers[0]
+        blocks.append(
+            Block(
+                weights=tuple(channels_last(layer[0].weight.detach().to(dtype)) for layer in layers),
+                biases=tuple(layer[0].bias.detach().to(dtype) for layer in layers),
+                gamma=torch.stack([layer[1].weight.detach() for layer in layers]),
+                beta=torch.stack([layer[1].bias.detach() for layer in layers]),
+                padding=conv.padding,
+                groups=norm.num_groups,
+                eps=norm.eps,
+            )
+        )
+    classifier = torch.stack([net.classifier.weight.detach() for net in nets])
+    offset = torch.stack([net.classifier.bias.detach() for net in nets])
+    return Weights(tuple(blocks), classifier.to(dtype), offset[:, None].to(dtype))
+
+
+# --- Passes over one piece of images, (k, n, ...), meeting one network or k -------------------------------------------
+
+
+class Trace(NamedTuple):
+    """What the first passes leave of one block for the second ones; N = k * n, see utils/stages.py."""
+
+    h: Tensor  # the block's input
+    a: Tensor
+    m: Tensor
+    r: Tensor
+    dh: Tensor
+    da: Tensor
+    s0: Tensor
+    s1: Tensor
+
+
+def features(net: Weights, x: Tensor) -> Tensor:
+    """The last features, (k, n, D)."""
+    return forward(net, x)[0].flatten(1).unflatten(0, x.shape[:2])
+
+
+def weight_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> list[Tensor]:
+    """Of the cross-entropy with `target` (k, n or 1, classes), summed over the images and divided by `count`.
+
+    The convolutions' weights only: (k, out, in, 3, 3) per block.
+    """
+    return first_order(net, x, target, count)[0]
+
+
+def all_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> tuple[list[Tensor], ...]:
+    """Of the same with respect to all parameters, a list each, per block: weights, biases, gamma, beta; then, with
+    the k networks in front as well, classifier and offset."""
+    weights, _, traces, last, dz = first_order(net, x, target, count)
+    biases, gammas, betas = [], [], []
+    for block, t in zip(net.blocks, traces, strict=True):
+        pixels = t.a.shape[2] * t.a.shape[3]
+        gammas.append(pixels * each(t.s1.flatten(1), x).sum(1))
+        betas.append(pixels * each(t.s0.flatten(1), x).sum(1))
+        instance = block.groups == t.a.shape[1]  # takes out whatever a bias adds
+        biases.append(torch.zeros_like(betas[-1]) if instance else each(t.da.sum((2, 3)), x).sum(1))
+    return weights, biases, gammas, betas, [dz.to(last.dtype).mT @ last], [dz.sum(1)]
+
+
+def first_order(
+    net: Weights, x: Tensor, target: Tensor, count: int
+) -> tuple[list[Tensor], Tensor, list[Trace], Tensor, Tensor]:
+    """Weight gradients as above; softmax (k, n, classes); traces; last features; the logits' gradient."""
+    h, inputs, outputs = forward(net, x)
+    last = each(h.flatten(1), x)
+    p = (last @ net.classifier.mT + net.offset).to(target.dtype).softmax(2)
+    dz = (p - target) / count
+    dh = back_to_features(net, dz, h)
+    gradients, traces = [], []
+    for i in reversed(range(len(net.blocks))):
+        block, h, (a, m, r) = net.blocks[i], inputs[i], outputs[i]
+        da, s0, s1 = stages.backward(a, m, r, per_image(block.gamma, a), per_image(block.beta, a), dh)
+        gradients.append(
+            torch.stack(
+                [
+                    conv2d_weight(inside, block.weights[0].shape, d, padding=block.padding)
+                    for inside, d in zip(each(h, x), each(da, x), strict=True)
+                ]
+            )
+        )
+        traces.append(Trace(h, a, m, r, dh, da, s0, s1))
+        if i:
+            dh = transposed(da, block.weights, block.padding)
+    return gradients[::-1], p, traces[::-1], last, dz
+
+
+def second_order(
+    net: Weights, traces: list[Trace], p: Tensor, directions: list[tuple[Tensor, ...]], count: int
+) -> Tensor:
+    """Gradient of the loss's derivative along `directions` with respect to the images, (k, n, C, H, W).
+
+    directions: per block, k times (out, in, 3, 3). All classes meet one network.
+    """
+    tangents = []
+    h_dot: Tensor | None = None
+    for block, t, along in zip(net.blocks, traces, directions, strict=True):
+        a_dot = conv(t.h, along, block.padding)
+        if h_dot is not None:  # the images themselves do not move
+            a_dot = a_dot + conv(h_dot, block.weights, block.padding)
+        gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
+        h_dot, t0, t1 = stages.tangent(t.a, t.m, t.r, gamma, beta, a_dot)
+        tangents.append((a_dot, t0, t1))
+    assert h_dot is not None
+    z_dot = (each(h_dot.flatten(1), p) @ net.classifier.mT).to(p.dtype)
+    z_bar = p * (z_dot - (p * z_dot).sum(2, keepdim=True)) / count
+    bar = back_to_features(net, z_bar, h_dot)
+    for i in reversed(range(len(net.blocks))):
+        block, t = net.blocks[i], traces[i]
+        gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
+        a_bar = stages.adjoint(t.a, t.m, t.r, gamma, beta, t.dh, t.s0, t.s1, *tangents[i], bar)
+        bar = transposed(a_bar, block.weights, block.padding) + transposed(t.da, directions[i], block.padding)
+    return each(bar, p)
+
+
+def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+    """The last features (N, C, H, W), every block's input, and its a, m, r."""
+    h = channels_last(x.flatten(0, 1).to(net.classifier.dtype))
+    inputs, outputs = [], []
+    for block in net.blocks:
+        a = conv(h, block.weights, block.padding, block.biases)
+        inputs.append(h)
+        h, m, r = stages.forward(a, per_image(block.gamma, a), per_image(block.beta, a), block.groups, block.eps)
+        outputs.append((a, m, r))
+    return h, inputs, outputs
+
+
+def back_to_features(net: Weights, dz: Tensor, h: Tensor) -> Tensor:
+    """Back through the classifier, (k, n, classes) -> like h."""
+    flat = dz.to(net.classifier.dtype) @ net.classifier
+    return channels_last(flat.reshape(h.shape))
+
+
+def conv(
+    h: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int], biases: tuple[Tensor, ...] | None = None
+) -> Tensor:
+    """(N, C, H, W) under one weight, or its K equal parts under one each."""
+    b = biases or (None,) * len(weights)
+    parts = h.chunk(len(weights)) if len(weights) > 1 else (h,)
+    found = [F.conv2d(part, w, bias, padding=padding) for part, w, bias in zip(parts, weights, b, strict=True)]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def transposed(da: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int]) -> Tensor:
+    """The adjoint of `conv` with respect to its input."""
+    parts = da.chunk(len(weights)) if len(weights) > 1 else (da,)
+    found = [F.conv_transpose2d(part, w, padding=padding) for part, w in zip(parts, weights, strict=True)]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def each(x: Tensor, like: Tensor) -> Tensor:
+    """(N, ...) -> (k, n, ...), the leading dimensions of `like`."""
+    return x.unflatten(0, like.shape[:2])
+
+
+def per_image(parameter: Tensor, a: Tensor) -> Tensor:
+    """(K, C) -> (1 or N, C, 1, 1)."""
+    if len(parameter) > 1:
+        parameter = parameter.repeat_interleave(len(a) // len(parameter), 0, output_size=len(a))
+    return parameter[:, :, None, None]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The layout in which convolutions are fastest."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Passes(NamedTuple):
+    """The functions, as they are or compiled."""
+
+    features: Callable[..., Tensor] = features
+    weight_gradients: Callable[..., list[Tensor]] = weight_gradients
+    all_gradients: Callable[..., tuple[list[Tensor], ...]] = all_gradients
+    first_order: Callable[..., tuple[list[Tensor], Tensor, list[Trace], Tensor, Tensor]] = first_order
+    second_order: Callable[..., Tensor] = second_order
+
+
+@cache
+def compiled_passes() -> Passes:
+    """Compiled once per process; every new shape compiles at its first use."""
+    return Passes(*map(compiled, Passes()))
+
+
+# --- Any number of images, piece by piece -----------------------------------------------------------------------------
+
+Span = tuple[slice, slice]  # of the K classes or networks, and of the n images of each
+
+
+class Analytic:
+    """A ConvNet, or several of one shape side by side, as they are at this moment."""
+
+    def __init__(self, nets: Sequence[Network], compute: Compute, own: torch.dtype) -> None:
+        """own: precision of images and results."""
+        self.compute, self.own = compute, own
+        self.passes = compiled_passes() if compute.compile else Passes()
+        self.net = weights_of(nets, compute.dtype(own))
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """(K, n, C, H, W) normalised images -> (K, n, D), in the precision of the pass."""
+        found = [self.passes.features(self.net.of(span[0]), x[span]).flatten(0, 1) for span in self._pieces(x)]
+        return torch.cat(found).unflatten(0, x.shape[:2])
+
+    @torch.no_grad()
+    def gradients(self, x: Tensor, target: Tensor) -> list[list[Tensor]]:
+        """Gradients of each network's mean cross-entropy, in the order of `parameters()`.
+
+        x: (K, n, C, H, W) normalised images. target: (K, n, classes), probabilities.
+        """
+        total: list[list[Tensor]] = []
+        for span in self._pieces(x):
+            found = self.passes.all_gradients(self.net.of(span[0]), x[span], target[span], x.shape[1])
+            total = total or [[self._zeros(len(x), g) for g in kind] for kind in found]
+            for sums, kind in zip(total, found, strict=True):
+                self._add(sums, kind, span[0])
+        *inner, classifier, offset = total
+        blocks = list(zip(*inner, strict=True))
+        return [[*(g[i] for block in blocks for g in block), classifier[0][i], offset[0][i]] for i in range(len(x))]
+
+    @torch.no_grad()
+    def match(
+        self, real: Tensor, syn: Tensor, labels: Tensor, distance: Callable[[list[Tensor], list[Tensor]], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Distances of K classes between the convolutions' gradients, (K,), and their derivatives, like syn.
+
+        real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,). distance: of one class's gradients, two
+        lists of (out, in, 3, 3), real first.
+        """
+        target = torch.eye(self.net.classifier.shape[1], dtype=self.own, device=real.device)[labels][:, None]
+        wanted, given = (
+            [self._zeros(len(labels), block.weights[0][None]) for block in self.net.blocks] for _ in range(2)
+        )
+        for span in self._pieces(real):
+            found = self.passes.weight_gradients(self.net, real[span], target[span[0]], real.shape[1])
+            self._add(wanted, found, span[0])
+        kept = []
+        for span in self._pieces(syn):
+            found, p, traces, *_ = self.passes.first_order(self.net, syn[span], target[span[0]], syn.shape[1])
+            self._add(given, found, span[0])
+            kept.append((span, traces, p))
+
+        with torch.enable_grad():
+            given = [g.requires_grad_() for g in given]
+            losses = torch.func.vmap(distance)(wanted, given)
+            slopes = torch.autograd.grad(losses.sum(), given)
+        directions = [[channels_last(d) for d in slope.to(self.net.classifier.dtype)] for slope in slopes]
+        result = torch.empty_like(syn)
+        for span, traces, p in kept:
+            along = [tuple(layer[span[0]]) for layer in directions]
+            result[span] = self.passes.second_order(self.net, traces, p, along, syn.shape[1])
+        return losses.detach(), result
+
+    def _pieces(self, x: Tensor) -> list[Span]:
+        return pieces(x.shape[0], x.shape[1], self.compute.images(x.shape[-1]))
+
+    def _zeros(self, k: int, like: Tensor) -> Tensor:
+        """K rows like those of `like`, convolution weights in the layout of their gradients."""
+        shape, kind = (k * like.shape[1], *like.shape[2:]), dict(dtype=self.own, device=like.device)
+        if like.dim() == 5:
+            return torch.empty(shape, memory_format=torch.channels_last, **kind).zero_().unflatten(0, (k, -1))
+        return torch.zeros(k, *like.shape[1:], **kind)
+
+    @staticmethod
+    def _add(totals: list[Tensor], found: list[Tensor], rows: slice) -> None:
+        for total, part in zip(totals, found, strict=True):
+            total[rows] += part
+
+
+def pieces(k: int, n: int, limit: int) -> list[Span]:
+    """(k, n) images in pieces of at most `limit`, as even as can be: whole rows, or parts of a single one."""
+    if n <= limit:
+        return [(rows, slice(0, n)) for rows in even(k, limit // max(n, 1))]
+    return [(slice(c, c + 1), part) for c in range(k) for part in even(n, limit)]
+
+
+def even(n: int, limit: int) -> list[slice]:
+    """range(n) in the fewest parts of at most `limit`, sizes differing by one at most."""
+    count = max(1, -(-n // limit))
+    edges = [i * n // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,224 @@
+"""The machine: devices, memory, precision, compilation, CUDA graphs. Nothing else asks about CUDA or the processor."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import resource
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from utils.errors import UsageError, first_line
+
+log = logging.getLogger("dream")
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+T = TypeVar("T")
+
+
+@dataclass
+class Compute:
+    """How numbers are computed, whatever is computed: where, in which precision, in pieces of which size.
+
+    precision: fp32 is the tensors' own (float64 stays float64); tf32 shortens the factors of matrix products on a GPU;
+    bf16 computes networks in bfloat16, with float32 master weights, sums and distances.
+    """
+
+    device: torch.device
+    precision: str = "fp32"
+    compile: bool = False
+    pixels: int = 0  # of all images that pass through a network together; 0: as fits the device
+
+    def __post_init__(self) -> None:
+        self.pixels = self.pixels or (2**21 if self.device.type == "cuda" else 2**15)
+
+    def dtype(self, own: torch.dtype) -> torch.dtype:
+        """What a network's arithmetic is done in, for images that are `own`."""
+        return torch.bfloat16 if self.precision == "bf16" else own
+
+    def cheapest(self) -> Compute:
+        """For the selection, which does not suffer from bfloat16, where the device is fast at it."""
+        return replace(self, precision="bf16") if fast_bfloat16(self.device) else self
+
+    def images(self, side: int) -> int:
+        """Images that pass through a network together: few stay in a CPU's cache, many fill a GPU."""
+        return max(1, self.pixels // side**2)
+
+    def group(self, images: int, side: int) -> int:
+        """Classes of so many images each that are matched together: as many as a few gigabytes hold."""
+        return max(1, (2**18 if self.device.type == "cpu" else self.pixels) // (images * side**2))
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """For what autograd does by itself."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def retry(self, function: Callable[[], T]) -> T:
+        """Call it; when the GPU's memory does not suffice, call it again with smaller pieces."""
+        while True:
+            try:
+                return function()
+            except torch.OutOfMemoryError:
+                if self.pixels <= 2**14:
+                    raise
+            self.pixels //= 2
+            torch.cuda.empty_cache()
+            log.warning("the GPU's memory is full: going on with pieces half as large")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UsageError when CUDA is asked for in vain."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device auto or --device cpu")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: the GPU's name, or the processor and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:  # Linux counts the reclaimable cache in; elsewhere the whole memory is the best that is known
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what PyTorch frees instead of returning it to the system after every large tensor.
+
+    Getting it back costs a page fault per 4 KiB, up to half of a step's time on a CPU. Results are the same.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has used at most: on a GPU of its memory, on a CPU resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def set_precision(device: torch.device, precision: str) -> None:
+    """Let matrix products and convolutions in float32 be shortened to TF32 or not. Raises UsageError off a GPU."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError("--precision tf32: only NVIDIA GPUs have it; use fp32 or bf16")
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+# --- Compilation ------------------------------------------------------------------------------------------------------
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, compiled for every new combination of shapes at its first call (a few seconds each)."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 256  # every block, chunk and remainder has its own shapes
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def compiler_error(device: torch.device) -> str | None:
+    """Why functions cannot be compiled here, found out by compiling one; None where they can."""
+    # On a machine with a CUDA toolkit and no GPU, loading the compiler is worth no warning to us.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    try:
+        compiled(_probe)(torch.ones(4, device=device))
+    except Exception as error:  # whatever the compiler's parts raise: there is no common base
+        return first_line(error)
+    return None
+
+
+def _probe(x: Tensor) -> Tensor:
+    return x * 2 + 1
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+class Captured:
+    """A function of tensors that a GPU replays as one launch; on a CPU, the function.
+
+    The function must do the same whatever the values of its inputs are: no look at them from Python, no random draws,
+    everything else that it uses always at the same addresses. Per set of input shapes, the first calls run as usual, so
+    that libraries choose their kernels, the next one is captured, the others replay it. Results are overwritten by the
+    next call. Where capturing fails, a warning says so, and everything runs launch by launch.
+    """
+
+    WARM = 3  # calls before the capture
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function = function
+        self.off = device.type != "cuda"
+        self.calls: dict[Any, int] = {}
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.off:
+            return self.function(*inputs)
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= self.WARM:
+            return self._aside(inputs)
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = self._capture(inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                log.warning("this step cannot be captured (%s): it runs launch by launch", first_line(error))
+                self.off = True
+                return self.function(*inputs)
+        graph, static, result = self.graphs[key]
+        for mine, given in zip(static, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return result
+
+    def _aside(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Run on another stream than the default one, which capturing asks of the calls before it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
+        static = tuple(x.clone() for x in inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.function(*static)
+        return graph, static, result

@@ -1,0 +1,96 @@
+"""The forms in which a network is computed, and the only place that chooses: written out (utils/analytic.py) where that
+exists for the network, by autograd otherwise. Both give the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vmap
+
+from models import Network
+from utils import analytic
+from utils.device import Compute
+from utils.objectives import OBJECTIVES, Comparison, total
+
+
+@torch.no_grad()
+def embed(net: Network, x: Tensor, compute: Compute) -> Tensor:
+    """(N, C, H, W) normalised images -> (N, D) embeddings, float32 or the images' precision, in `net`'s mode."""
+    if analytic.suits(net):
+        return analytic.Analytic([net], compute, x.dtype).embed(x[None])[0].to(x.dtype)
+    with compute.autocast():
+        return torch.cat([net.embed(piece).to(x.dtype) for piece in x.split(compute.images(x.shape[-1]))])
+
+
+@torch.no_grad()
+def predict(net: Network, x: Tensor, compute: Compute) -> Tensor:
+    """(N, C, H, W) normalised images -> (N,) classes, in `net`'s mode."""
+    return net.classifier(embed(net, x, compute)).argmax(1)
+
+
+def side_by_side(nets: Sequence[Network]) -> bool:
+    """Whether `gradients` takes such networks together rather than one after the other."""
+    return all(map(analytic.suits, nets))
+
+
+def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compute) -> list[list[Tensor]]:
+    """Of each network's mean cross-entropy with respect to its parameters, in their order.
+
+    x: (K, n, C, H, W) normalised images of K networks; target: (K, n, classes), probabilities.
+    """
+    if side_by_side(nets):
+        return analytic.Analytic(nets, compute, x.dtype).gradients(x, target)
+    found = []
+    for net, images, wanted in zip(nets, x, target, strict=True):
+        with compute.autocast():
+            loss = F.cross_entropy(net(images), wanted)
+        found.append(list(torch.autograd.grad(loss, list(net.parameters()))))
+    return found
+
+
+def match(
+    net: Network, real: Tensor, syn: Tensor, labels: Tensor, how: Comparison, compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """Distances of K classes, (K,), and their derivatives, like syn.
+
+    real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,).
+    """
+    if how.objective == "grad" and not (how.bias or how.fc) and analytic.suits(net):
+        return analytic.Analytic([net], compute, syn.dtype).match(real, syn, labels, partial(total, how.metric))
+    return match_by_autograd(net, real, syn, labels, how, compute)
+
+
+def match_by_autograd(
+    net: Network, real: Tensor, syn: Tensor, labels: Tensor, how: Comparison, compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """Distances of K classes and their gradients, for any network, metric and objective, in one graph.
+
+    real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,). Returns (K,) and a tensor like syn.
+    """
+
+    def distance(real: Tensor, syn: Tensor, label: Tensor) -> Tensor:
+        return OBJECTIVES[how.objective](net, real, syn, label, how)
+
+    syn = syn.detach().requires_grad_()
+    with frozen_statistics(net), compute.autocast():
+        losses = vmap(distance)(real, syn, labels)
+    return losses.detach(), torch.autograd.grad(losses.sum(), syn)[0]
+
+
+@contextmanager
+def frozen_statistics(net: Network) -> Iterator[None]:
+    """Batch norm normalises by the batch but remembers nothing: a batch of one class says little of all images."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
