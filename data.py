@@ -25,10 +25,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
+from utils.device import free_memory
 from utils.errors import UsageError, UserError, first_line
 from utils.images import ImageSet, Normalize
 from utils.report import Progress
-from utils.device import free_memory
 
 log = logging.getLogger("dream")
 T = TypeVar("T")

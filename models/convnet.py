@@ -29,3 +29,8 @@ class ConvNet(Network):
         self.stem = nn.Identity()
         self.stages = nn.ModuleList(blocks)
         self.classifier = nn.Linear(width * (padded >> depth) ** 2, classes)
+
+    @property
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Convolution and norm of every block."""
+        return [(stage[0], stage[1]) for stage in self.stages]  # type: ignore[index]  # a Sequential, see above

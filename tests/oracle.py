@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Network
-from utils.augment import Draw
 from utils.images import ImageSet, Normalize
 from utils.runtime import Draws
-from utils.training import Recipe
+from utils.training import Recipe, plan
 
 
 def decode_single(stored: Tensor, factor: int) -> Tensor:
@@ -32,10 +31,26 @@ def decode_single(stored: Tensor, factor: int) -> Tensor:
     return torch.stack(found)
 
 
-def augment_one(x: Tensor, u: Tensor, names: tuple[str, ...], geometry: str | None) -> Tensor:
-    """One image (C, H, W) under one draw of eight numbers, operation by operation, pixel by pixel where it can be."""
+def decode_naively(stored: Tensor, factor: int, decode_type: str) -> Tensor:
+    """(ipc, C, H, W) -> (S, C, H, W) by every decode type, one stored image and one factor at a time."""
+    if decode_type == "single":
+        return decode_single(stored, factor)
+    if decode_type == "multi":
+        return torch.cat([decode_single(stored[[i]], f) for f in range(factor, 0, -1) for i in range(len(stored))])
+    found: list[Tensor] = []
+    for i in range(len(stored)):  # bound: the largest factor that leaves room for one image of each that follows
+        done, follow = sum(map(len, found)), len(stored) - i - 1
+        while factor > 1 and done + factor**2 + follow > 128:
+            factor -= 1
+        found.append(decode_single(stored[[i]], factor))
+    return torch.cat(found)
+
+
+def augment_one(x: Tensor, u: Tensor, names: tuple[str, ...], geometries: list[str]) -> Tensor:
+    """One image (C, H, W) under one draw of nine numbers, operation by operation, pixel by pixel where it can be."""
     channels, height, width = x.shape
-    flip, bright, saturate, contrast, move_y, move_x, cut_y, cut_x = (float(v) for v in u)
+    flip, bright, saturate, contrast, move_y, move_x, cut_y, cut_x, pick = (float(v) for v in u)
+    geometry = geometries[math.floor(pick * len(geometries))] if geometries else None
     if "color" in names:
         x = x + (bright - 0.5) * 1.0
         grey = sum(x[c] for c in range(channels)) / channels
@@ -74,9 +89,9 @@ def augment_one(x: Tensor, u: Tensor, names: tuple[str, ...], geometry: str | No
     return x
 
 
-def augment_shared(x: Tensor, draw: Draw, names: tuple[str, ...]) -> Tensor:
+def augment_shared(x: Tensor, u: Tensor, names: tuple[str, ...], geometries: list[str]) -> Tensor:
     """A batch under one draw."""
-    return torch.stack([augment_one(image, draw.u[0], names, draw.geometry) for image in x])
+    return torch.stack([augment_one(image, u, names, geometries) for image in x])
 
 
 def layer_distance(metric: str, real: Tensor, syn: Tensor) -> Tensor:
@@ -88,21 +103,39 @@ def layer_distance(metric: str, real: Tensor, syn: Tensor) -> Tensor:
     if metric == "l1_mean":
         return (real - syn).abs().sum() / real.numel()
     total = real.new_zeros(())
-    for a, b in zip(real.reshape(len(real), -1), syn.reshape(len(syn), -1), strict=True):
+    channels = len(real) if real.dim() > 1 else 1
+    for a, b in zip(real.reshape(channels, -1), syn.reshape(channels, -1), strict=True):
         total = total + 1 - (a @ b) / (a.norm().clamp(min=1e-6) * b.norm().clamp(min=1e-6))
     return total
 
 
-def conv_weights(net: Network) -> list[nn.Parameter]:
-    return [p for name, p in net.named_parameters() if p.dim() == 4]
+def matched(net: Network, *, bias: bool, fc: bool) -> list[Tensor]:
+    """Layer by layer: a convolution's weight; with `bias` all other parameters of a block; the classifier's alike."""
+    found: list[Tensor] = []
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) or (fc and isinstance(layer, nn.Linear)):
+            found += [layer.weight] + ([layer.bias] if bias and layer.bias is not None else [])
+        elif bias and isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)):
+            found += [layer.weight, layer.bias]
+    return found
 
 
-def class_distance(net: Network, real: Tensor, syn: Tensor, label: int, metric: str, match: str) -> Tensor:
+def class_distance(
+    net: Network,
+    real: Tensor,
+    syn: Tensor,
+    label: int,
+    metric: str,
+    match: str,
+    *,
+    bias: bool = False,
+    fc: bool = False,
+) -> Tensor:
     """Distance of one class, by plain backward passes with a graph over everything."""
     if match == "feat":
         pairs = [(a.mean(0), b.mean(0)) for a, b in zip(net.features(real), net.features(syn), strict=True)]
         return sum((layer_distance(metric, a.detach(), b) for a, b in pairs), real.new_zeros(()))
-    weights = conv_weights(net)
+    weights = matched(net, bias=bias, fc=fc)
     target = torch.tensor([label])
     loss_real = F.cross_entropy(net(real), target.expand(len(real)))
     loss_syn = F.cross_entropy(net(syn), target.expand(len(syn)))
@@ -123,22 +156,32 @@ class PublishedPixels:
         net: Network,
         real: ImageSet,
         picks: Tensor,
-        draws: list[Draw],
+        shared: Tensor,
+        chosen: Tensor | None = None,
         *,
         factor: int,
+        decode_type: str = "single",
         names: tuple[str, ...],
+        geometries: list[str],
         metric: str,
         match: str,
+        bias: bool = False,
+        fc: bool = False,
         normalize: Normalize,
     ) -> list[float]:
-        """Every class in turn. Returns the distances."""
+        """Every class in turn. shared: (classes, 9), the draws. chosen: which decoded images take part; else all.
+
+        Returns the distances.
+        """
         distances = []
         for c in range(len(self.pixels)):
-            syn = augment_shared(normalize(decode_single(self.pixels[c], factor)), draws[c], names)
-            wanted = augment_shared(normalize(real.images[picks[c]]), draws[c], names)
-            loss = class_distance(net, wanted, syn, c, metric, match)
-            self.sgd.zero_grad(set_to_none=False)
-            loss.backward()  # fills the other classes' gradients with zeros
+            decoded = decode_naively(self.pixels[c], factor, decode_type)
+            if chosen is not None:
+                decoded = torch.stack([decoded[i] for i in chosen[c].tolist()])
+            syn = augment_shared(normalize(decoded), shared[c], names, geometries)
+            wanted = augment_shared(normalize(real.images[picks[c]]), shared[c], names, geometries)
+            loss = class_distance(net, wanted, syn, c, metric, match, bias=bias, fc=fc)
+            self.pixels.grad = torch.autograd.grad(loss, self.pixels)[0]  # zero for the other classes
             self.sgd.step()
             distances.append(loss.item())
         return distances
@@ -153,23 +196,29 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor
     return nearest, centroids
 
 
-def naive_epoch(net: Network, velocity: dict[str, Tensor], train: ImageSet, recipe: Recipe, draws: Draws) -> None:
-    """One pass over a set: an image at a time, SGD written out. Draws in the order in which the fast form does."""
-    order = draws.permutation(len(train)).tolist()
-    size = recipe.batch_size
-    for batch in [order[i : i + size] for i in range(0, len(order), size)]:
-        draw = recipe.augment.draw(len(batch), draws)
-        x = [
-            augment_one(train.normalize(train.images[[i]])[0], u, recipe.augment.names, draw.geometry)
-            for i, u in zip(batch, draw.u, strict=True)
-        ]
-        y = [int(train.labels[i]) for i in batch]
-        partner, kept = list(range(len(batch))), 1.0
-        if recipe.mixup == "cut" and draws.host.random() < 0.5:
+def naive_epoch(
+    net: Network, velocity: dict[str, Tensor], train: ImageSet, index: Tensor, recipe: Recipe, draws: Draws
+) -> None:
+    """One pass over the images at `index`: image by image, SGD written out. Only the random numbers are a Plan's."""
+    edges = [(i, min(i + recipe.batch_size, len(index))) for i in range(0, len(index), recipe.batch_size)]
+    if len(edges) > 1 and edges[-1][1] - edges[-1][0] == 1 < recipe.batch_size:
+        edges = [*edges[:-2], (edges[-2][0], edges[-1][1])]
+    drawn = plan(index, edges, draws)
+    for (start, end), numbers in zip(edges, drawn.mix.tolist(), strict=True):
+        geometry = drawn.u[start, 8]
+        x, y = [], []
+        for n in range(start, end):
+            position, u = int(drawn.order[n]), torch.cat([drawn.u[n, :8], geometry[None]])
+            image = train.normalize(train.images[[position]])[0]
+            x.append(augment_one(image, u, recipe.augment.names, recipe.augment.geometries))
+            y.append(int(train.labels[position]))
+        partner, kept = list(range(len(x))), 1.0
+        apply, size, centre_y, centre_x = numbers
+        if recipe.mixup == "cut" and apply < 0.5:
             side = x[0].shape[1]
-            length = int(side * math.sqrt(1 - draws.host.random())) // 2
-            row, column = draws.host.randrange(side), draws.host.randrange(side)
-            partner = draws.permutation(len(batch)).tolist()
+            length = int(side * math.sqrt(1 - size)) // 2
+            row, column = int(side * centre_y), int(side * centre_x)
+            partner = drawn.partner[start:end].tolist()
             whole = [image.clone() for image in x]
             inside = [
                 (i, j)

@@ -4,68 +4,77 @@ import pytest
 import torch
 
 from tests.oracle import augment_one
-from utils.augment import ALWAYS, ONE_OF, Augment, Draw, parse, without
+from utils.augment import ALWAYS, GEOMETRY, ONE_OF, Augment, parse, without
 from utils.runtime import Draws
 
 EVERYTHING = "_".join(ALWAYS + ONE_OF)
 
 
 @pytest.mark.parametrize("side", [8, 15, 28])
-@pytest.mark.parametrize("geometry", [None, *ONE_OF])
-def test_a_batch_is_augmented_as_each_image_alone(geometry: str | None, side: int) -> None:
-    x = torch.randn(7, 3, side, side, dtype=torch.float64)
-    u = torch.rand(7, 8)
-    ours = Augment(EVERYTHING)(x, Draw(u, geometry))
-    expected = torch.stack([augment_one(x[i], u[i], ALWAYS, geometry) for i in range(7)])
-    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("names", ["color_cutout_flip", *ONE_OF, EVERYTHING, "crop_rotate"])
+def test_a_batch_is_augmented_as_each_image_alone(names: str, side: int) -> None:
+    x = torch.randn(16, 3, side, side, dtype=torch.float64)
+    augment, u = Augment(names), torch.rand(16, 9)
+    expected = torch.stack([augment_one(x[i], u[i], augment.names, augment.geometries) for i in range(16)])
+    torch.testing.assert_close(augment(x, u), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("geometry", ONE_OF)
-def test_a_shared_draw_treats_both_halves_alike(geometry: str) -> None:
-    half = torch.randn(3, 3, 12, 12)
-    ours = Augment(EVERYTHING)(torch.cat([half, half]), Draw(torch.rand(1, 8), geometry))
+@pytest.mark.parametrize("side", [8, 11, 28])
+def test_a_crop_among_other_operations_is_the_exact_one(side: int) -> None:
+    x, u = torch.randn(9, 3, side, side, dtype=torch.float64), torch.rand(9, 9)
+    u[:, GEOMETRY] = 0
+    torch.testing.assert_close(Augment("crop_rotate")(x, u), Augment("crop")(x, u), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("geometry", range(len(ONE_OF)))
+def test_a_shared_draw_treats_both_halves_alike(geometry: int) -> None:
+    half, u = torch.randn(3, 3, 12, 12), torch.rand(1, 9)
+    u[:, GEOMETRY] = geometry / len(ONE_OF)
+    ours = Augment(EVERYTHING)(torch.cat([half, half]), u)
     torch.testing.assert_close(ours[:3], ours[3:], rtol=0, atol=0)
+    torch.testing.assert_close(ours, Augment(EVERYTHING)(torch.cat([half, half]), u.expand(6, 9)), rtol=0, atol=0)
 
 
 def test_draws_per_image_differ_and_shared_draws_per_class_differ() -> None:
     augment = Augment("color_crop")
-    assert len(augment.draw(5, Draws("cpu", 0)).u.unique(dim=0)) == 5
+    drawn = augment.draw(2, 5, Draws("cpu", 0))
+    assert drawn.shape == (10, 9) and len(drawn[:, :GEOMETRY].unique(dim=0)) == 10
     shared = augment.draw_shared(4, Draws("cpu", 0))
-    assert [draw.u.shape for draw in shared] == [(1, 8)] * 4
-    assert len(torch.cat([draw.u for draw in shared]).unique(dim=0)) == 4
+    assert shared.shape == (4, 9) and len(shared.unique(dim=0)) == 4
 
 
 def test_one_geometric_operation_is_drawn_per_call_and_each_one_comes_up() -> None:
     augment = Augment("crop_scale_rotate")
-    drawn = {augment.draw(2, Draws("cpu", i)).geometry for i in range(40)}
-    assert drawn == {"crop", "scale", "rotate"}
-    assert Augment("color_cutout").draw(2, Draws("cpu", 0)).geometry is None
+    assert augment.geometries == ["crop", "scale", "rotate"] and Augment("color_cutout").geometries == []
+    drawn = augment.draw(40, 2, Draws("cpu", 0))[:, GEOMETRY].view(40, 2)
+    assert torch.equal(drawn[:, 0], drawn[:, 1])
+    assert (drawn[:, 0] * 3).long().unique().tolist() == [0, 1, 2]
 
 
 def test_crop_shifts_by_an_eighth_of_the_side_at_most_and_brings_zeros_in() -> None:
     x = torch.ones(1000, 1, 32, 32)
-    shown = Augment("crop")(x, Draw(torch.rand(1000, 8), "crop")).sum((1, 2, 3))
+    shown = Augment("crop")(x, torch.rand(1000, 9)).sum((1, 2, 3))
     assert shown.max() == 32 * 32 and shown.min() == 28 * 28
 
 
 def test_cutout_hides_a_square_of_half_the_side_clipped_at_the_border() -> None:
     x = torch.ones(1000, 1, 32, 32)
-    hidden = (Augment("cutout")(x, Draw(torch.rand(1000, 8), None)) == 0).sum((1, 2, 3))
+    hidden = (Augment("cutout")(x, torch.rand(1000, 9)) == 0).sum((1, 2, 3))
     assert hidden.max() == 16 * 16 and hidden.min() >= 8 * 8
 
 
 def test_augmentation_has_a_gradient_with_respect_to_the_pixels() -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    for geometry in ONE_OF:
-        draw = Draw(torch.rand(1, 8, dtype=torch.float64), geometry)
-        assert torch.autograd.gradcheck(lambda x, draw=draw: Augment(EVERYTHING)(x, draw), x)
+    for names in (*ONE_OF, EVERYTHING):
+        u = torch.rand(1, 9, dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda x, names=names, u=u: Augment(names)(x, u), x)
 
 
 def test_no_names_change_nothing() -> None:
     x = torch.randn(2, 3, 8, 8)
     for names in ("none", ""):
         augment = Augment(names)
-        assert torch.equal(augment(x, augment.draw(2, Draws("cpu", 0))), x)
+        assert torch.equal(augment(x, augment.draw(1, 2, Draws("cpu", 0))), x)
 
 
 def test_an_unknown_operation_is_refused_with_the_choices() -> None:

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
 
 import models
 from utils.augment import Augment
+from utils.device import Compute, set_precision
 from utils.images import ImageSet, Normalize
-from utils.matching import Comparison, Matcher
+from utils.matching import Matcher, MatchingStep
+from utils.objectives import Comparison
 from utils.pixels import PixelSGD
 from utils.runtime import Draws
-from utils.selection import STRATEGIES, Context, embed, select
-from utils.training import Recipe, accuracy, fresh_network, train_network, update_network
+from utils.selection import KMEANS, Context, embed, select
+from utils.state import State
+from utils.training import Recipe, Trainer, accuracy, fresh_network, train_networks, update_network
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SPEC = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16)
+UPDATE = Recipe(batch_size=16, augment=Augment("color_crop"), mixup="cut")
+STEPS = 8  # the calls that warm up, the one that is captured, and replays
+
+
+def compute(device: str, precision: str = "fp32") -> Compute:
+    return Compute(torch.device(device), precision)
 
 
 def real_set(device: str) -> ImageSet:
     images = torch.randint(0, 256, (90, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     normalize = Normalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), device)
     return ImageSet(images.to(device), (torch.arange(90) % 3).to(device), classes=3, normalize=normalize)
+
+
+def new_state(device: str, *, names: str = "color_crop_cutout", norm: str = "instance") -> State:
+    """The beginning of a run."""
+    real, how = real_set(device), compute(device)
+    spec = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16, norm=norm)
+    net = fresh_network(spec, Draws(device, 0))
+    start = torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    pixels = PixelSGD(start, lr=1e-3, momentum=0.5)
+    return State(
+        pixels=pixels,
+        trainer=Trainer([net], [real], UPDATE, how),
+        match=MatchingStep(Matcher(Comparison(), 2, "single", 5, Augment(names), how), net, pixels, real),
+        picks=torch.zeros(3, 8, dtype=torch.int64, device=device),
+        losses=torch.zeros(3, device=device),
+    )
+
+
+def inner_step(state: State, device: str, step: int, strategy: str = "random") -> None:
+    context = Context(state.net, real_set(device), Draws(device, "select", step), compute(device).cheapest())
+    state.picks.copy_(select(context, 8, strategy=strategy))
+    state.losses += state.match(state.picks, Draws(device, "match", step))
+    update_network(state.trainer, n_data=40, draws=Draws(device, "update", step))
+
+
+def everything(state: State) -> list[Tensor]:
+    return [state.pixels.pixels, state.pixels.velocity, state.losses, *state.net.state_dict().values()]
 
 
 @contextmanager
@@ -40,41 +78,94 @@ def no_host_sync(device: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_inner_step_never_waits_for_the_device(strategy: str, device: str) -> None:
-    real = real_set(device)
-    net = fresh_network(SPEC, Draws(device, 0))
-    recipe = Recipe(batch_size=16, augment=Augment("color_crop"), mixup="cut")
-    sgd = recipe.optimizer(net)
-    match = Matcher("grad", Comparison(), 2, "single", 5, Augment("color_crop_cutout"))
-    pixels = PixelSGD(torch.rand(3, 2, 3, 16, 16, device=device), lr=1e-3, momentum=0.5)
-    start = pixels.pixels.clone()
-    for step in range(3):  # the first steps may wait: libraries start and choose their kernels
-        with no_host_sync(device if step == 2 else "cpu"):
-            picks = select(Context(net, real, Draws(device, "select", step)), 8, strategy=strategy)
-            _, gradients = match(net, pixels.lookahead(), real, picks, Draws(device, "match", step))
-            pixels.step(gradients)
-            update_network(net, sgd, real, recipe, n_data=40, draws=Draws(device, "update", step))
-    assert torch.isfinite(pixels.pixels).all() and not torch.equal(pixels.pixels, start)
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("strategy", ["kmeans", "random"])
+def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool, device: str) -> None:
+    real, state = real_set(device), new_state(device)
+    if not captured:
+        state.match._captured.off = state.trainer.step.off = True
+    start = state.pixels.pixels.clone()
+    for step in range(STEPS):  # the first steps may wait: libraries start and choose their kernels
+        with no_host_sync(device if step == STEPS - 1 else "cpu"):
+            context = Context(state.net, real, Draws(device, "select", step), compute(device).cheapest())
+            state.picks.copy_(select(context, 8, strategy=strategy))
+            state.losses += state.match(state.picks, Draws(device, "match", step))
+            update_network(state.trainer, n_data=40, draws=Draws(device, "update", step))
+    assert torch.isfinite(state.pixels.pixels).all() and not torch.equal(state.pixels.pixels, start)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_matching_gradient_is_that_of_float64_on_a_cpu(device: str) -> None:
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("names", ["color_crop_cutout", "flip_scale_rotate"])
+def test_a_captured_step_gives_the_same_pixels_and_weights(names: str, norm: str, device: str) -> None:
+    captured, plain = new_state(device, names=names, norm=norm), new_state(device, names=names, norm=norm)
+    plain.match._captured.off = plain.trainer.step.off = True
+    for state in (captured, plain):
+        for step in range(STEPS):
+            if step == STEPS - 2:  # the replayed steps see the new network
+                state.begin_iteration(fresh_network(SPEC, Draws(device, 1)) if norm == "instance" else state.net)
+            inner_step(state, device, step)
+    if device == "cuda":
+        assert captured.match._captured.graphs and captured.trainer.step.graphs
+        assert not captured.match._captured.off and not captured.trainer.step.off
+    for ours, expected in zip(everything(captured), everything(plain), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_state_that_was_saved_and_restored_goes_on_as_before(device: str) -> None:
+    state, restored = new_state(device), new_state(device)
+    for step in range(3):
+        inner_step(state, device, step)
+    file = io.BytesIO()
+    torch.save(state.save(), file)
+    file.seek(0)
+    restored.restore(torch.load(file, weights_only=True, map_location="cpu"))
+    for step in range(3, 3 + STEPS):
+        for each in (state, restored):
+            inner_step(each, device, step)
+    for ours, expected in zip(everything(restored), everything(state), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3 if device == "cuda" else 0, atol=1e-5 * (device == "cuda"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("tf32", 0.05), ("bf16", 0.2)])
+def test_the_matching_gradient_is_that_of_float64_on_a_cpu(precision: str, tolerance: float, device: str) -> None:
+    if (precision, device) == ("tf32", "cpu"):
+        pytest.skip("a CPU has no TF32")
     cpu, real = real_set("cpu"), real_set(device)
-    match = Matcher("grad", Comparison(), 2, "single", 128, Augment("none"))
-    pixels = torch.rand(3, 2, 3, 16, 16)
-    picks = torch.stack([real.starts[c] + torch.arange(8) for c in range(3)])
+    pixels = torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    picks = torch.tensor(real.starts)[:, None] + torch.arange(8)
     exact_set = ImageSet(cpu.images.double() / 255, cpu.labels, classes=3, normalize=cpu.normalize)
     net = fresh_network(SPEC, Draws("cpu", 0))
-    _, ours = match(net.to(device), pixels.to(device), real, picks.to(device), Draws(device, 0))
-    _, exact = match(net.cpu().double(), pixels.double(), exact_set, picks, Draws("cpu", 0))
-    assert (ours.cpu().double() - exact).norm() < 0.05 * exact.norm()  # TF32 convolutions on a GPU
+    match, exactly = (
+        Matcher(Comparison(), 2, "single", 128, Augment("none"), how)
+        for how in (compute(device, precision), compute("cpu"))
+    )
+    shared = torch.zeros(3, 9)  # without augmentation it has no part in it
+    set_precision(torch.device(device), precision)
+    try:
+        _, ours = match(net.to(device), pixels.to(device), real, picks.to(device), shared.to(device))
+    finally:
+        set_precision(torch.device("cpu"), "fp32")
+    _, exact = exactly(net.cpu().double(), pixels.double(), exact_set, picks, shared)
+    assert (ours.cpu().double() - exact).norm() < tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_embedding_and_evaluation_work_on_the_device(device: str) -> None:
     real = real_set(device)
     recipe = Recipe(batch_size=8, augment=Augment("color_crop_cutout_flip_scale_rotate"), mixup="cut", epochs=2)
-    net = train_network(SPEC, real, recipe, Draws(device, 0))
-    assert 0 <= accuracy(net, real) <= 100
-    assert embed(net, real.images, real.normalize).device.type == device
+    nets = train_networks(SPEC, [real] * 2, recipe, [Draws(device, r) for r in range(2)], compute(device))
+    assert all(0 <= accuracy(net, real, compute(device)) <= 100 for net in nets)
+    assert embed(nets[0], real.images, real.normalize, compute(device)).device.type == device
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kmeans", KMEANS)
+def test_both_kinds_of_k_means_select_on_the_device(kmeans: str, device: str) -> None:
+    real = real_set(device)
+    context = Context(fresh_network(SPEC, Draws(device, 0)), real, Draws(device, 0), compute(device), kmeans=kmeans)
+    picks = select(context, 10, strategy="kmeans")
+    assert picks.device.type == device and all(len(row.unique()) == 10 for row in picks)
+    assert torch.equal(real.labels[picks].cpu(), torch.arange(3)[:, None].expand(3, 10))

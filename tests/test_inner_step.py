@@ -10,18 +10,24 @@ import models
 from models import NetSpec, Network
 from tests.oracle import PublishedPixels, class_distance
 from utils.augment import Augment
+from utils.device import Compute
+from utils.formation import decoded_count
+from utils.forms import frozen_statistics
 from utils.images import ImageSet, Normalize
-from utils.matching import METRICS, Comparison, Matcher, gradient_distance, matched_parameters
+from utils.matching import Matcher, MatchingStep
+from utils.objectives import METRICS, Comparison, gradient_distance, matched_parameters
 from utils.pixels import PixelSGD
 from utils.runtime import Draws
-from utils.training import Recipe, fresh_network, update_network
+from utils.training import Recipe, Trainer, fresh_network, update_network
 
 CLASSES, PER_CLASS, SIDE = 3, 12, 8
 NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+CPU = Compute(torch.device("cpu"))
+AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
 
 
-def real_set() -> ImageSet:
-    images = torch.rand(CLASSES * PER_CLASS, 3, SIDE, SIDE, dtype=torch.float64, generator=generator(1))
+def real_set(side: int = SIDE) -> ImageSet:
+    images = torch.rand(CLASSES * PER_CLASS, 3, side, side, dtype=torch.float64, generator=generator(1))
     labels = torch.arange(CLASSES).repeat(PER_CLASS)
     return ImageSet(images, labels, classes=CLASSES, normalize=NORMALIZE)
 
@@ -30,56 +36,121 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def network(norm: str = "instance") -> Network:
-    return fresh_network(spec(norm), Draws("cpu", 3)).double()
+def network(norm: str = "instance", *, side: int = SIDE, depth: int = 2, width: int = 8) -> Network:
+    return fresh_network(spec(norm, side=side, depth=depth, width=width), Draws("cpu", 3)).double()
 
 
-def spec(norm: str) -> NetSpec:
-    return models.resolve("convnet", channels=3, classes=CLASSES, side=SIDE, depth=2, width=8, norm=norm)
+def spec(norm: str, *, side: int = SIDE, depth: int = 2, width: int = 8) -> NetSpec:
+    return models.resolve("convnet", channels=3, classes=CLASSES, side=side, depth=depth, width=width, norm=norm)
 
 
-def matcher(factor: int, *, match: str = "grad", metric: str = "mse", syn_max: int = 128) -> Matcher:
-    return Matcher(
-        objective=match,
-        comparison=Comparison(metric=metric),
-        factor=factor,
-        decode_type="single",
-        batch_syn_max=syn_max,
-        augment=Augment("color_crop_cutout_flip_scale_rotate"),
-    )
+def matcher(
+    factor: int,
+    how: Comparison = Comparison(),  # noqa: B008  # frozen
+    *,
+    decode_type: str = "single",
+    syn_max: int = 128,
+    names: str = AUGMENTATION,
+    compute: Compute = CPU,
+) -> Matcher:
+    return Matcher(how, factor, decode_type, syn_max, Augment(names), compute)
 
 
-@pytest.mark.parametrize("match", ["grad", "feat"])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("factor", [1, 2, 3])
-def test_inner_steps_with_network_updates_equal_the_published_loop(factor: int, metric: str, match: str) -> None:
-    real, net = real_set(), network()
-    match_step = matcher(factor, match=match, metric=metric)
-    pixels = torch.rand(CLASSES, 2, 3, SIDE, SIDE, dtype=torch.float64, generator=generator(2))
+def matched(match: Matcher, net: Network, pixels: Tensor, real: ImageSet, picks: Tensor, key: int = 0) -> list[Tensor]:
+    """Distances and gradients under the draws of this key."""
+    drawn = match.draw(pixels.shape[0], pixels.shape[1], Draws("cpu", key))
+    return list(match(net, pixels, real, picks, *drawn))
+
+
+def check_inner_steps(match: Matcher, net: Network, *, ipc: int = 2, side: int = SIDE, steps: int = 3) -> None:
+    """Inner steps with network updates in between give the losses and the pixels of the published loop."""
+    real, how = real_set(side), match.how
+    pixels = torch.rand(CLASSES, ipc, 3, side, side, dtype=torch.float64, generator=generator(2))
     published = PublishedPixels(pixels, lr=1e-3, momentum=0.5)
     ours = PixelSGD(pixels.clone(), lr=1e-3, momentum=0.5)
-    update = Recipe(batch_size=8, augment=Augment("color_crop"), mixup="cut")
-    sgd = update.optimizer(net)
-    for step in range(3):
-        picks = torch.stack([real.starts[c] + torch.randperm(PER_CLASS)[:6] for c in range(CLASSES)])
-        losses, gradients = match_step(net, ours.lookahead(), real, picks, Draws("cpu", "match", step))
-        ours.step(gradients)
+    trainer = Trainer([net], [real], Recipe(batch_size=8, augment=Augment("color_crop"), mixup="cut"), match.compute)
+    step = MatchingStep(match, net, ours, real)
+    for it in range(steps):
+        order = torch.rand(CLASSES, PER_CLASS, generator=generator(it)).argsort(1)
+        picks = torch.tensor(real.starts)[:, None] + order[:, :6]
+        losses = step(picks, Draws("cpu", "match", it))
         expected = published.inner_step(
             net,
             real,
             picks,
-            match_step.augment.draw_shared(CLASSES, Draws("cpu", "match", step)),
-            factor=factor,
-            names=match_step.augment.names,
-            metric=metric,
-            match=match,
+            *match.draw(CLASSES, ipc, Draws("cpu", "match", it)),
+            factor=match.factor,
+            decode_type=match.decode_type,
+            names=match.augment.names,
+            geometries=match.augment.geometries,
+            metric=how.metric,
+            match=how.objective,
+            bias=how.bias,
+            fc=how.fc,
             normalize=NORMALIZE,
         )
         assert losses.tolist() == pytest.approx(expected, rel=1e-9)
-        update_network(net, sgd, real, update, n_data=20, draws=Draws("cpu", "update", step))
+        update_network(trainer, n_data=20, draws=Draws("cpu", "update", it))
     moved = (published.pixels.detach() - pixels).norm()
     assert moved > 0
     assert (ours.pixels - published.pixels.detach()).norm() <= 1e-9 * moved
+
+
+@pytest.mark.parametrize("objective", ["grad", "feat"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_inner_steps_with_network_updates_equal_the_published_loop(factor: int, metric: str, objective: str) -> None:
+    check_inner_steps(matcher(factor, Comparison(objective, metric)), network())
+
+
+@pytest.mark.parametrize("objective", ["grad", "feat"])
+@pytest.mark.parametrize("norm", [norm for norm in models.NORMS if norm != "instance"])
+def test_inner_steps_equal_the_published_loop_under_every_norm(norm: str, objective: str) -> None:
+    check_inner_steps(matcher(2, Comparison(objective)), network(norm))
+
+
+@pytest.mark.parametrize(("bias", "fc"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("norm", "metric"), [("instance", "mse"), ("group", "cos"), ("batch", "l1")])
+def test_inner_steps_with_more_parameters_equal_the_published_loop(
+    norm: str, metric: str, bias: bool, fc: bool
+) -> None:
+    check_inner_steps(matcher(1, Comparison("grad", metric, bias, fc)), network(norm), steps=2)
+
+
+@pytest.mark.parametrize("names", ["none", "color_crop_cutout", "flip_rotate"])
+def test_inner_steps_under_other_augmentations_equal_the_published_loop(names: str) -> None:
+    check_inner_steps(matcher(2, names=names), network())
+
+
+@pytest.mark.parametrize(("decode_type", "ipc", "syn_max"), [("multi", 2, 128), ("multi", 2, 5), ("single", 3, 4)])
+def test_inner_steps_of_every_decode_type_and_count_equal_the_published_loop(
+    decode_type: str, ipc: int, syn_max: int
+) -> None:
+    check_inner_steps(matcher(3, decode_type=decode_type, syn_max=syn_max), network(), ipc=ipc)
+
+
+@pytest.mark.parametrize("syn_max", [20, 128])
+def test_inner_steps_with_three_factors_within_the_bound_equal_the_published_loop(syn_max: int) -> None:
+    assert decoded_count(42, factor=3, decode_type="bound") == 10 * 9 + 2 * 4 + 30
+    check_inner_steps(matcher(3, decode_type="bound", syn_max=syn_max, names="flip"), network(), ipc=42)
+
+
+@pytest.mark.parametrize(("side", "depth", "width"), [(11, 2, 8), (11, 3, 8), (28, 2, 4)])
+@pytest.mark.parametrize("metric", ["mse", "cos"])
+def test_inner_steps_on_odd_and_padded_images_equal_the_published_loop(
+    metric: str, side: int, depth: int, width: int
+) -> None:
+    net = network(side=side, depth=depth, width=width)
+    check_inner_steps(matcher(2, Comparison(metric=metric)), net, side=side, steps=2)
+
+
+@pytest.mark.parametrize("pixels", [1, 5 * SIDE**2])
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_inner_steps_in_small_pieces_and_groups_equal_the_published_loop(
+    monkeypatch: pytest.MonkeyPatch, norm: str, pixels: int
+) -> None:
+    monkeypatch.setattr(Compute, "group", lambda *sizes: 2)
+    check_inner_steps(matcher(2, compute=Compute(torch.device("cpu"), pixels=pixels)), network(norm))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -111,9 +182,9 @@ def test_float32_gradients_are_close_to_float64_ones() -> None:
     real, net = real_set(), network()
     pixels = torch.rand(CLASSES, 2, 3, SIDE, SIDE, dtype=torch.float64, generator=generator(2))
     picks = torch.stack([real.starts[c] + torch.arange(6) for c in range(CLASSES)])
-    _, exact = matcher(2)(net, pixels, real, picks, Draws("cpu", 0))
+    _, exact = matched(matcher(2), net, pixels, real, picks)
     single = ImageSet(real.images.float(), real.labels, classes=CLASSES, normalize=NORMALIZE)
-    _, ours = matcher(2)(net.float(), pixels.float(), single, picks, Draws("cpu", 0))
+    _, ours = matched(matcher(2), net.float(), pixels.float(), single, picks)
     assert (ours.double() - exact).norm() < 1e-4 * exact.norm()
 
 
@@ -121,7 +192,7 @@ def test_at_most_batch_syn_max_synthetic_images_take_part() -> None:
     real, net = real_set(), network()
     pixels = torch.rand(CLASSES, 5, 3, SIDE, SIDE, dtype=torch.float64)
     picks = torch.stack([real.starts[c] + torch.arange(4) for c in range(CLASSES)])
-    _, gradients = matcher(1, syn_max=2)(net, pixels, real, picks, Draws("cpu", 0))
+    _, gradients = matched(matcher(1, syn_max=2), net, pixels, real, picks)
     touched = gradients.flatten(2).abs().sum(2) > 0  # (classes, ipc)
     assert touched.sum(1).tolist() == [2, 2, 2]
 
@@ -132,7 +203,7 @@ def test_other_draws_thin_out_to_other_synthetic_images() -> None:
     picks = torch.stack([real.starts[c] + torch.arange(4) for c in range(CLASSES)])
 
     def touched(key: int) -> Tensor:
-        return matcher(1, syn_max=3)(net, pixels, real, picks, Draws("cpu", key))[1].flatten(2).abs().sum(2) > 0
+        return matched(matcher(1, syn_max=3), net, pixels, real, picks, key)[1].flatten(2).abs().sum(2) > 0
 
     assert not torch.equal(touched(0), touched(1))
     assert torch.equal(touched(0), touched(0))
@@ -150,19 +221,20 @@ def test_biases_norm_layers_and_the_classifier_take_part_only_when_asked(
     bias: bool, fc: bool, expected: set[str]
 ) -> None:
     net = network()
-    names = {id(p): n.removeprefix("stages.").replace("classifier", "fc") for n, p in net.named_parameters()}
-    assert {names[id(p)] for p in matched_parameters(net, bias=bias, fc=fc)} == expected
+    found = matched_parameters(net, bias=bias, fc=fc)
+    assert {name.removeprefix("stages.").replace("classifier", "fc") for name in found} == expected
     everything = matched_parameters(net, bias=True, fc=True)
-    assert {id(p) for p in everything} == {id(p) for p in net.parameters()} and len(everything) == len(names)
+    assert list(everything) == [name for name, p in net.named_parameters()]
+    assert all(torch.equal(everything[name], p) for name, p in net.named_parameters())
 
 
 def test_matching_leaves_the_running_statistics_of_batch_norm_alone() -> None:
     real, net = real_set(), network("batch")
     picks = torch.stack([real.starts[c] + torch.arange(6) for c in range(CLASSES)])
     before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k}
-    matcher(1)(net, torch.rand(CLASSES, 2, 3, SIDE, SIDE, dtype=torch.float64), real, picks, Draws("cpu", 0))
+    matched(matcher(1), net, torch.rand(CLASSES, 2, 3, SIDE, SIDE, dtype=torch.float64), real, picks)
     assert before and all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
-    assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert all(m.track_running_stats for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_distances_are_those_of_hand_made_gradients() -> None:
@@ -178,7 +250,8 @@ def test_identical_sets_have_no_distance() -> None:
     x = torch.rand(4, 3, SIDE, SIDE, dtype=torch.float64)
     for metric in METRICS:  # biases before a norm have no gradient, and so no direction for a cosine
         how = Comparison(metric=metric, bias=metric != "cos", fc=True)
-        assert gradient_distance(net, x, x.clone().requires_grad_(), 1, how).item() == pytest.approx(0, abs=1e-4)
+        distance = gradient_distance(net, x, x.clone().requires_grad_(), torch.tensor(1), how)
+        assert distance.item() == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("norm", models.NORMS)
@@ -186,6 +259,7 @@ def test_every_norm_can_be_matched_through(norm: str) -> None:
     net = network(norm)
     real, syn = torch.rand(2, 4, 3, SIDE, SIDE, dtype=torch.float64)
     syn = syn.requires_grad_()
-    ours = gradient_distance(net, real, syn, 0, Comparison())
+    with frozen_statistics(net):
+        ours = gradient_distance(net, real, syn, torch.tensor(0), Comparison())
     torch.testing.assert_close(ours, class_distance(net, real, syn, 0, "mse", "grad"), rtol=1e-9, atol=0)
     assert torch.autograd.grad(ours, syn)[0].abs().sum() > 0

@@ -41,6 +41,11 @@ def test_the_convnet_is_the_published_one() -> None:
     assert mnist.features(torch.zeros(1, 1, 28, 28))[0].shape == (1, 128, 16, 16)
 
 
+def test_the_operations_of_a_forward_pass_are_those_of_its_convolutions_and_classifier() -> None:
+    expected = 2 * (32**2 * 9 * 3 * 128 + 16**2 * 9 * 128**2 + 8**2 * 9 * 128**2 + 2048 * 10)
+    assert models.forward_flop(spec(classes=10)) == expected
+
+
 def test_instance_norm_makes_images_independent_of_their_batch() -> None:
     net = models.build(spec(width=8)).train()
     x = torch.randn(5, 3, 32, 32)

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from utils import options
 from utils.errors import UsageError
@@ -97,7 +98,7 @@ def test_published_flag_names_and_short_forms_parse_with_either_dash() -> None:
         "niter inner_loop interval batch_real batch_syn_max lr_img mom_img metric match init decode_type aug_type "
         "mixup mixup_net n_data net_epoch epochs batch_size lr momentum weight_decay seed repeat tag depth width "
         "norm_type net_type data_dir select image_folder results_dir device eval_every max_minutes dry_run factor ipc "
-        "dataset"
+        "dataset precision compile kmeans"
     )
     known = make_parser(CondenseOptions, "").format_help()
     for name in names.split():
@@ -105,6 +106,25 @@ def test_published_flag_names_and_short_forms_parse_with_either_dash() -> None:
     assert parsed("-d", "mnist", "-f", "2", "-i", "3", "-n", "resnet10").ipc == 3
     assert parsed("--inner-loop", "4", "--batch-real=5").batch_real == 5
     assert parsed("--tag", "a-b_c").tag == "a-b_c"
+
+
+def test_compilation_follows_from_the_work_the_flag_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, worth = torch.device("cpu"), options.WORTH_COMPILING["cpu"]
+    monkeypatch.setattr(options, "compiler_error", lambda device: None)
+    found = [
+        options.computing(cpu, choice, "fp32", f * worth).compile for choice in ("auto", "on", "off") for f in (0.5, 2)
+    ]
+    assert found == [False, True, True, True, False, False]
+    monkeypatch.setattr(options, "compiler_error", lambda device: "no compiler")
+    assert not options.computing(cpu, "auto", "bf16", 2 * worth).compile
+    with pytest.raises(UsageError, match="--compile on: no compiler"):
+        options.computing(cpu, "on", "fp32", 0)
+
+
+def test_where_and_how_to_compute_is_no_part_of_a_set_but_its_precision_is() -> None:
+    kept = options.remaining_settings(parsed("--precision", "bf16", "--compile", "off", "--kmeans", "sklearn"))
+    assert (kept["precision"], kept["kmeans"]) == ("bf16", "sklearn")
+    assert not {"compile", "device", "data_dir", "results_dir"} & set(kept)
 
 
 def test_seed_zero_is_a_seed_and_ipc_keeps_what_was_given() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,15 +22,17 @@ import condense
 import models
 import train
 from data import Dataset
+from models import Network
 from tests.oracle import PublishedPixels
 from utils import files
 from utils.augment import Augment
+from utils.device import Compute, compiler_error
 from utils.errors import UsageError, UserError
 from utils.run import RunFolder
 from utils.runtime import Draws
 from utils.selection import Context, select
 from utils.synthetic import initial_pixels
-from utils.training import Recipe, fresh_network, update_network
+from utils.training import Recipe, Trainer, fresh_network, update_network
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(
@@ -129,24 +132,31 @@ def test_the_main_loop_is_the_published_algorithm(tmp_path: Path) -> None:
     def draws(purpose: str, *position: int) -> Draws:
         return Draws("cpu", 0, purpose, *position)
 
-    start = initial_pixels(real, spec, "kmeans", ipc=2, factor=2, draws=draws("init"), raw=False)
+    compute = Compute(torch.device("cpu"))
+
+    def chosen_by(net: Network, draws: Draws) -> Context:
+        return Context(net, real, draws, compute.cheapest())
+
+    first = draws("init")
+    start = initial_pixels(chosen_by(fresh_network(spec, first), first), "kmeans", ipc=2, factor=2)
     published = PublishedPixels(start, lr=0.2 * 2 / 10, momentum=0.5)
     update = Recipe(batch_size=8, augment=Augment("color_crop"), mixup="cut")
     clamped = 0
     for it in range(2):
         net = fresh_network(spec, draws("network", it))
-        sgd = update.optimizer(net)
+        trainer = Trainer([net], [real], update, compute)
         clamped += int(((published.pixels < 0) | (published.pixels > 1)).sum())
         published.pixels.data.clamp_(0, 1)
         for step in range(4):
             if step in (0, 2):
-                picks = select(Context(net, real, draws("select", it, step)), 8, strategy="kmeans")
+                picks = select(chosen_by(net, draws("select", it, step)), 8, strategy="kmeans")
             augment = Augment("color_crop_cutout")
             published.inner_step(
                 net, real, picks, augment.draw_shared(10, draws("match", it, step)),
-                factor=2, names=augment.names, metric="mse", match="grad", normalize=normalize,
+                factor=2, names=augment.names, geometries=augment.geometries, metric="mse", match="grad",
+                normalize=normalize,
             )  # fmt: skip
-            update_network(net, sgd, real, update, n_data=16, draws=draws("update", it, step))
+            update_network(trainer, n_data=16, draws=draws("update", it, step))
     assert clamped > 50  # so that a clamp at another moment would show
     images, _ = torch.load(data, weights_only=True)
     expected = published.pixels.detach().clamp(0, 1).flatten(0, 1)
@@ -333,12 +343,123 @@ def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
         ["--metric", "l1", "--decode_type", "multi", "--cluster_raw"],
         ["--decode_type", "bound", "-n", "resnet10", "--depth", "10", "--n_data", "0"],
         ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"],
+        ["--kmeans", "sklearn", "--norm_type", "group"],
+        ["--precision", "bf16", "--bias", "--norm_type", "batch"],
+        ["--aug_type", "flip_crop_scale_rotate_translate", "--norm_type", "layer", "--net_epoch", "2"],
     ],
     ids=" ".join,
 )
 def test_every_choice_of_the_method_runs(tmp_path: Path, more: list[str]) -> None:
     argv = [*TINY, "--niter", "1", "--inner_loop", "2", "--ipc", "1", "--epochs", "1", "--repeat", "1", "--width", "4"]
     assert condense.main([*argv, "--results_dir", str(tmp_path), *more]) == 0
+
+
+# --- Precision and compilation ----------------------------------------------------------------------------------------
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "data.json").read_text())["settings"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_run_ends_with_the_peak_of_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "--niter", "1")
+    assert re.fullmatch(r"peak memory: [\d.]+ GB", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_run_in_bfloat16_repeats_bit_for_bit_and_is_evaluated_in_float32(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = (run(tmp_path / name, "--eval_every", "2", "--precision", "bf16") for name in ("first", "again"))
+    assert (first / "data.pt").read_bytes() == (again / "data.pt").read_bytes()
+    assert (first / "data.pt").read_bytes() != (finished / "data.pt").read_bytes()
+    assert without_time(metrics(first)) == without_time(metrics(again))
+    assert settings(first)["precision"] == "bf16" and settings(finished)["precision"] == "fp32"
+    card = json.loads((first / "data.json").read_text())
+    capsys.readouterr()
+    results = []
+    for more in ([], ["--precision", "bf16"]):
+        assert train.main(["--device", "cpu", str(first), "--json", *more]) == 0
+        results.append(last_json(capsys))
+    protocols = [json.loads(json.dumps(r["results"]))[0]["protocol"] for r in results]
+    assert [protocol["precision"] for protocol in protocols] == ["fp32", "bf16"]
+    assert results[0]["accuracies"] == card["accuracy"]["accuracies"]
+
+
+def test_scikit_learn_s_k_means_runs_and_selects_by_itself(finished: Path, tmp_path: Path) -> None:
+    folder = run(tmp_path, "--eval_every", "2", "--kmeans", "sklearn")
+    assert settings(folder)["kmeans"] == "sklearn"
+    assert (folder / "data.pt").read_bytes() != (finished / "data.pt").read_bytes()
+
+
+def test_tf32_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    for main in (condense.main, train.main):
+        argv = ["--device", "cpu", "--precision", "tf32", "--results_dir", str(tmp_path)]
+        with pytest.raises(UsageError, match="--precision tf32: only NVIDIA GPUs"):
+            main([*argv, "--real"] if main is train.main else argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compilation_without_a_compiler_is_refused_when_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.options.compiler_error", lambda device: "no compiler")
+    with pytest.raises(UsageError, match=r"--compile on: no compiler; install .* or use --compile auto"):
+        run(tmp_path, "--compile", "on")
+
+
+def test_compilation_without_a_compiler_is_left_out_when_it_is_up_to_the_program(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("utils.options.compiler_error", lambda device: "no compiler")
+    monkeypatch.setattr("utils.options.WORTH_COMPILING", {"cpu": 0.0})
+    folder = run(tmp_path, "--eval_every", "2", "--compile", "auto")
+    assert "not compiled (no compiler): slower" in capsys.readouterr().out
+    assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+
+
+def test_the_compiler_is_not_asked_where_the_work_is_not_worth_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("utils.options.compiler_error", lambda device: pytest.fail("it takes seconds"))
+    for choice in ("auto", "off"):
+        run(tmp_path, "--niter", "1", "--tag", choice, "--compile", choice)
+    assert "compiled" not in capsys.readouterr().out
+
+
+def test_a_run_may_go_on_with_another_choice_of_compilation_but_not_in_another_precision(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [*TINY, "--results_dir", str(tmp_path), "--eval_every", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(condense.Job, "after_step", stop_at_once)
+        assert condense.main([*argv, "--compile", "off"]) == 128 + signal.SIGTERM
+    with pytest.raises(UsageError, match=r"--precision fp32 there, bf16 here"):
+        condense.main([*argv, "--precision", "bf16"])
+    with pytest.raises(UsageError, match=r"--kmeans batched there, sklearn here"):
+        condense.main([*argv, "--kmeans", "sklearn"])
+    assert condense.main([*argv, "--compile", "auto"]) == 0
+    folder = tmp_path / "digits" / finished.name
+    assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+
+
+def stop_at_once(job: condense.Job, state: condense.State) -> None:
+    job.stopper.signal = signal.SIGTERM
+    job.stopper.check()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_gives_the_same_images_up_to_rounding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if problem := compiler_error(torch.device("cpu")):
+        pytest.skip(problem)
+    few = ["--niter", "1", "--batch_syn_max", "128", "--repeat", "1"]
+    plain, compiled = (run(tmp_path / choice, *few, "--compile", choice) for choice in ("off", "on"))
+    assert ", compiled" in capsys.readouterr().out
+    ours, expected = (torch.load(folder / "data.pt", weights_only=True)[0] for folder in (compiled, plain))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 # --- train.py ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from sklearn.cluster import KMeans
@@ -7,13 +9,28 @@ from torch import Tensor
 
 import models
 from models import Network
-from tests.oracle import lloyd
+from tests import oracle
+from utils import selection
+from utils.device import Compute
 from utils.images import ImageSet, Normalize, to_unit
 from utils.runtime import Draws
-from utils.selection import STRATEGIES, Context, assign, embed, kmeans_representatives, select, update_centroids
+from utils.selection import (
+    KMEANS,
+    STRATEGIES,
+    Context,
+    assign,
+    batched_kmeans,
+    embed,
+    lloyd,
+    padded,
+    representatives,
+    select,
+    update_centroids,
+)
 from utils.synthetic import coreset, initial_pixels
 from utils.training import fresh_network
 
+CPU = Compute(torch.device("cpu"))
 NORMALIZE = Normalize((0.5,), (0.25,))
 SPEC = models.resolve("convnet", channels=1, classes=3, side=8, depth=2, width=4)
 
@@ -30,6 +47,16 @@ def net() -> Network:
     return fresh_network(SPEC, Draws("cpu", 0))
 
 
+def context(real: ImageSet, key: int = 0, *, raw: bool = False, kmeans: str = "batched") -> Context:
+    return Context(net(), real, Draws("cpu", key), CPU, raw=raw, kmeans=kmeans)
+
+
+def points(*sizes: int) -> list[Tensor]:
+    """Classes of these sizes, (N, 3) each."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in sizes]
+
+
 def blobs(k: int, each: int) -> Tensor:
     """k far-apart clusters; the first point of each lies exactly in its centre, the others around it."""
     offset = torch.randn(k, each // 2, 2, dtype=torch.float64)
@@ -37,68 +64,124 @@ def blobs(k: int, each: int) -> Tensor:
     return (around + 100 * torch.arange(k).view(k, 1, 1)).flatten(0, 1)
 
 
-def test_the_centre_of_every_separable_blob_is_its_representative() -> None:
-    x = blobs(5, 10)
-    starts = [Draws("cpu", s).permutation(55)[:5] // 11 for s in range(60)]
-    lucky = [s for s, start in enumerate(starts) if len(start.unique()) == 5]  # one start in every blob
-    assert len(lucky) > 1
-    for s in lucky:
-        assert set(kmeans_representatives(x, 5, Draws("cpu", s)).tolist()) == {0, 11, 22, 33, 44}
+@pytest.mark.parametrize("kmeans", KMEANS)
+def test_the_centre_of_every_separable_blob_is_its_representative(kmeans: str) -> None:
+    x = [blobs(5, 10), 2 * blobs(5, 10), blobs(5, 12)]
+    centres = [{step * i for i in range(5)} for step in (11, 11, 13)]
+    found = [KMEANS[kmeans](x, 5, Draws("cpu", s)) for s in range(60)]
+    lucky = [[set(rows.tolist()) == c for rows, c in zip(picks, centres, strict=True)] for picks in found]
+    # From k random points Lloyd's algorithm finds all blobs when there is one start in each, 5! / 5^5 = 4 % of times.
+    assert all(sum(column) >= 1 for column in zip(*lucky, strict=True))
 
 
-def test_lloyd_equals_the_naive_loops() -> None:
-    x = torch.randn(60, 3, dtype=torch.float64)
-    start = x[Draws("cpu", 1).permutation(60)[:6]]
-    centroids = start
+def test_lloyd_equals_the_naive_loops_whatever_the_sizes_of_the_other_classes() -> None:
+    x = points(60, 25, 7, 41)
+    together, real = padded(x)
+    start = torch.stack([p[Draws("cpu", c).permutation(len(p))[:6]] for c, p in enumerate(x)])
+    squares, centroids = together.square().sum(2), start
     for _ in range(4):
-        nearest, distance = assign(x, centroids)
-        centroids = update_centroids(x, nearest, distance, 6)
-    expected_nearest, expected = lloyd(x, start, 4)
-    torch.testing.assert_close(centroids, expected, rtol=1e-9, atol=1e-12)
-    assert torch.equal(assign(x, centroids)[0], expected_nearest)
-    picks = kmeans_representatives(x, 6, Draws("cpu", 1), iterations=4)
-    for j, pick in enumerate(picks.tolist()):
-        members = (expected_nearest == j).nonzero().flatten().tolist()
-        assert pick == min(members, key=lambda i: float((x[i] - expected[j]).norm()))
+        nearest, distance = assign(together, squares, real, centroids)
+        centroids = update_centroids(together, real, nearest, distance, 6)
+    nearest, distance = assign(together, squares, real, centroids)
+    picks = representatives(real, nearest, distance, 6)
+    for c, p in enumerate(x):
+        expected_nearest, expected = oracle.lloyd(p, start[c], 4)
+        torch.testing.assert_close(centroids[c], expected, rtol=1e-9, atol=1e-12)
+        assert torch.equal(nearest[c, : len(p)], expected_nearest)
+        for j, pick in enumerate(picks[c].tolist()):
+            members = (expected_nearest == j).nonzero().flatten().tolist()
+            nearest_one = min(float((p[i] - expected[j]).norm()) for i in members)
+            assert pick in members and float((p[pick] - expected[j]).norm()) == pytest.approx(nearest_one, rel=1e-9)
+
+
+def test_the_representatives_are_those_of_lloyd_s_algorithm_from_different_random_points() -> None:
+    x = points(30, 12)
+    together, real = padded(x)
+    start, _, _ = lloyd(together, real, 5, Draws("cpu", 0), iterations=0)
+    for c, p in enumerate(x):
+        at = [int((p == row).all(1).nonzero()) for row in start[c]]
+        assert len(set(at)) == 5
+    _, nearest, distance = lloyd(together, real, 5, Draws("cpu", 0))
+    expected = representatives(real, nearest, distance, 5)
+    assert torch.equal(torch.stack(batched_kmeans(x, 5, Draws("cpu", 0))), expected)
+
+
+def test_padding_is_no_point() -> None:
+    x = [p + 100 for p in points(9, 40, 6)]  # zeros, which padding consists of, would be far from all points
+    together, real = padded(x)
+    assert together.shape == (3, 40, 3) and real.sum(1).tolist() == [9, 40, 6]
+    for key in range(20):
+        for k in (1, 2, 5):
+            for rows, p in zip(batched_kmeans(x, k, Draws("cpu", key)), x, strict=True):
+                assert len(rows.unique()) == k and rows.min() >= 0 and rows.max() < len(p)
+        centroids, _, _ = lloyd(together, real, 5, Draws("cpu", key))
+        assert centroids.min() > 50
+
+
+def embeddings(n: int, key: int) -> Tensor:
+    """Of random images by a random network."""
+    images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(key))
+    return embed(net(), images, NORMALIZE, CPU).double()
 
 
 def test_inertia_is_close_to_scikit_learn_s() -> None:
-    """Our centroids of 2,000 embeddings in 20 clusters, on average over seeds, against KMeans with random starts."""
-    x = embed(net(), torch.randint(0, 256, (2000, 1, 8, 8), dtype=torch.uint8), NORMALIZE).double()
-    ours, theirs = [], []
+    """20 clusters of embeddings of two classes, on average over seeds, against KMeans with random starts."""
+    x = [embeddings(2000, 0), embeddings(1500, 1)]
+    together, real = padded(x)
+    ours = theirs = 0.0
     for seed in range(5):
-        centroids = x[Draws("cpu", seed).permutation(len(x))[:20]]
-        for _ in range(10):
-            nearest, distance = assign(x, centroids)
-            centroids = update_centroids(x, nearest, distance, 20)
-        ours.append(assign(x, centroids)[1].sum().item())
-        theirs.append(KMeans(20, init="random", n_init=1, random_state=seed).fit(x.numpy()).inertia_)
-    assert sum(ours) <= 1.02 * sum(theirs)
+        _, _, distance = lloyd(together, real, 20, Draws("cpu", seed))
+        ours += distance[real].sum().item()
+        theirs += sum(KMeans(20, init="random", n_init=1, random_state=seed).fit(p.numpy()).inertia_ for p in x)
+    assert ours <= 1.02 * theirs
 
 
-def test_distances_are_squared_and_euclidean() -> None:
-    x, centroids = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])
-    nearest, distance = assign(x, centroids)
-    assert nearest.tolist() == [0, 1] and distance.tolist() == [1, 16]
+def test_scikit_learn_s_representatives_are_as_central_as_the_batched_ones() -> None:
+    x = [embeddings(400, 0), embeddings(300, 1)]
+
+    def inertia(kmeans: str, seed: int) -> float:
+        picks = KMEANS[kmeans](x, 15, Draws("cpu", seed))
+        assert all(len(rows.unique()) == 15 and rows.max() < len(p) for rows, p in zip(picks, x, strict=True))
+        return sum(float(torch.cdist(p, p[rows]).amin(1).square().sum()) for rows, p in zip(picks, x, strict=True))
+
+    found = {kmeans: sum(inertia(kmeans, seed) for seed in range(5)) for kmeans in KMEANS}
+    assert found["sklearn"] == pytest.approx(found["batched"], rel=0.05)
+
+
+def test_distances_are_squared_and_euclidean_and_padding_has_none() -> None:
+    x = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]])
+    real = torch.tensor([[True, True, False]])
+    nearest, distance = assign(x, x.square().sum(2), real, torch.tensor([[[0.0, 1.0], [3.0, 0.0]]]))
+    assert nearest[0, :2].tolist() == [0, 1] and distance.tolist() == [[1, 16, -torch.inf]]
 
 
 def test_empty_clusters_move_to_the_farthest_points() -> None:
-    x = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
-    nearest, distance = torch.tensor([1, 1, 1, 1]), torch.tensor([9.0, 4.0, 1.0, 36.0])
-    assert update_centroids(x, nearest, distance, 3).tolist() == [[9.0], [3.0], [0.0]]
+    x = torch.tensor([[[0.0], [1.0], [2.0], [9.0], [0.0]], [[4.0], [5.0], [6.0], [7.0], [8.0]]])
+    real = torch.tensor([[True, True, True, True, False], [True] * 5])
+    nearest = torch.tensor([[1, 1, 1, 1, 2], [0, 0, 1, 1, 1]])
+    distance = torch.tensor([[9.0, 4.0, 1.0, 36.0, -torch.inf], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    assert update_centroids(x, real, nearest, distance, 3).tolist() == [[[9.0], [3.0], [0.0]], [[4.5], [7.0], [8.0]]]
 
 
+@pytest.mark.parametrize("kmeans", KMEANS)
 @pytest.mark.parametrize("copies", [1, 2, 25])
-def test_representatives_are_different_images_even_among_duplicates(copies: int) -> None:
-    x = torch.randn(50 // copies, 4).repeat(copies, 1)
-    for k in (1, 7, 25, 49, 50):
-        assert len(kmeans_representatives(x, k, Draws("cpu", k)).unique()) == k
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_representatives_are_different_images_even_among_duplicates(copies: int, kmeans: str) -> None:
+    x = [torch.randn(50 // copies, 4).repeat(copies, 1), torch.randn(100 // copies, 4).repeat(copies, 1)]
+    for k in (1, 7, 25, 49):
+        for rows, p in zip(KMEANS[kmeans](x, k, Draws("cpu", k)), x, strict=True):
+            assert len(rows.unique()) == k and rows.min() >= 0 and rows.max() < len(p)
+
+
+def test_all_images_of_one_kind_still_give_different_ones() -> None:
+    for rows in batched_kmeans([torch.ones(6, 2), torch.ones(9, 2)], 5, Draws("cpu", 0)):
+        assert len(rows.unique()) == 5 and rows.max() < 9
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_class_gives_its_own_images_and_a_small_one_repeats_in_turn(strategy: str) -> None:
     real = real_set()
-    picks = select(Context(net(), real, Draws("cpu", 0)), 7, strategy=strategy)
+    picks = select(context(real), 7, strategy=strategy)
     assert picks.shape == (3, 7)
     assert torch.equal(real.labels[picks], torch.arange(3)[:, None].expand(3, 7))
     assert [len(row.unique()) for row in picks] == [7, 5, 7]
@@ -112,44 +195,67 @@ def permutations_of_two_twos() -> list[list[int]]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_same_draws_select_the_same_images_and_others_do_not(strategy: str) -> None:
     def once(key: int) -> Tensor:
-        return select(Context(net(), real_set((40, 40, 40)), Draws("cpu", key)), 10, strategy=strategy)
+        return select(context(real_set((40, 40, 40)), key), 10, strategy=strategy)
 
     assert torch.equal(once(0), once(0))
     assert not torch.equal(once(0), once(1))
 
 
+def test_scikit_learn_selects_different_images_of_every_class_and_repeats_itself() -> None:
+    real = real_set((40, 10, 30))
+    first, again, other = (select(context(real, key, kmeans="sklearn"), 10, strategy="kmeans") for key in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(real.labels[first], torch.arange(3)[:, None].expand(3, 10))
+    assert all(len(row.unique()) == 10 for row in first)
+
+
+def test_classes_are_clustered_group_by_group_where_their_embeddings_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, groups = real_set((40, 10, 30, 20, 25)), []
+
+    def recorded(x: list[Tensor], k: int, draws: Draws) -> list[Tensor]:
+        groups.append([len(p) for p in x])
+        return batched_kmeans(x, k, draws)
+
+    monkeypatch.setitem(KMEANS, "batched", recorded)
+    select(context(real), 10, strategy="kmeans")
+    monkeypatch.setattr(selection, "EMBEDDING_BYTES", 45 * embed(net(), real.images[:1], NORMALIZE, CPU).nbytes)
+    picks = select(context(real), 10, strategy="kmeans")
+    assert groups == [[40, 30, 20, 25], [40, 30], [20, 25]]  # a class of ten images needs no clustering
+    assert torch.equal(real.labels[picks], torch.arange(5)[:, None].expand(5, 10))
+
+
 def test_random_draws_reach_every_image_of_a_class_not_just_the_first() -> None:
     real = real_set()
-    seen = torch.cat([select(Context(net(), real, Draws("cpu", i)), 2, strategy="random").flatten() for i in range(60)])
+    seen = torch.cat([select(context(real, i), 2, strategy="random").flatten() for i in range(60)])
     assert len(seen.unique()) == len(real)
 
 
-def test_embedding_in_chunks_equals_embedding_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.selection.chunk_size", lambda device, side: 5)
-    for norm in ("instance", "batch"):
-        spec = models.resolve("convnet", channels=1, classes=3, side=8, depth=2, width=4, norm=norm)
-        made = fresh_network(spec, Draws("cpu", 0))
-        found = embed(made, real_set().images, NORMALIZE)
-        assert made.training
-        torch.testing.assert_close(found, made.eval().embed(NORMALIZE(real_set().images)))
+@pytest.mark.parametrize("norm", models.NORMS)
+def test_embedding_in_pieces_equals_embedding_at_once(norm: str) -> None:
+    made = fresh_network(dataclasses.replace(SPEC, norm=norm), Draws("cpu", 0))
+    images = real_set((600, 3)).images  # more than pass through at once
+    found = embed(made, images, NORMALIZE, Compute(torch.device("cpu"), pixels=5 * 8**2))
+    assert made.training
+    torch.testing.assert_close(found, made.eval().embed(NORMALIZE(images)))
+    assert not found.requires_grad
 
 
 def test_clustering_sees_normalised_images_unless_the_published_raw_ones_are_asked_for() -> None:
     real, made = real_set((40, 40, 40)), net()
     expected = {
-        raw: kmeans_representatives(embed(made, real.of_class(0), prepare), 10, Draws("cpu", 0))
+        raw: batched_kmeans([embed(made, real.of_class(c), prepare, CPU) for c in range(3)], 10, Draws("cpu", 0))
         for raw, prepare in ((False, NORMALIZE), (True, to_unit))
     }
     for raw in (False, True):
-        picks = select(Context(made, real, Draws("cpu", 0), raw=raw), 10, strategy="kmeans")
-        assert torch.equal(picks[0], expected[raw])
-    assert not torch.equal(expected[False], expected[True])
+        picks = select(context(real, raw=raw), 10, strategy="kmeans")
+        assert all(torch.equal(picks[c] - real.starts[c], expected[raw][c]) for c in range(3))
+    assert not torch.equal(expected[False][0], expected[True][0])
 
 
 @pytest.mark.parametrize("init", ["kmeans", "random"])
 def test_initial_pixels_without_a_factor_are_real_images(init: str) -> None:
     real = real_set()
-    pixels = initial_pixels(real, SPEC, init, ipc=3, factor=1, draws=Draws("cpu", 0), raw=False)
+    pixels = initial_pixels(context(real), init, ipc=3, factor=1)
     assert pixels.shape == (3, 3, 1, 8, 8)
     for c in range(3):
         originals = [to_unit(image) for image in real.of_class(c)]
@@ -159,8 +265,8 @@ def test_initial_pixels_without_a_factor_are_real_images(init: str) -> None:
 
 def test_initial_pixels_with_a_factor_hold_small_real_images_and_noise_is_noise() -> None:
     real = real_set()
-    mixed = initial_pixels(real, SPEC, "kmeans", ipc=2, factor=2, draws=Draws("cpu", 0), raw=False)
-    noise = initial_pixels(real, SPEC, "noise", ipc=200, factor=2, draws=Draws("cpu", 0), raw=False)
+    mixed = initial_pixels(context(real), "kmeans", ipc=2, factor=2)
+    noise = initial_pixels(context(real), "noise", ipc=200, factor=2)
     assert mixed.shape == (3, 2, 1, 8, 8) and mixed.min() >= 0 and mixed.max() <= 1
     assert noise.shape == (3, 200, 1, 8, 8) and noise.min() >= 0 and noise.max() <= 1
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
@@ -169,4 +275,4 @@ def test_initial_pixels_with_a_factor_hold_small_real_images_and_noise_is_noise(
 
 def test_a_coreset_has_ipc_images_of_every_class() -> None:
     for strategy in STRATEGIES:
-        assert coreset(real_set(), SPEC, strategy, ipc=4, draws=Draws("cpu", 0)).counts == [4, 4, 4]
+        assert coreset(context(real_set()), strategy, ipc=4).counts == [4, 4, 4]

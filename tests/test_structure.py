@@ -13,13 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = list(ROOT.glob("*.py")) + [p for d in ("models", "utils", "figs") for p in (ROOT / d).glob("*.py")]
 SCRIPTS = {"condense", "train"}
 NUMERIC = {
+    "analytic",
     "augment",
     "evaluation",
     "formation",
+    "forms",
     "images",
     "matching",
+    "objectives",
     "pixels",
     "selection",
+    "stages",
     "state",
     "synthetic",
     "training",
@@ -62,9 +66,16 @@ def test_numeric_parts_import_torch_models_and_each_other_only(path: Path) -> No
     for module in imports(path):
         top, *rest = module.split(".")
         if top == "utils":
-            assert rest[0] in NUMERIC | {"runtime", "errors"}, module
+            assert rest[0] in NUMERIC | {"runtime", "device", "errors"}, module
         else:
-            assert top in {"torch", "models"} or top in sys.stdlib_module_names, module
+            allowed = {"torch", "models", "sklearn"} if path.stem == "selection" else {"torch", "models"}
+            assert top in allowed or top in sys.stdlib_module_names, module
+
+
+def test_the_selection_imports_scikit_learn_only_when_it_is_asked_for() -> None:
+    tree = ast.parse((ROOT / "utils" / "selection.py").read_text())
+    top_level = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not [line for line in top_level if "sklearn" in line]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -74,10 +85,12 @@ def test_only_the_scripts_and_the_options_know_the_command_line(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_only_the_runtime_asks_about_cuda_and_the_environment(path: Path) -> None:
-    if name(path) != "utils.runtime":
-        text = path.read_text()
-        assert "torch.cuda" not in text and "os.environ" not in text and ".isatty" not in text
+@pytest.mark.parametrize(
+    ("word", "owner"),
+    [("torch.cuda", "utils.device"), ("os.environ", "utils.device"), (".isatty", "utils.runtime")],
+)
+def test_one_module_asks_about_the_machine_and_one_about_the_terminal(word: str, owner: str, path: Path) -> None:
+    assert word not in path.read_text() or name(path) == owner
 
 
 def test_dependencies_have_one_direction() -> None:

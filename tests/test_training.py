@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -8,14 +9,28 @@ import torch
 import models
 from models import Network
 from tests.oracle import naive_epoch
-from utils.augment import Augment
+from utils.augment import GEOMETRY, Augment
+from utils.device import Compute
 from utils.evaluation import Score, evaluate
 from utils.images import ImageSet, Normalize
 from utils.runtime import Draws
-from utils.training import Recipe, accuracy, batches, cutmix, fresh_network, train_epoch, train_network, update_network
+from utils.training import (
+    APPLY,
+    SIZE,
+    Recipe,
+    Trainer,
+    accuracy,
+    batches,
+    cutmix,
+    fresh_network,
+    plan,
+    train_networks,
+    update_network,
+)
 
 NORMALIZE = Normalize((0.0,), (1.0,))
 SPEC = models.resolve("convnet", channels=1, classes=2, side=8, depth=2, width=8)
+CPU = Compute(torch.device("cpu"))
 
 
 def easy_set(n: int, seed: int) -> ImageSet:
@@ -31,44 +46,107 @@ def recipe(**changed: object) -> Recipe:
     return Recipe(**{**settings, **changed})  # type: ignore[arg-type]  # a mixed bag of test settings
 
 
+def train(train: ImageSet, recipe: Recipe, key: int = 0) -> Network:
+    """One network, trained alone."""
+    return train_networks(SPEC, [train], recipe, [Draws("cpu", key)], CPU)[0]
+
+
+def exact(train: ImageSet) -> ImageSet:
+    """The same in float64."""
+    return ImageSet(train.images.double(), train.labels, classes=train.classes, normalize=train.normalize)
+
+
+def weights(net: Network) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
 def test_a_network_learns_an_easy_task() -> None:
-    net = train_network(SPEC, easy_set(32, 0), recipe(), Draws("cpu", 0))
-    assert accuracy(net, easy_set(50, 1)) == 100
+    assert accuracy(train(easy_set(32, 0), recipe()), easy_set(50, 1), CPU) == 100
 
 
-def test_accuracy_counts_every_test_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.training.chunk_size", lambda device, side: 7)
-    test = easy_set(50, 1)
-    net = fresh_network(SPEC, Draws("cpu", 0))
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_accuracy_counts_every_test_image_once(norm: str) -> None:
+    test = easy_set(1100, 1)  # more than are tested at once
+    net = fresh_network(dataclasses.replace(SPEC, norm=norm), Draws("cpu", 0))
     net.classifier.weight.data.zero_()
     net.classifier.bias.data.copy_(torch.tensor([1.0, 0.0]))  # always class 0
-    assert accuracy(net, test) == 50
+    for pixels in (0, 7 * 8**2):
+        assert accuracy(net, test, Compute(torch.device("cpu"), pixels=pixels)) == 50
 
 
 def test_the_rate_falls_to_a_fifth_at_two_thirds_and_five_sixths(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [0.01] * 8 + [0.002] * 2 + [0.0004] * 2
+    assert [recipe(epochs=12).lr_at(e) for e in range(12)] == pytest.approx(expected)
+    assert recipe(epochs=1).lr_at(0) == 0.01
     rates: list[float] = []
-
-    def train_epoch(net: Network, sgd: torch.optim.Optimizer, *rest: object) -> None:
-        rates.append(sgd.param_groups[0]["lr"])
-        sgd.step()
-
-    monkeypatch.setattr("utils.training.train_epoch", train_epoch)
-    train_network(SPEC, easy_set(8, 0), recipe(epochs=12), Draws("cpu", 0))
-    assert rates == pytest.approx([0.01] * 8 + [0.002] * 2 + [0.0004] * 2)
-    rates.clear()
-    train_network(SPEC, easy_set(8, 0), recipe(epochs=1), Draws("cpu", 0))
-    assert rates == [0.01]
+    monkeypatch.setattr(Trainer, "epoch", lambda self, *rest: rates.append(float(self.sgd.param_groups[0]["lr"])))
+    train(easy_set(8, 0), recipe(epochs=12))
+    assert rates == pytest.approx(expected)
 
 
 def test_the_same_draws_train_the_same_network_bit_for_bit() -> None:
-    def weights(key: int) -> torch.Tensor:
-        net = train_network(
-            SPEC, easy_set(20, 0), recipe(augment=Augment("color_crop"), mixup="cut"), Draws("cpu", key)
-        )
-        return torch.cat([p.detach().flatten() for p in net.parameters()])
+    first, again, other = (
+        weights(train(easy_set(20, 0), recipe(augment=Augment("color_crop"), mixup="cut"), key)) for key in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
-    assert torch.equal(weights(0), weights(0))
-    assert not torch.equal(weights(0), weights(1))
+
+@pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_networks_side_by_side_are_each_trained_as_alone(shared: bool, norm: str) -> None:
+    """Whatever the others are, with an image set of its own each or one for all, in pieces or at once."""
+    spec = dataclasses.replace(SPEC, norm=norm)
+    sets = [exact(easy_set(20, 0 if shared else k)) for k in range(3)]
+    sets = sets[:1] * 3 if shared else sets
+    settings = recipe(augment=Augment("color_crop_flip_rotate"), mixup="cut", batch_size=6, lr=0.1)
+
+    def trained(rows: list[int], compute: Compute) -> list[torch.Tensor]:
+        nets = [fresh_network(spec, Draws("cpu", "net", k)).double() for k in rows]
+        trainer = Trainer(nets, [sets[k] for k in rows], settings, compute)
+        for epoch in range(3):
+            trainer.epoch(torch.arange(20), [Draws("cpu", epoch, k) for k in rows])
+        return [weights(net) for net in nets]
+
+    alone = [trained([k], CPU)[0] for k in range(3)]
+    for compute in (CPU, Compute(torch.device("cpu"), pixels=5 * 8**2)):
+        for ours, expected in zip(trained([0, 1, 2], compute), alone, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_a_restarted_trainer_equals_a_new_one_at_the_same_addresses() -> None:
+    train, settings = easy_set(20, 0), recipe(augment=Augment("color_crop"), mixup="cut")
+    index = torch.arange(20)
+    used = Trainer([fresh_network(SPEC, Draws("cpu", 0))], [train], settings, CPU)
+    tensors = [*used.parameters, *(used.sgd.state[p]["momentum_buffer"] for p in used.parameters)]
+    addresses = [x.data_ptr() for x in tensors]
+    used.epoch(index, [Draws("cpu", 1)])
+    used.restart(fresh_network(SPEC, Draws("cpu", 2)))
+    assert all(not used.sgd.state[p]["momentum_buffer"].any() for p in used.parameters)
+    fresh = Trainer([fresh_network(SPEC, Draws("cpu", 2))], [train], settings, CPU)
+    for trainer in (used, fresh):
+        trainer.epoch(index, [Draws("cpu", 3)])
+    assert torch.equal(weights(used.nets[0]), weights(fresh.nets[0]))
+    assert [x.data_ptr() for x in tensors] == addresses
+    assert all(
+        used.sgd.state[p]["momentum_buffer"] is m
+        for p, m in zip(used.parameters, tensors[len(tensors) // 2 :], strict=True)
+    )
+
+
+def test_a_plan_visits_every_image_once_and_keeps_to_its_batches() -> None:
+    index, edges = torch.arange(100, 123), batches(23, 8)
+    geometries: set[float] = set()
+    for key in range(20):
+        drawn = plan(index, edges, Draws("cpu", key))
+        assert sorted(drawn.order.tolist()) == index.tolist()
+        assert len(drawn.u[:, :GEOMETRY].unique()) == 23 * GEOMETRY and drawn.mix.shape == (3, 4)
+        for start, end in edges:
+            assert sorted(drawn.partner[start:end].tolist()) == list(range(end - start))
+            assert len(drawn.u[start:end, GEOMETRY].unique()) == 1
+            geometries.add(drawn.u[start, GEOMETRY].item())
+    assert len(geometries) == 60
+    assert len(plan(index[:0], [], Draws("cpu", 0)).order) == 0
 
 
 def test_a_fresh_network_does_not_disturb_the_global_generator() -> None:
@@ -79,82 +157,100 @@ def test_a_fresh_network_does_not_disturb_the_global_generator() -> None:
 
 def test_an_update_sees_n_data_images_and_all_when_there_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr("utils.training.train_epoch", lambda net, sgd, real, index, *rest: seen.append(index))
+    monkeypatch.setattr(Trainer, "epoch", lambda self, index, draws: seen.append(index))
+    for n_data, epochs in ((5, 1), (100, 1), (0, 1), (6, 3)):
+        trainer = Trainer([fresh_network(SPEC, Draws("cpu", 0))], [easy_set(20, 0)], recipe(epochs=epochs), CPU)
+        update_network(trainer, n_data=n_data, draws=Draws("cpu", 0))
+    assert [len(index.unique()) for index in seen] == [5, 20, 0, 6, 6, 6]
+
+
+def test_an_update_without_images_leaves_the_network_alone() -> None:
     net = fresh_network(SPEC, Draws("cpu", 0))
-    for n_data in (5, 100, 0):
-        update_network(
-            net,
-            torch.optim.SGD(net.parameters()),
-            easy_set(20, 0),
-            recipe(epochs=1),
-            n_data=n_data,
-            draws=Draws("cpu", 0),
-        )
-    assert [len(index.unique()) for index in seen] == [5, 20, 0]
+    before = weights(net).clone()
+    update_network(Trainer([net], [easy_set(20, 0)], recipe(epochs=1), CPU), n_data=0, draws=Draws("cpu", 0))
+    assert torch.equal(weights(net), before)
 
 
 def test_a_single_left_over_image_joins_the_batch_before_it() -> None:
-    assert [len(b) for b in batches(torch.arange(9), 4)] == [4, 5]
-    assert [len(b) for b in batches(torch.arange(10), 4)] == [4, 4, 2]
-    assert [len(b) for b in batches(torch.arange(1), 4)] == [1]
-    assert [len(b) for b in batches(torch.arange(3), 1)] == [1, 1, 1]
-    assert batches(torch.arange(0), 4) == []
+    assert batches(9, 4) == [(0, 4), (4, 9)]
+    assert batches(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert batches(1, 4) == [(0, 1)]
+    assert batches(3, 1) == [(0, 1), (1, 2), (2, 3)]
+    assert batches(0, 4) == []
 
 
 def test_cutmix_pastes_a_box_of_the_named_image_and_knows_its_area() -> None:
-    x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 2, 8, 8)
+    k, n = 200, 6
+    x = torch.arange(float(n)).view(1, n, 1, 1, 1).expand(k, n, 2, 8, 8)
+    target = torch.eye(n).expand(k, n, n)
+    partner = torch.stack([Draws("cpu", key).permutation(n) for key in range(k)])
+    mix = Draws("cpu", "mix").uniform(k, 4)
+    mixed, weighted = cutmix(x, target, partner, mix)
     shares = []
-    for key in range(200):
-        mixed, other, share = cutmix(x, torch.arange(6), Draws("cpu", key))
-        for i in range(6):
+    for row in range(k):
+        other = partner[row]
+        for i in range(n):
             if other[i] == i:
+                assert torch.equal(mixed[row, i], x[row, i]) and weighted[row, i, i].item() == pytest.approx(1)
                 continue
-            pasted = mixed[i] == other[i]
-            assert pasted[0].float().mean().item() == pytest.approx(1 - share)
-            assert (mixed[i][~pasted] == i).all()
+            pasted = mixed[row, i] == other[i]
+            share = pasted[0].float().mean().item()
+            assert weighted[row, i, other[i]].item() == pytest.approx(share)
+            assert weighted[row, i, i].item() == pytest.approx(1 - share)
+            assert (mixed[row, i][~pasted] == i).all() and torch.equal(pasted[0], pasted[1])
             rows, columns = pasted[0].any(1).sum(), pasted[0].any(0).sum()
             assert rows * columns == pasted[0].sum()
-        shares.append(share)
-    assert min(shares) < 0.5 and max(shares) > 0.9
+        if mix[row, APPLY] < 0.5:
+            shares.append(share)
+            assert share <= 1 - mix[row, SIZE].item()  # before clipping and rounding
+        else:
+            assert torch.equal(mixed[row], x[row])
+    assert 80 <= len(shares) <= 120 and min(shares) < 0.1 and max(shares) > 0.5
 
 
 @pytest.mark.parametrize("mixup", ["cut", "vanilla"])
-def test_an_epoch_equals_plain_sgd_image_by_image(mixup: str) -> None:
+@pytest.mark.parametrize("names", ["color_crop_flip", "crop_scale_rotate_cutout"])
+def test_an_epoch_equals_plain_sgd_image_by_image(names: str, mixup: str) -> None:
     """Augmentation per image, CutMix with its area-weighted loss, momentum, weight decay: against loops in float64."""
-    augment = Augment("color_crop_flip")
-    train = easy_set(20, 0)
-    train.images = train.images.double()
-    settings = recipe(augment=augment, mixup=mixup, batch_size=6, lr=0.1, momentum=0.8, weight_decay=0.05)
+    train, index = (
+        exact(easy_set(24, 0)),
+        torch.arange(1, 20),
+    )  # three batches of six, and one image that joins the last
+    settings = recipe(
+        augment=Augment(names), mixup=mixup, batch_size=6, lr=0.125, momentum=0.8, weight_decay=0.05
+    )  # a rate that float32 holds
     net, naive = (fresh_network(SPEC, Draws("cpu", 1)).double() for _ in range(2))
-    sgd = settings.optimizer(net)
+    trainer = Trainer([net], [train], settings, CPU)
     velocity: dict[str, torch.Tensor] = {}
     for epoch in range(3):
-        train_epoch(net, sgd, train, torch.arange(20), settings, Draws("cpu", epoch))
-        naive_epoch(naive, velocity, train, settings, Draws("cpu", epoch))
+        trainer.epoch(index, [Draws("cpu", epoch)])
+        naive_epoch(naive, velocity, train, index, settings, Draws("cpu", epoch))
     for ours, theirs in zip(net.parameters(), naive.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(("mixup", "low", "high"), [("cut", 80, 120), ("vanilla", 0, 0)])
 def test_half_of_the_batches_are_mixed_or_none(
     monkeypatch: pytest.MonkeyPatch, mixup: str, low: int, high: int
 ) -> None:
-    mixed: list[int] = []
+    mixed: list[bool] = []
 
-    def count(x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, float]:
-        mixed.append(len(x))
-        return x, y, 1.0
+    def count(x: torch.Tensor, target: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed.append(bool(rest[1][0, APPLY] < 0.5))
+        return cutmix(x, target, *rest)
 
     monkeypatch.setattr("utils.training.cutmix", count)
-    train_network(SPEC, easy_set(8, 0), recipe(epochs=100, batch_size=4, mixup=mixup), Draws("cpu", 0))
-    assert low <= len(mixed) <= high
+    train(easy_set(8, 0), recipe(epochs=100, batch_size=4, mixup=mixup))
+    assert len(mixed) == (200 if mixup == "cut" else 0) and low <= sum(mixed) <= high
 
 
-def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pixels", [1, 0])
+def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
     seen: list[int] = []
+    finished: list[int] = []
     nets: list[Network] = []
 
-    def remember(net: Network, test: ImageSet) -> float:
+    def remember(net: Network, test: ImageSet, compute: Compute) -> float:
         nets.append(net)
         return 0.0
 
@@ -164,9 +260,28 @@ def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pyte
         seen.append(r)
         return easy_set(4, r)
 
-    score = evaluate(SPEC, training_set, easy_set(40, 9), recipe(epochs=1), repeat=3, seed=0)
+    compute = Compute(torch.device("cpu"), pixels=pixels)
+    score = evaluate(
+        SPEC, training_set, easy_set(40, 9), recipe(epochs=2), repeat=3, seed=0, compute=compute,
+        on_epoch=finished.append,
+    )  # fmt: skip
     assert seen == [0, 1, 2] and score.n == 3
+    assert finished == ([1] * 6 if pixels else [3, 3])  # one after the other, or side by side
     assert len({net.classifier.weight[0, 0].item() for net in nets}) == 3
+
+
+def test_an_evaluation_side_by_side_equals_one_in_turn() -> None:
+    test = easy_set(200, 9)
+    settings = recipe(epochs=3, augment=Augment("color_crop"), mixup="cut", lr=0.002)
+
+    def score(pixels: int, *sizes: int) -> Score:
+        compute = Compute(torch.device("cpu"), pixels=pixels)
+        return evaluate(SPEC, lambda r: easy_set(sizes[r], r), test, settings, repeat=3, seed=0, compute=compute)
+
+    in_turn, together, uneven = score(1, 20, 20, 20), score(0, 20, 20, 20), score(0, 20, 22, 20)
+    assert in_turn.accuracies == pytest.approx(together.accuracies, abs=1)  # rounding may turn an image or two
+    assert [uneven.accuracies[r] for r in (0, 2)] == pytest.approx([in_turn.accuracies[r] for r in (0, 2)], abs=1)
+    assert len(set(in_turn.accuracies)) > 1
 
 
 def test_a_score_s_spread_is_the_sample_deviation_and_unknown_for_one() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,9 @@ from utils import stages
 from utils.device import Compute, compiled
 
 
-def suits(net: Network) -> bool:
+def suits(net: Network) -> TypeGuard[ConvNet]:
     """Whether this network's derivatives are written out here: a ConvNet whose norm looks at one image at a time."""
-    return isinstance(net, ConvNet) and all(isinstance(norm, nn.GroupNorm) for _, norm, *_ in net.stages)
+    return isinstance(net, ConvNet) and all(isinstance(norm, nn.GroupNorm) for _, norm in net.layers)
 
 
 # --- Parameters as the passes see them --------------------------------------------------------------------------------
@@ -64,18 +64,20 @@ class Weights(NamedTuple):
         return Weights(blocks, self.classifier[rows], self.offset[rows])
 
 
-def weights_of(nets: Sequence[Network], dtype: torch.dtype) -> Weights:
+def weights_of(nets: Sequence[ConvNet], dtype: torch.dtype) -> Weights:
     """The parameters of networks of one shape as they are now, in this precision and the fastest layout."""
     blocks = []
-    for layers in zip(*(net.stages for net in nets), strict=True):
-        conv, norm, *_ = layers[0]
+    for layers in zip(*(net.layers for net in nets), strict=True):
+        convs, norms = zip(*layers, strict=True)
+        conv, norm = layers[0]
+        assert isinstance(norm, nn.GroupNorm)
         blocks.append(
             Block(
-                weights=tuple(channels_last(layer[0].weight.detach().to(dtype)) for layer in layers),
-                biases=tuple(layer[0].bias.detach().to(dtype) for layer in layers),
-                gamma=torch.stack([layer[1].weight.detach() for layer in layers]),
-                beta=torch.stack([layer[1].bias.detach() for layer in layers]),
-                padding=conv.padding,
+                weights=tuple(channels_last(c.weight.detach().to(dtype)) for c in convs),
+                biases=tuple(c.bias.detach().to(dtype) for c in convs),
+                gamma=torch.stack([n.weight.detach() for n in norms]),
+                beta=torch.stack([n.bias.detach() for n in norms]),
+                padding=(int(conv.padding[0]), int(conv.padding[1])),
                 groups=norm.num_groups,
                 eps=norm.eps,
             )
@@ -248,7 +250,7 @@ class Passes(NamedTuple):
 @cache
 def compiled_passes() -> Passes:
     """Compiled once per process; every new shape compiles at its first use."""
-    return Passes(*map(compiled, Passes()))
+    return Passes(**{name: compiled(function) for name, function in Passes()._asdict().items()})
 
 
 # --- Any number of images, piece by piece -----------------------------------------------------------------------------
@@ -259,7 +261,7 @@ Span = tuple[slice, slice]  # of the K classes or networks, and of the n images 
 class Analytic:
     """A ConvNet, or several of one shape side by side, as they are at this moment."""
 
-    def __init__(self, nets: Sequence[Network], compute: Compute, own: torch.dtype) -> None:
+    def __init__(self, nets: Sequence[ConvNet], compute: Compute, own: torch.dtype) -> None:
         """own: precision of images and results."""
         self.compute, self.own = compute, own
         self.passes = compiled_passes() if compute.compile else Passes()
@@ -267,9 +269,12 @@ class Analytic:
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
-        """(K, n, C, H, W) normalised images -> (K, n, D), in the precision of the pass."""
-        found = [self.passes.features(self.net.of(span[0]), x[span]).flatten(0, 1) for span in self._pieces(x)]
-        return torch.cat(found).unflatten(0, x.shape[:2])
+        """(N, C, H, W) normalised images -> (N, D) of one network, in the precision of the pass."""
+        size, found = self.compute.images(x.shape[-1]), []
+        for piece in x.split(size):  # all of one shape, filled up if need be, whatever the sizes of classes are
+            full = F.pad(piece, [0] * 7 + [size - len(piece)]) if len(x) > size else piece
+            found.append(self.passes.features(self.net, full[None])[0, : len(piece)])
+        return torch.cat(found)
 
     @torch.no_grad()
     def gradients(self, x: Tensor, target: Tensor) -> list[list[Tensor]]:
@@ -325,10 +330,10 @@ class Analytic:
 
     def _zeros(self, k: int, like: Tensor) -> Tensor:
         """K rows like those of `like`, convolution weights in the layout of their gradients."""
-        shape, kind = (k * like.shape[1], *like.shape[2:]), dict(dtype=self.own, device=like.device)
-        if like.dim() == 5:
-            return torch.empty(shape, memory_format=torch.channels_last, **kind).zero_().unflatten(0, (k, -1))
-        return torch.zeros(k, *like.shape[1:], **kind)
+        shape = (k * like.shape[1], *like.shape[2:])
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        found = torch.empty(shape, dtype=self.own, device=like.device, memory_format=layout)
+        return found.zero_().unflatten(0, (k, like.shape[1]))
 
     @staticmethod
     def _add(totals: list[Tensor], found: list[Tensor], rows: slice) -> None:

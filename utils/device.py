@@ -132,11 +132,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """Let matrix products and convolutions in float32 be shortened to TF32 or not. Raises UsageError off a GPU."""
+    """Whether a GPU may shorten the factors of float32 products to TF32. Raises UsageError for tf32 elsewhere."""
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("--precision tf32: only NVIDIA GPUs have it; use fp32 or bf16")
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    short = "ieee" if precision == "fp32" else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = short
+    torch.backends.cudnn.conv.fp32_precision = short  # type: ignore[attr-defined]  # made at run time
 
 
 # --- Compilation ------------------------------------------------------------------------------------------------------

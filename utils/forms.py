@@ -23,7 +23,7 @@ from utils.objectives import OBJECTIVES, Comparison, total
 def embed(net: Network, x: Tensor, compute: Compute) -> Tensor:
     """(N, C, H, W) normalised images -> (N, D) embeddings, float32 or the images' precision, in `net`'s mode."""
     if analytic.suits(net):
-        return analytic.Analytic([net], compute, x.dtype).embed(x[None])[0].to(x.dtype)
+        return analytic.Analytic([net], compute, x.dtype).embed(x).to(x.dtype)
     with compute.autocast():
         return torch.cat([net.embed(piece).to(x.dtype) for piece in x.split(compute.images(x.shape[-1]))])
 
@@ -34,18 +34,14 @@ def predict(net: Network, x: Tensor, compute: Compute) -> Tensor:
     return net.classifier(embed(net, x, compute)).argmax(1)
 
 
-def side_by_side(nets: Sequence[Network]) -> bool:
-    """Whether `gradients` takes such networks together rather than one after the other."""
-    return all(map(analytic.suits, nets))
-
-
 def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compute) -> list[list[Tensor]]:
     """Of each network's mean cross-entropy with respect to its parameters, in their order.
 
     x: (K, n, C, H, W) normalised images of K networks; target: (K, n, classes), probabilities.
     """
-    if side_by_side(nets):
-        return analytic.Analytic(nets, compute, x.dtype).gradients(x, target)
+    written_out = [net for net in nets if analytic.suits(net)]
+    if len(written_out) == len(nets):
+        return analytic.Analytic(written_out, compute, x.dtype).gradients(x, target)
     found = []
     for net, images, wanted in zip(nets, x, target, strict=True):
         with compute.autocast():
@@ -78,8 +74,13 @@ def match_by_autograd(
         return OBJECTIVES[how.objective](net, real, syn, label, how)
 
     syn = syn.detach().requires_grad_()
+    # Under vmap, PyTorch takes batch norm's gradient of gamma for one of constants, and autocast for nothing.
+    one_by_one = compute.precision == "bf16" or any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     with frozen_statistics(net), compute.autocast():
-        losses = vmap(distance)(real, syn, labels)
+        if one_by_one:
+            losses = torch.stack([distance(*each) for each in zip(real, syn, labels, strict=True)])
+        else:
+            losses = vmap(distance)(real, syn, labels)
     return losses.detach(), torch.autograd.grad(losses.sum(), syn)[0]
 
 

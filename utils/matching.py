@@ -76,7 +76,9 @@ class MatchingStep:
 
     def __call__(self, picks: Tensor, draws: Draws) -> Tensor:
         """Moves the pixels; returns the distances, (classes,), valid until the next call."""
-        return self._captured(picks, *self.matcher.draw(*self.pixels.pixels.shape[:2], draws))
+        return self._captured(
+            picks, *self.matcher.draw(self.pixels.pixels.shape[0], self.pixels.pixels.shape[1], draws)
+        )
 
     def _step(self, picks: Tensor, *drawn: Tensor) -> Tensor:
         ahead = self.pixels.lookahead()

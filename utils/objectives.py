@@ -52,8 +52,8 @@ def gradient_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, ho
 
 def feature_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
     """Distance between the mean features of every block. real, syn: (N, C, H, W) augmented, one class."""
-    wanted = [features.mean(0).detach() for features in net.features(real)]
-    given = [features.mean(0) for features in net.features(syn)]
+    wanted = [features.mean(0).to(real.dtype).detach() for features in net.features(real)]
+    given = [features.mean(0).to(syn.dtype) for features in net.features(syn)]
     return total(how.metric, wanted, given)
 
 

@@ -62,7 +62,8 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
             todo.append(c)
     prepare = to_unit if context.raw else real.normalize
     while todo:
-        group, x = [], []
+        group: list[int] = []
+        x: list[Tensor] = []
         while todo and (not group or sum(e.nbytes for e in x) < EMBEDDING_BYTES):
             group.append(todo.pop(0))
             x.append(embed(context.net, real.of_class(group[-1]), prepare, context.compute))
@@ -103,6 +104,14 @@ def batched_kmeans(x: Sequence[Tensor], k: int, draws: Draws, *, iterations: int
     device in them. Clusters that run empty move to the points farthest from their own centroid.
     """
     points, real = padded(x)
+    _, nearest, distance = lloyd(points, real, k, draws, iterations=iterations)
+    return list(representatives(real, nearest, distance, k))
+
+
+def lloyd(
+    points: Tensor, real: Tensor, k: int, draws: Draws, *, iterations: int = KMEANS_ITERATIONS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centroids (classes, k, D), and of every point the number of its own and the squared distance to it."""
     chance = draws.uniform(*real.shape).masked_fill(~real, torch.inf)
     start = chance.topk(k, largest=False).indices  # k different points of each class, at random
     centroids = points[torch.arange(len(points), device=points.device)[:, None], start]
@@ -110,8 +119,7 @@ def batched_kmeans(x: Sequence[Tensor], k: int, draws: Draws, *, iterations: int
     for _ in range(iterations):
         nearest, distance = assign(points, squares, real, centroids)
         centroids = update_centroids(points, real, nearest, distance, k)
-    nearest, distance = assign(points, squares, real, centroids)
-    return list(representatives(real, nearest, distance, k))
+    return centroids, *assign(points, squares, real, centroids)
 
 
 def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws) -> list[Tensor]:

@@ -66,7 +66,7 @@ def adjoint(
     t1: Tensor,
     h_bar: Tensor,
 ) -> Tensor:
-    """abar, where hbar is the gradient of the directional derivative with respect to h. and flows back to a.
+    """abar, the gradient of <dh, h.> + <hbar, h> with respect to a: what a tangent does to the gradient of a loss.
 
     abar = r (q - mean q - x mean(x q)) - r^2 [x (K - 3 P Q) + Q (g - mean g) + P (a. - mean a.)]  with
     q = gamma mask up(hbar),  P = mean(x g),  Q = mean(x a.),  K = mean(g a.) - mean(g) mean(a.)

@@ -15,7 +15,8 @@ NOISE_MEAN, NOISE_STD = 0.5, 0.25
 def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Tensor:
     """Stored images to begin with, (classes, ipc, C, H, W) float32 in [0, 1] (Sec. 3.3, "clustering initialisation").
 
-    kmeans, random: ipc * factor^2 real images per class, chosen by that strategy, shrunk into the cells. noise: normal, clamped.
+    kmeans, random: ipc * factor^2 real images per class, chosen by that strategy, shrunk into the cells.
+    noise: normal, clamped.
     """
     real = context.real
     if init == "noise":

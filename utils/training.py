@@ -61,7 +61,7 @@ def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
     n, device = len(index), index.device
     order = index[draws.permutation(n)]
     u, chance, mix = draws.uniform(n, 9), draws.uniform(n), draws.uniform(len(edges), 4)
-    sizes = torch.tensor([end - start for start, end in edges]).to(device, non_blocking=True)
+    sizes = torch.tensor([end - start for start, end in edges], dtype=torch.int64).to(device, non_blocking=True)
     batch = torch.arange(len(edges), device=device).repeat_interleave(sizes, output_size=n)
     first = (sizes.cumsum(0) - sizes)[batch]
     u[:, GEOMETRY] = u[first, GEOMETRY]  # one geometric operation per batch
@@ -84,7 +84,8 @@ class Trainer:
         self.sgd = torch.optim.SGD(
             self.parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True
         )
-        self.sgd.param_groups[0]["lr"] = torch.tensor(recipe.lr, device=compute.device)  # a CUDA graph reads it there
+        if compute.device.type == "cuda":  # where a captured step reads it
+            self.sgd.param_groups[0]["lr"] = torch.tensor(recipe.lr, device=compute.device)
         for p in self.parameters:
             self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.step = Captured(self._step, compute.device)
@@ -96,7 +97,8 @@ class Trainer:
             self.sgd.state[p]["momentum_buffer"].zero_()
 
     def set_lr(self, lr: float) -> None:
-        self.sgd.param_groups[0]["lr"].fill_(lr)
+        group = self.sgd.param_groups[0]
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
     def epoch(self, index: Tensor, draws: Sequence[Draws]) -> None:
         """One pass over the images at `index`, in an order and with draws of its own for every network."""
@@ -119,7 +121,7 @@ class Trainer:
             x, target = cutmix(x, target, partner, mix)
         found = self.compute.retry(lambda: forms.gradients(self.nets, x, target, self.compute))
         for p, g in zip(self.parameters, [g for net in found for g in net], strict=True):
-            p.grad = g
+            p.grad = g.contiguous()  # like p: the fused step takes both as they lie in memory
         self.sgd.step()
 
 

@@ -1,0 +1,309 @@
+"""The derivatives that are written out, against autograd."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.functional import jvp
+
+import models
+from models import Network
+from tests.oracle import class_distance
+from utils import analytic, forms, stages
+from utils.device import Compute, compiler_error
+from utils.objectives import METRICS, Comparison
+from utils.runtime import Draws
+from utils.training import fresh_network
+
+CPU = torch.device("cpu")
+CLASSES, REAL, SYN = 3, 7, 4
+NORMS = ("instance", "group", "layer")
+SIZES = [(8, 2, 8), (11, 2, 8), (11, 3, 4), (28, 2, 4)]  # side, depth, width
+
+
+def network(norm: str, *, side: int = 8, depth: int = 2, width: int = 8, key: int = 0) -> Network:
+    """In float64; its norm's parameters are random, so that they cannot be mistaken for one and zero."""
+    spec = models.resolve("convnet", channels=3, classes=5, side=side, depth=depth, width=width, norm=norm)
+    net = fresh_network(spec, Draws("cpu", key)).double()
+    for module in net.modules():
+        if isinstance(module, nn.GroupNorm):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(key)
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    return net
+
+
+def noise(*shape: int, key: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(key))
+
+
+def classes(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Real images, synthetic images, labels."""
+    real, syn = noise(CLASSES, REAL, 3, side, side), noise(CLASSES, SYN, 3, side, side, key=1)
+    return real, syn, torch.tensor([2, 0, 4])
+
+
+def compute(pixels: int = 0, *, precision: str = "fp32", compile: bool = False) -> Compute:
+    return Compute(CPU, precision, compile, pixels)
+
+
+def close(ours: Tensor, exact: Tensor, tolerance: float) -> bool:
+    """Relative to the whole tensor's norm."""
+    return ours.shape == exact.shape and bool((ours.double() - exact).norm() <= tolerance * exact.norm())
+
+
+@pytest.mark.parametrize("pixels", ["one", "five", "all"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("side", "depth", "width"), SIZES)
+def test_distances_and_their_gradients_are_those_of_autograd(
+    side: int, depth: int, width: int, norm: str, metric: str, pixels: str
+) -> None:
+    net, (real, syn, labels) = network(norm, side=side, depth=depth, width=width), classes(side)
+    how = Comparison(metric=metric)
+    limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]  # a piece is one image, five, or as many as there are
+    losses, gradients = forms.match(net, real, syn, labels, how, compute(limit))
+    expected, exact = forms.match_by_autograd(net, real, syn, labels, how, compute())
+    assert close(losses, expected, 1e-10) and close(gradients, exact, 1e-10)
+
+
+@pytest.mark.parametrize("objective", ["grad", "feat"])
+def test_the_form_is_chosen_by_the_network_and_by_what_is_matched(
+    monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(analytic.Analytic, "match", lambda *rest: taken.append("written out"))
+    monkeypatch.setattr(forms, "match_by_autograd", lambda *rest: taken.append("autograd"))
+    for norm, how in (
+        ("instance", Comparison(objective)),
+        ("instance", Comparison(objective, bias=True)),
+        ("instance", Comparison(objective, fc=True)),
+        ("batch", Comparison(objective)),
+    ):
+        forms.match(network(norm), *classes(8), how, compute())
+    assert taken == ["written out" if objective == "grad" else "autograd", *["autograd"] * 3]
+
+
+def mixed(k: int, n: int) -> Tensor:
+    """Targets that are probabilities, as CutMix makes them."""
+    return noise(k, n, 5, key=2).softmax(2)
+
+
+@pytest.mark.parametrize("pixels", ["one", "five", "all"])
+@pytest.mark.parametrize("nets", [1, 2, 3])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("side", "depth", "width"), SIZES)
+def test_parameter_gradients_of_networks_side_by_side_are_those_of_autograd(
+    side: int, depth: int, width: int, norm: str, nets: int, pixels: str
+) -> None:
+    group = [network(norm, side=side, depth=depth, width=width, key=k) for k in range(nets)]
+    x, target = noise(nets, REAL, 3, side, side), mixed(nets, REAL)
+    limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]
+    found = forms.gradients(group, x, target, compute(limit))
+    for net, images, wanted, ours in zip(group, x, target, found, strict=True):
+        exact = torch.autograd.grad(F.cross_entropy(net(images), wanted), list(net.parameters()))
+        for g, e in zip(ours, exact, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-14)  # a bias before instance norm: zero up to rounding
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_parameter_gradients_of_other_networks_are_those_of_autograd(norm: str) -> None:
+    group = [network(norm, key=k) for k in range(2)]
+    x, target = noise(2, REAL, 3, 8, 8), mixed(2, REAL)
+    for net, images, wanted, ours in zip(group, x, target, forms.gradients(group, x, target, compute()), strict=True):
+        exact = torch.autograd.grad(F.cross_entropy(net(images), wanted), list(net.parameters()))
+        for g, e in zip(ours, exact, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("pixels", [1, 320, 0])
+@pytest.mark.parametrize("norm", models.NORMS)
+@pytest.mark.parametrize("side", [8, 11, 28])
+def test_embeddings_are_those_of_the_network(side: int, norm: str, pixels: int) -> None:
+    net = network(norm, side=side, width=4).eval()
+    x = noise(9, 3, side, side)
+    torch.testing.assert_close(forms.embed(net, x, compute(pixels)), net.embed(x), rtol=1e-10, atol=1e-12)
+    assert torch.equal(forms.predict(net, x, compute(pixels)), net(x).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "suits"),
+    [
+        *(("convnet", norm, True) for norm in NORMS),
+        *(("convnet", norm, False) for norm in ("batch", "none")),
+        ("resnet10", "instance", False),
+        ("densenet", "instance", False),
+    ],
+)
+def test_a_convnet_whose_norm_sees_one_image_is_written_out(name: str, norm: str, suits: bool) -> None:
+    net = models.build(models.resolve(name, channels=3, classes=5, side=32, width=8, norm=norm))
+    assert analytic.suits(net) is suits
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 12, 100])
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 7, 12])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_pieces_cover_every_image_once_and_stay_within_the_limit(k: int, n: int, limit: int) -> None:
+    seen = torch.zeros(k, n, dtype=torch.int64)
+    for span in analytic.pieces(k, n, limit):
+        assert seen[span].numel() <= limit
+        seen[span] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(("n", "limit", "expected"), [(10, 4, [3, 3, 4]), (8, 4, [4, 4]), (3, 9, [3]), (2, 1, [1, 1])])
+def test_parts_are_as_few_and_as_even_as_can_be(n: int, limit: int, expected: list[int]) -> None:
+    parts = analytic.even(n, limit)
+    assert [part.stop - part.start for part in parts] == expected
+    assert parts[0].start == 0 and parts[-1].stop == n
+    assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+
+
+# --- utils/stages.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("size", [(6, 6), (7, 7), (2, 2), (5, 4)])
+@pytest.mark.parametrize("groups", [8, 4, 1])
+class TestStages:
+    """Each function against autograd of `forward`, whose own value is that of PyTorch's layers."""
+
+    def inputs(self, size: tuple[int, int], per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+        n = 3
+        rows = n if per_image else 1
+        return noise(n, 8, *size), noise(rows, 8, 1, 1, key=1), noise(rows, 8, 1, 1, key=2)
+
+    def h(self, a: Tensor, gamma: Tensor, beta: Tensor, groups: int) -> Tensor:
+        normed = F.group_norm(a, groups, eps=1e-5)
+        return F.avg_pool2d((normed * gamma + beta).relu(), 2)
+
+    def test_forward(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
+        a, gamma, beta = self.inputs(size, per_image)
+        h, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
+        torch.testing.assert_close(h, self.h(a, gamma, beta, groups), rtol=1e-10, atol=1e-12)
+        grouped = a.unflatten(1, (groups, -1)).flatten(2)
+        torch.testing.assert_close(m.flatten(1), grouped.mean(2), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(r.flatten(1) ** -2, grouped.var(2, correction=0) + 1e-5, rtol=1e-10, atol=0)
+
+    def test_backward(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
+        a, gamma, beta = (x.requires_grad_() for x in self.inputs(size, per_image))
+        dh = noise(3, 8, size[0] // 2, size[1] // 2, key=3)
+        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
+        expected = torch.autograd.grad(self.h(a, gamma, beta, groups), (a, gamma, beta), dh)
+        with torch.no_grad():
+            da, s0, s1 = stages.backward(a, m, r, gamma, beta, dh)
+        pixels = size[0] * size[1]
+        torch.testing.assert_close(da, expected[0], rtol=1e-9, atol=1e-12)
+        for sums, exact in ((s1, expected[1]), (s0, expected[2])):
+            ours = pixels * sums if per_image else pixels * sums.sum(0, keepdim=True)
+            torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-12)
+
+    def test_tangent(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
+        a, gamma, beta = self.inputs(size, per_image)
+        a_dot = noise(*a.shape, key=4)
+        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
+        h_dot, t0, t1 = stages.tangent(a, m, r, gamma, beta, a_dot)
+        _, expected = jvp(lambda a: self.h(a, gamma, beta, groups), a, a_dot)
+        torch.testing.assert_close(h_dot, expected, rtol=1e-9, atol=1e-12)
+        x, t = (v.unflatten(1, (groups, -1)).flatten(2) for v in (F.group_norm(a, groups, eps=1e-5), a_dot))
+        torch.testing.assert_close(t0.flatten(1), t.mean(2), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(t1.flatten(1), (x * t).mean(2), rtol=1e-9, atol=1e-12)
+
+    def test_adjoint(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
+        """Of <dh, h.> + <hbar, h> with respect to a: what reaches `a` through the tangent, and through h itself."""
+        a, gamma, beta = self.inputs(size, per_image)
+        a_dot = noise(*a.shape, key=4)
+        dh, h_bar = (noise(3, 8, size[0] // 2, size[1] // 2, key=k) for k in (5, 6))
+        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
+        _, s0, s1 = stages.backward(a, m, r, gamma, beta, dh)
+        _, t0, t1 = stages.tangent(a, m, r, gamma, beta, a_dot)
+        ours = stages.adjoint(a, m, r, gamma, beta, dh, s0, s1, a_dot, t0, t1, h_bar)
+
+        a.requires_grad_()
+        h, h_dot = jvp(lambda a: self.h(a, gamma, beta, groups), a, a_dot, create_graph=True)
+        (expected,) = torch.autograd.grad((dh * h_dot).sum() + (h_bar * h).sum(), a)
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9)
+
+
+# --- Precision and compilation ----------------------------------------------------------------------------------------
+
+
+def per_class(net: Network, real: Tensor, syn: Tensor, labels: Tensor, metric: str) -> Tensor:
+    """The oracle's gradients."""
+    found = []
+    for wanted, given, label in zip(real, syn, labels.tolist(), strict=True):
+        images = given.clone().requires_grad_()
+        found.append(torch.autograd.grad(class_distance(net, wanted, images, label, metric, "grad"), images)[0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_error_in_float32_is_of_autograd_s_size(norm: str, metric: str) -> None:
+    net, (real, syn, labels) = network(norm, side=16, depth=3, width=32), classes(16)
+    exact = per_class(net, real, syn, labels, metric)
+    net, real, syn = net.float(), real.float(), syn.float()
+    theirs = per_class(net, real, syn, labels, metric)
+    for pixels in (0, 3 * 16**2):
+        _, ours = forms.match(net, real, syn, labels, Comparison(metric=metric), compute(pixels))
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() <= 10 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bfloat16_is_float32_up_to_its_own_rounding(norm: str) -> None:
+    net, (real, syn, labels) = network(norm, side=16, depth=2, width=32).float(), classes(16)
+    match = partial(forms.match, net, real.float(), syn.float(), labels, Comparison())
+    expected, exact = match(compute())
+    losses, gradients = match(compute(precision="bf16"))
+    assert losses.dtype == gradients.dtype == torch.float32
+    assert close(losses, expected, 0.2) and close(gradients, exact, 0.2)
+    assert not torch.equal(gradients, exact)
+
+
+@pytest.mark.parametrize("objective", ["grad", "feat"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+def test_autograd_computes_in_bfloat16_too(norm: str, objective: str) -> None:
+    net, (real, syn, labels) = network(norm, side=16, depth=2, width=32).float(), classes(16)
+    match = partial(forms.match_by_autograd, net, real.float(), syn.float(), labels, Comparison(objective, fc=True))
+    expected, exact = match(compute())
+    losses, gradients = match(compute(precision="bf16"))
+    assert losses.dtype == gradients.dtype == torch.float32
+    assert close(losses, expected, 0.2) and close(gradients, exact, 0.2)
+    assert not torch.equal(gradients, exact)
+
+
+def test_bfloat16_gradients_and_embeddings_are_float32_up_to_their_own_rounding() -> None:
+    nets = [network("instance", side=16, width=32, key=k).float() for k in range(2)]
+    x, target = noise(2, REAL, 3, 16, 16).float(), mixed(2, REAL).float()
+    ours, exact = (forms.gradients(nets, x, target, compute(precision=p)) for p in ("bf16", "fp32"))
+    for mine, theirs in zip(ours, exact, strict=True):
+        flat, flat_exact = (torch.cat([g.flatten() for g in found]) for found in (mine, theirs))
+        assert flat.dtype == torch.float32 and close(flat, flat_exact, 0.2)
+    assert close(forms.embed(nets[0], x[0], compute(precision="bf16")), nets[0].embed(x[0]), 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["instance", "group"])
+def test_compiled_passes_give_the_same_numbers(norm: str) -> None:
+    if problem := compiler_error(CPU):
+        pytest.skip(problem)
+    side = 11
+    nets = [network(norm, side=side, key=k).float() for k in range(2)]
+    real, syn, labels = classes(side)
+    x, target = noise(2, REAL, 3, side, side).float(), mixed(2, REAL).float()
+    for pixels in (0, 5 * side**2):
+        eager, quick = compute(pixels), compute(pixels, compile=True)
+        for metric in ("mse", "cos"):
+            args = (nets[0], real.float(), syn.float(), labels, Comparison(metric=metric))
+            for ours, exact in zip(forms.match(*args, quick), forms.match(*args, eager), strict=True):
+                assert close(ours, exact, 1e-5)
+        for ours, exact in zip(*(forms.gradients(nets, x, target, c) for c in (quick, eager)), strict=True):
+            assert close(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in exact]), 1e-5)
+        assert close(forms.embed(nets[0], x[0], quick), forms.embed(nets[0], x[0], eager), 1e-5)
