@@ -21,17 +21,17 @@ from utils.objectives import OBJECTIVES, Comparison, total
 
 @torch.no_grad()
 def embed(net: Network, x: Tensor, compute: Compute) -> Tensor:
-    """(N, C, H, W) normalised images -> (N, D) embeddings, float32 or the images' precision, in `net`'s mode."""
+    """(N, C, H, W) normalised images -> (N, D) embeddings in the precision of `compute`, in `net`'s mode."""
     if analytic.suits(net):
-        return analytic.Analytic([net], compute, x.dtype).embed(x).to(x.dtype)
+        return analytic.Analytic([net], compute, x.dtype).embed(x)
     with compute.autocast():
-        return torch.cat([net.embed(piece).to(x.dtype) for piece in x.split(compute.images(x.shape[-1]))])
+        return torch.cat([net.embed(piece) for piece in x.split(compute.images(x.shape[-1]))])
 
 
 @torch.no_grad()
 def predict(net: Network, x: Tensor, compute: Compute) -> Tensor:
     """(N, C, H, W) normalised images -> (N,) classes, in `net`'s mode."""
-    return net.classifier(embed(net, x, compute)).argmax(1)
+    return net.classifier(embed(net, x, compute).to(x.dtype)).argmax(1)
 
 
 def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compute) -> list[list[Tensor]]:

@@ -112,14 +112,15 @@ def lloyd(
     points: Tensor, real: Tensor, k: int, draws: Draws, *, iterations: int = KMEANS_ITERATIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids (classes, k, D), and of every point the number of its own and the squared distance to it."""
+    wide = torch.promote_types(points.dtype, torch.float32)  # products of bfloat16, distances in float32
     chance = draws.uniform(*real.shape).masked_fill(~real, torch.inf)
     start = chance.topk(k, largest=False).indices  # k different points of each class, at random
     centroids = points[torch.arange(len(points), device=points.device)[:, None], start]
-    squares = points.square().sum(2)
+    squares = points.to(wide).square().sum(2)
     for _ in range(iterations):
         nearest, distance = assign(points, squares, real, centroids)
         centroids = update_centroids(points, real, nearest, distance, k)
-    return centroids, *assign(points, squares, real, centroids)
+    return centroids, *assign(points.to(wide), squares, real, centroids.to(wide))
 
 
 def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws) -> list[Tensor]:
@@ -156,8 +157,8 @@ def assign(points: Tensor, squares: Tensor, real: Tensor, centroids: Tensor) -> 
 
     squares: |point|^2, (classes, N). A row that is padding has distance -inf.
     """
-    partial = torch.baddbmm(centroids.square().sum(2)[:, None], points, centroids.mT, alpha=-2)  # |c|^2 - 2 x.c
-    value, nearest = partial.min(2)
+    norms = centroids.to(squares.dtype).square().sum(2)[:, None]
+    value, nearest = (norms - 2 * (points @ centroids.mT)).min(2)  # |c|^2 - 2 x.c
     return nearest, (value + squares).clamp_(min=0).masked_fill_(~real, -torch.inf)
 
 
@@ -165,8 +166,8 @@ def update_centroids(points: Tensor, real: Tensor, nearest: Tensor, distance: Te
     """Means of the clusters, (classes, k, D); the j-th empty cluster of a class moves to its j-th farthest point."""
     member = torch.zeros(len(points), k, points.shape[1], dtype=points.dtype, device=points.device)
     member.scatter_(1, nearest[:, None], real[:, None].to(points.dtype))  # (classes, k, N), a one per real point
-    sizes = member.sum(2, keepdim=True)
-    means = (member @ points) / sizes.clamp(min=1)
+    sizes = member.sum(2, keepdim=True, dtype=distance.dtype)
+    means = ((member @ points) / sizes.clamp(min=1)).to(points.dtype)
     empty = sizes[:, :, 0] == 0
     turn = (empty.cumsum(1) - 1).clamp(min=0)
     farthest = distance.topk(k, dim=1).indices.gather(1, turn)  # for each cluster, were it empty
