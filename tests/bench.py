@@ -99,6 +99,9 @@ WORKS = {
     "tiny": Work(1, 8, 3, 300, 2, 2, 128, "mse"),  # to try the script itself
 }
 PARTS = ("matching", "network update", "embedding", "k-means")
+EVALUATION = "evaluation, 5 x 1,000 epochs"  # of the decoded images, scaled up from a few epochs
+FEW = 1000  # images up to which it is measured
+REPEATS, EPOCHS, EVALUATION_AUGMENTATION = 5, 1000, "color_crop_flip_scale_rotate"
 
 
 class Timer:
@@ -167,8 +170,20 @@ def run_published(work: Work, real: ImageSet, timer: Timer) -> dict[str, Any]:
     found["embedding"] = [classes * s for s in seconds]
     x = published.embedding(net, real, 0)
     found["k-means"] = [classes * s for s in timer(lambda: published.kmeans(x, BATCH), 2, warm=1)]
+    few = decoded_set(work, real)
+
+    def train() -> None:
+        published.epoch(net, sgd, few, len(few), 64, EVALUATION_AUGMENTATION)
+
+    if len(few) <= FEW:
+        found[EVALUATION] = [REPEATS * EPOCHS * s for s in timer(train, warm=1)]
     found["operators"] = operators(match, device) + operators(update, device)
     return found
+
+
+def decoded_set(work: Work, real: ImageSet) -> ImageSet:
+    """As many images as a distilled set decodes to."""
+    return real.subset(torch.cat([s + torch.arange(work.syn, device=real.device) for s in real.starts]))
 
 
 def run_ours(work: Work, real: ImageSet, timer: Timer, precision: str) -> dict[str, Any]:
@@ -206,6 +221,13 @@ def run_ours(work: Work, real: ImageSet, timer: Timer, precision: str) -> dict[s
 
     found["embedding"] = timer(embed_all, 2, warm=0)
     found["k-means"] = timer(lambda: batched_kmeans(x, BATCH, Draws(device, "select")), 2, warm=1)
+    x.clear()
+    few = decoded_set(work, real)
+    nets = [fresh_network(work.spec, Draws(device, r)) for r in range(REPEATS)]
+    evaluation = Trainer(nets, [few] * REPEATS, Recipe(64, Augment(EVALUATION_AUGMENTATION), "cut"), compute)
+    everything, draws = torch.arange(len(few), device=device), [Draws(device, "evaluate", r) for r in range(REPEATS)]
+    if len(few) <= FEW:
+        found[EVALUATION] = [EPOCHS * s for s in timer(lambda: evaluation.epoch(everything, draws), warm=4)]
     found["operators"] = operators(match, device) + operators(update, device)
     found["first step"] = first
     found["compiled"] = compute.compile
@@ -296,7 +318,8 @@ def table(name: str, results: dict[str, dict[str, Any]], top: dict[str, dict[str
             return seconds(variant, "matching") + seconds(variant, "network update") + selection
         return statistics.median(results[variant][part])
 
-    for part in (*PARTS, "selection, all classes", "inner step"):
+    timed = [part for part in (*PARTS, EVALUATION) if part in results["published"]]
+    for part in (*timed, "selection, all classes", "inner step"):
         cells = []
         for variant in results:
             value = seconds(variant, part)

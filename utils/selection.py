@@ -89,7 +89,7 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
     training = net.training
     net.eval()
     pieces = images.split(max(512, compute.images(images.shape[-1])))
-    found = torch.cat([forms.embed(net, prepare(piece), compute) for piece in pieces])
+    found = compute.retry(lambda: torch.cat([forms.embed(net, prepare(piece), compute) for piece in pieces]))
     net.train(training)
     return found
 
