@@ -5,8 +5,8 @@
     $ python3 tests/bench.py --work mnist cifar100 --image_folder data/cifar10_jpg
 
 Every variant runs in a process of its own, one after the other, so that its peak memory is its own: the published form
-as it comes; the same with the C allocator kept from returning memory (half of the time of the former can be page
-faults); ours in every precision of the machine. Medians after a warm-up. Images are random unless a folder is given:
+as it comes; the same with the C allocator kept from returning memory, so that no ratio is one of page faults alone;
+ours in every precision of the machine. Medians after a warm-up. Images are random unless a folder is given:
 their content matters for the inertia only. Keep the machine otherwise idle.
 """
 
