@@ -35,6 +35,7 @@ from models import NetSpec
 from tests import published
 from utils import device as machine
 from utils.augment import Augment
+from utils.compilation import compiler_error
 from utils.device import Compute
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
@@ -190,7 +191,7 @@ def run_ours(work: Work, real: ImageSet, timer: Timer, precision: str) -> dict[s
     """Seconds of every part as condense.py runs them."""
     device = timer.device
     machine.set_precision(device, precision)
-    compute = Compute(device, precision, compile=machine.compiler_error(device) is None)
+    compute = Compute(device, precision, compile=compiler_error(device) is None)
     recipe = Recipe(BATCH, Augment("color_crop"), "cut")
     trainer = Trainer([fresh_network(work.spec, Draws(device, 0))], [real], recipe, compute)
     pixels = PixelSGD(torch.rand(work.classes, work.ipc, *real.images.shape[1:], device=device), lr=1e-4, momentum=0.5)

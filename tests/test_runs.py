@@ -26,7 +26,8 @@ from models import Network
 from tests.oracle import PublishedPixels
 from utils import files
 from utils.augment import Augment
-from utils.device import Compute, compiler_error
+from utils.compilation import compiler_error
+from utils.device import Compute
 from utils.errors import UsageError, UserError
 from utils.run import RunFolder
 from utils.runtime import Draws

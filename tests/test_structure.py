@@ -15,6 +15,7 @@ SCRIPTS = {"condense", "train"}
 NUMERIC = {
     "analytic",
     "augment",
+    "compilation",
     "evaluation",
     "formation",
     "forms",

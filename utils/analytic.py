@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from models import ConvNet, Network
-from utils import stages
-from utils.device import Compute, compiled
+from utils.compilation import compiled, cpu_stages
+from utils.device import Compute
+from utils.stages import Stages
 
 
 def suits(net: Network) -> TypeGuard[ConvNet]:
@@ -52,6 +53,7 @@ class Weights(NamedTuple):
     blocks: tuple[Block, ...]
     classifier: Tensor  # (K, classes, D)
     offset: Tensor  # (K, 1, classes)
+    stages: Stages  # how a block's norm, ReLU and pooling are computed
 
     def of(self, rows: slice) -> Weights:
         """The networks that these rows of images meet: theirs, or the only one there is."""
@@ -61,10 +63,10 @@ class Weights(NamedTuple):
             b._replace(weights=b.weights[rows], biases=b.biases[rows], gamma=b.gamma[rows], beta=b.beta[rows])
             for b in self.blocks
         )
-        return Weights(blocks, self.classifier[rows], self.offset[rows])
+        return self._replace(blocks=blocks, classifier=self.classifier[rows], offset=self.offset[rows])
 
 
-def weights_of(nets: Sequence[ConvNet], dtype: torch.dtype) -> Weights:
+def weights_of(nets: Sequence[ConvNet], dtype: torch.dtype, stages: Stages) -> Weights:
     """The parameters of networks of one shape as they are now, in this precision and the fastest layout."""
     blocks = []
     for layers in zip(*(net.layers for net in nets), strict=True):
@@ -84,7 +86,7 @@ def weights_of(nets: Sequence[ConvNet], dtype: torch.dtype) -> Weights:
         )
     classifier = torch.stack([net.classifier.weight.detach() for net in nets])
     offset = torch.stack([net.classifier.bias.detach() for net in nets])
-    return Weights(tuple(blocks), classifier.to(dtype), offset[:, None].to(dtype))
+    return Weights(tuple(blocks), classifier.to(dtype), offset[:, None].to(dtype), stages)
 
 
 # --- Passes over one piece of images, (k, n, ...), meeting one network or k -------------------------------------------
@@ -113,13 +115,13 @@ def weight_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> lis
 
     The convolutions' weights only: (k, out, in, 3, 3) per block.
     """
-    return first_order(net, x, target, count)[0]
+    return first_order(net, x, target, count, keep=False)[0]
 
 
 def all_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> tuple[list[Tensor], ...]:
     """Of the same with respect to all parameters, a list each, per block: weights, biases, gamma, beta; then, with
     the k networks in front as well, classifier and offset."""
-    weights, _, traces, last, dz = first_order(net, x, target, count)
+    weights, _, traces, last, dz = first_order(net, x, target, count, keep=False)
     biases, gammas, betas = [], [], []
     for block, t in zip(net.blocks, traces, strict=True):
         pixels = t.a.shape[2] * t.a.shape[3]
@@ -131,9 +133,12 @@ def all_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> tuple[
 
 
 def first_order(
-    net: Weights, x: Tensor, target: Tensor, count: int
+    net: Weights, x: Tensor, target: Tensor, count: int, keep: bool = True
 ) -> tuple[list[Tensor], Tensor, list[Trace], Tensor, Tensor]:
-    """Weight gradients as above; softmax (k, n, classes); traces; last features; the logits' gradient."""
+    """Weight gradients as above; softmax (k, n, classes); traces; last features; the logits' gradient.
+
+    Unless the traces are to be kept for `second_order`, their a may be lost.
+    """
     h, inputs, outputs = forward(net, x)
     last = each(h.flatten(1), x)
     p = (last @ net.classifier.mT + net.offset).to(target.dtype).softmax(2)
@@ -142,7 +147,7 @@ def first_order(
     gradients, traces = [], []
     for i in reversed(range(len(net.blocks))):
         block, h, (a, m, r) = net.blocks[i], inputs[i], outputs[i]
-        da, s0, s1 = stages.backward(a, m, r, per_image(block.gamma, a), per_image(block.beta, a), dh)
+        da, s0, s1 = net.stages.backward(a, m, r, per_image(block.gamma, a), per_image(block.beta, a), dh, keep)
         gradients.append(
             torch.stack(
                 [
@@ -171,7 +176,7 @@ def second_order(
         if h_dot is not None:  # the images themselves do not move
             a_dot = a_dot + conv(h_dot, block.weights, block.padding)
         gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
-        h_dot, t0, t1 = stages.tangent(t.a, t.m, t.r, gamma, beta, a_dot)
+        h_dot, t0, t1 = net.stages.tangent(t.a, t.m, t.r, gamma, beta, a_dot)
         tangents.append((a_dot, t0, t1))
     assert h_dot is not None
     z_dot = (each(h_dot.flatten(1), p) @ net.classifier.mT).to(p.dtype)
@@ -180,7 +185,7 @@ def second_order(
     for i in reversed(range(len(net.blocks))):
         block, t = net.blocks[i], traces[i]
         gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
-        a_bar = stages.adjoint(t.a, t.m, t.r, gamma, beta, t.dh, t.s0, t.s1, *tangents[i], bar)
+        a_bar = net.stages.adjoint(t.a, t.m, t.r, gamma, beta, t.dh, t.s0, t.s1, *tangents[i], bar)
         bar = transposed(a_bar, block.weights, block.padding) + transposed(t.da, directions[i], block.padding)
     return each(bar, p)
 
@@ -192,7 +197,7 @@ def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[T
     for block in net.blocks:
         a = conv(h, block.weights, block.padding, block.biases)
         inputs.append(h)
-        h, m, r = stages.forward(a, per_image(block.gamma, a), per_image(block.beta, a), block.groups, block.eps)
+        h, m, r = net.stages.forward(a, per_image(block.gamma, a), per_image(block.beta, a), block.groups, block.eps)
         outputs.append((a, m, r))
     return h, inputs, outputs
 
@@ -264,15 +269,18 @@ class Analytic:
     def __init__(self, nets: Sequence[ConvNet], compute: Compute, own: torch.dtype) -> None:
         """own: precision of images and results."""
         self.compute, self.own = compute, own
-        self.passes = compiled_passes() if compute.compile else Passes()
-        self.net = weights_of(nets, compute.dtype(own))
+        on_cpu = compute.device.type == "cpu"
+        self.passes = compiled_passes() if compute.compile and not on_cpu else Passes()
+        stages = cpu_stages() if compute.compile and on_cpu else Stages()
+        self.net = weights_of(nets, compute.dtype(own), stages)
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
         """(N, C, H, W) normalised images -> (N, D) of one network, in the precision of the pass."""
         size, found = self.compute.images(x.shape[-1]), []
         for piece in x.split(size):  # all of one shape, filled up if need be, whatever the sizes of classes are
-            full = F.pad(piece, [0] * 7 + [size - len(piece)]) if len(x) > size else piece
+            short = size - len(piece)
+            full = F.pad(piece, [0] * 7 + [short]) if short and len(x) > size else piece
             found.append(self.passes.features(self.net, full[None])[0, : len(piece)])
         return torch.cat(found)
 

@@ -1,4 +1,4 @@
-"""The machine: devices, memory, precision, compilation, CUDA graphs. Nothing else asks about CUDA or the processor."""
+"""The machine: devices, memory, precision, CUDA graphs. Nothing else asks about CUDA or the processor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Compute:
     pixels: int = 0  # of all images that pass through a network together; 0: as fits the device
 
     def __post_init__(self) -> None:
-        self.pixels = self.pixels or (2**21 if self.device.type == "cuda" else 2**15)
+        self.pixels = self.pixels or (2**21 if self.device.type == "cuda" else 2**16)
 
     def dtype(self, own: torch.dtype) -> torch.dtype:
         """What a network's arithmetic is done in, for images that are `own`."""
@@ -138,32 +138,6 @@ def set_precision(device: torch.device, precision: str) -> None:
     short = "ieee" if precision == "fp32" else "tf32"
     torch.backends.cuda.matmul.fp32_precision = short
     torch.backends.cudnn.conv.fp32_precision = short  # type: ignore[attr-defined]  # made at run time
-
-
-# --- Compilation ------------------------------------------------------------------------------------------------------
-
-
-def compiled(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, compiled for every new combination of shapes at its first call (a few seconds each)."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = 256  # every block, chunk and remainder has its own shapes
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def compiler_error(device: torch.device) -> str | None:
-    """Why functions cannot be compiled here, found out by compiling one; None where they can."""
-    # On a machine with a CUDA toolkit and no GPU, loading the compiler is worth no warning to us.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        compiled(_probe)(torch.ones(4, device=device))
-    except Exception as error:  # whatever the compiler's parts raise: there is no common base
-        return first_line(error)
-    return None
-
-
-def _probe(x: Tensor) -> Tensor:
-    return x * 2 + 1
 
 
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------

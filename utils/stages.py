@@ -16,6 +16,9 @@ channel means (N, C, 1, 1). Half-precision tensors are computed with in float32 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +35,13 @@ def forward(a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> 
     return F.avg_pool2d(y.relu(), 2).to(a.dtype), m, r
 
 
-def backward(a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, beta: Tensor, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """da, and the channel means of s and s x with s = mask up(dh), which are the gradients of beta and gamma."""
+def backward(
+    a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, beta: Tensor, dh: Tensor, keep: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """da, and the channel means of s and s x with s = mask up(dh), which are the gradients of beta and gamma.
+
+    Unless a is to be kept, da may take its place in memory, which a CPU's cache thanks for.
+    """
     x, mask = normalized(a, m, r, gamma, beta)
     s = mask * unpool(dh, a)
     s0, s1 = s.mean((2, 3), keepdim=True), (s * x).mean((2, 3), keepdim=True)
@@ -109,3 +117,12 @@ def spread(value: Tensor, a: Tensor) -> Tensor:
     """(N, groups, 1, 1, 1) -> (N, C or 1, 1, 1), to meet a."""
     groups, channels = value.shape[1], a.shape[1]
     return value.flatten(2, 4).expand(-1, -1, channels // groups).flatten(1)[:, :, None, None]
+
+
+class Stages(NamedTuple):
+    """The functions, as they are or compiled for a CPU (utils/compilation.py)."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = forward
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = backward
+    tangent: Callable[..., tuple[Tensor, Tensor, Tensor]] = tangent
+    adjoint: Callable[..., Tensor] = adjoint
