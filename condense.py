@@ -22,6 +22,7 @@ from data import Dataset
 from models import NetSpec, Network, forward_flop
 from utils import files, options, runtime
 from utils.augment import Augment
+from utils.board import Board, check_board
 from utils.device import Compute, peak_memory, pick_device, set_precision
 from utils.errors import UserError, first_line
 from utils.evaluation import Score, evaluate
@@ -49,8 +50,7 @@ def condense(job: Job, state: State) -> None:
     while state.it < o.niter:
         it, step = state.it, state.step
         if step == 0:
-            if o.eval_every and it % o.eval_every == 0:
-                job.evaluate_at(it, state)
+            job.observe(it, state)
             state.begin_iteration(fresh_network(job.spec, job.draws("network", it)))
         if step % o.interval == 0:
             context = job.context(state.net, job.draws("select", it, step))
@@ -114,10 +114,12 @@ class Job:
     def start(self) -> State:
         """The state to go on from: the last checkpoint's, or the initial one, with its pictures."""
         o, saved = self.o, self.folder.load_checkpoint()
+        if o.tensorboard:
+            self.folder.board = Board(self.folder.path, goes_on_after=None if saved is None else saved.get("it"))
         if saved is None:
             net = fresh_network(self.spec, draws := self.draws("init"))
             pixels = initial_pixels(self.context(net, draws), o.init, ipc=o.ipc, factor=o.factor)
-            self.save_pictures("initial", pixels)
+            self.save_pictures("initial", 0, pixels)
         else:
             pixels = torch.zeros(self.real.classes, o.ipc, *self.real.images.shape[1:], device=self.device)
         lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=self.dataset.side, base_side=self.dataset.base_side)
@@ -149,15 +151,19 @@ class Job:
     def save(self, state: State) -> None:
         """Checkpoint, data.pt and pictures of now. Never saves a state that has gone wrong."""
         self.mean_loss(state)
-        now = time.monotonic()
-        state.seconds, self.started = state.seconds + now - self.started, now
+        state.seconds, self.started = self.seconds(state), time.monotonic()
         self.folder.save_checkpoint(state.save())
-        files.save_distilled(self.folder.path, state.pixels.pixels, self.card(state, finished=False))
-        self.save_pictures("latest", state.pixels.pixels)
+        self.folder.save_set(state.pixels.pixels, self.card(state, finished=False))
+        self.save_pictures("latest", state.it, state.pixels.pixels)
 
-    def save_pictures(self, when: str, pixels: Tensor) -> None:
+    def seconds(self, state: State) -> float:
+        """Of distilling so far, in all processes; evaluations don't count."""
+        return state.seconds + time.monotonic() - self.started
+
+    def save_pictures(self, when: str, it: int, pixels: Tensor) -> None:
         stored = pixels.clamp(0, 1)
-        self.folder.save_pictures(when, stored, decode(stored, factor=self.o.factor, decode_type=self.o.decode_type))
+        decoded = decode(stored, factor=self.o.factor, decode_type=self.o.decode_type)
+        self.folder.save_pictures(when, it, stored, decoded)
 
     def card(self, state: State, *, finished: bool) -> dict[str, object]:
         """data.json: what the set is and how to use it."""
@@ -191,8 +197,7 @@ class Job:
         self.progress.advance()
         self.steps_here += 1
         if state.step == 0:
-            loss = self.mean_loss(state)
-            seconds = state.seconds + time.monotonic() - self.started
+            loss, seconds = self.mean_loss(state), self.seconds(state)
             self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
         if state.step % o.interval == 0:
             accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
@@ -222,13 +227,24 @@ class Job:
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
 
+    def observe(self, it: int, state: State) -> None:
+        """Between two outer iterations: an evaluation and a copy of the set, where they are due."""
+        o = self.o
+        if o.eval_every and it % o.eval_every == 0:
+            self.evaluate_at(it, state)
+        if o.snapshot_every and it % o.snapshot_every == 0:
+            self.folder.save_snapshot(it, state.pixels.pixels)
+
     def evaluate_at(self, it: int, state: State) -> Score:
         """Test the current set and log it."""
+        began = time.monotonic()
         with self.progress.paused():
             score = self.evaluate(lambda r: self.distilled(state), f"evaluating iteration {it}")
         state.accuracy = score.mean
-        seconds = state.seconds + time.monotonic() - self.started
-        self.folder.metric(iteration=it, **score.as_dict(), net=self.spec.name, seconds=round(seconds, 1))
+        elapsed = time.monotonic() - began
+        self.started += elapsed
+        times = {"seconds": round(self.seconds(state), 1), "evaluation_seconds": round(elapsed, 1)}
+        self.folder.metric(iteration=it, **score.as_dict(), net=self.spec.name, **times)
         log.info("iteration %d: test accuracy %% %s", it, score)
         return score
 
@@ -272,7 +288,9 @@ class Job:
     def finish(self, state: State) -> None:
         """Save, and evaluate once beside random real images."""
         self.save(state)
-        self.save_pictures("final", state.pixels.pixels)
+        self.save_pictures("final", state.it, state.pixels.pixels)
+        if self.o.snapshot_every:
+            self.folder.save_snapshot(state.it, state.pixels.pixels)
         random = self.evaluate(self.random_real, "evaluating random real images")
         scores = {"accuracy": self.evaluate_at(state.it, state).as_dict(), "random_real": random.as_dict()}
         files.write_json(self.folder.path / files.CARD, {**self.card(state, finished=True), **scores})
@@ -298,7 +316,7 @@ def step_flop(o: CondenseOptions, spec: NetSpec, *, decoded: int, real: int) -> 
     """Floating-point operations of an average inner step: a forward pass is one, a backward pass two, and the gradient
     of a distance between gradients seven in all."""
     matched = spec.classes * (3 * o.batch_real + 7 * min(decoded, o.batch_syn_max)) if o.match == "grad" else 0
-    selected = real / o.interval if o.select == "kmeans" else 0
+    selected = real / o.interval if o.select != "random" else 0
     return forward_flop(spec) * (matched + 3 * o.net_epoch * min(o.n_data, real) + selected)
 
 
@@ -351,7 +369,9 @@ def main(argv: Sequence[str]) -> int:
         options.check_factor(o.factor, dataset.side)
         decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
         options.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
-        folder, saved = RunFolder(options.run_folder(o, spec.name)), options.as_saved(o)
+        folder, saved = RunFolder(options.run_folder(o)), options.as_saved(o)
+        if o.tensorboard:
+            check_board()
         if o.dry_run:
             print(describe(resolved, dataset, spec, folder))
             return 0
@@ -382,6 +402,8 @@ def main(argv: Sequence[str]) -> int:
                 again = "the same command without --restart" if o.restart else "the same command again"
                 log.info("stopped (%s) and saved in %s; run %s to go on", stop, folder.path, again)
                 return stopper.status
+            finally:
+                folder.board.close()
             log.info("%s\npeak memory: %.2g GB", summary(folder), peak_memory(device) / 1e9)
     return 0
 

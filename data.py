@@ -21,12 +21,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional as transforms
 
 from utils.device import free_memory
 from utils.errors import UsageError, UserError, first_line
+from utils.imagefiles import is_grey, mode_and_size, read_image
 from utils.images import ImageSet, Normalize
 from utils.report import Progress
 
@@ -276,7 +275,7 @@ class Folder:
                     f"--image_folder {self.root}: images are {width} x {height}; give --size PIXELS, 8 or more"
                 )
             size = width
-        return 1 if all(mode in ("1", "L", "LA") or mode.startswith("I;16") for mode in modes) else 3, size
+        return 1 if all(map(is_grey, modes)) else 3, size
 
     def _in_blocks(self, samples: list[tuple[str, int]], read: Callable[[str], T], what: str) -> Iterator[list[T]]:
         """Read files in threads, a block at a time, so that a bad one is reported before all the others are read."""
@@ -301,47 +300,3 @@ class Folder:
         for i, block in enumerate(self._in_blocks(samples, read, "reading")):
             images[i * BLOCK : i * BLOCK + len(block)] = torch.stack(block)
         return images, torch.tensor([label for _, label in samples]), self.classes
-
-
-def mode_and_size(path: str) -> tuple[str, tuple[int, int]]:
-    """What an image file's header says."""
-    with opened(path) as image:
-        return image.mode, image.size
-
-
-def read_image(path: str, *, channels: int, side: int) -> Tensor:
-    """One image file as (channels, side, side) uint8."""
-    with opened(path) as image:
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError("32-bit images have no fixed range")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))
-    if image.size != (side, side):
-        image = transforms.center_crop(transforms.resize(image, side), [side, side])
-    return transforms.pil_to_tensor(image)
-
-
-class opened:
-    """`with opened(path) as image`: whatever goes wrong with an image file becomes an error that names it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> Image.Image:
-        try:
-            self.image = Image.open(self.path)
-        except Exception as error:
-            raise self._named(error) from error
-        return self.image
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
-        if hasattr(self, "image"):
-            self.image.close()
-        if isinstance(error, Exception):
-            raise self._named(error) from error
-
-    def _named(self, error: Exception) -> UserError:
-        return UserError(f"{self.path}: cannot be read as an image ({first_line(error)}); repair it or remove it")

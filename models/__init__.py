@@ -1,22 +1,30 @@
-"""The networks, by name. A new one is one class with a stem, stages and a classifier, and one row of `FAMILIES`."""
+"""The networks, by name. A new one is one class with a stem, stages and a classifier, and one row of `FAMILIES`.
+
+A name that none of them has may be one of torchvision's classification networks (models/zoo.py).
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from models import alexnet, densenet, resnet, vgg, zoo
+from models.alexnet import AlexNet
 from models.convnet import ConvNet
 from models.densenet import DenseNet
 from models.network import NORMS, Network
 from models.resnet import ResNet
+from models.vgg import VGG
 
 __all__ = [
     "FAMILIES",
     "NORMS",
+    "PAPER_TABLE",
     "ConvNet",
     "Family",
     "NetSpec",
@@ -31,26 +39,35 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """A network class and the defaults of its three settings."""
+    """A network class, the defaults of its three settings, and the depths that it has (None: see the class)."""
 
     make: Callable[..., Network]
     depth: int
     width: int
     norm: str
+    depths: Collection[int] | None
 
 
 FAMILIES = {
-    #                    class                           depth width norm
-    "convnet": Family(ConvNet, 3, 128, "instance"),
-    "resnet": Family(ResNet, 10, 64, "batch"),
-    "resnet_ap": Family(partial(ResNet, average=True), 10, 64, "instance"),
-    "densenet": Family(DenseNet, 121, 12, "batch"),
+    #                    class                           depth width norm      depths
+    "convnet": Family(ConvNet, 3, 128, "instance", None),
+    "resnet": Family(ResNet, 10, 64, "batch", resnet.STAGES),
+    "resnet_ap": Family(partial(ResNet, average=True), 10, 64, "instance", resnet.STAGES),
+    "densenet": Family(DenseNet, 121, 12, "batch", densenet.LAYOUTS),
+    "vgg": Family(VGG, 11, 64, "batch", vgg.LAYOUTS),
+    "alexnet": Family(AlexNet, 5, 128, "none", alexnet.LAYOUTS),
 }
+
+# A table across architectures: how far a set that one network distilled serves others.
+PAPER_TABLE = ("convnet", "resnet10", "resnet18", "densenet", "vgg11", "alexnet")
 
 
 @dataclass(frozen=True)
 class NetSpec:
-    """Everything that `build` needs: a row of `FAMILIES`, its settings, and the images' shape."""
+    """Everything that `build` needs: a row of `FAMILIES`, its settings, and the images' shape.
+
+    A network of torchvision has its name as family, and depth 0, width 0 and norm "".
+    """
 
     family: str
     depth: int
@@ -62,18 +79,30 @@ class NetSpec:
 
     @property
     def name(self) -> str:
-        """Family and depth, e.g. `convnet3`, as used in folder names and tables."""
-        return f"{self.family}{self.depth}"
+        """Family and depth, e.g. `convnet3`, or torchvision's name, as used in folder names and tables."""
+        return f"{self.family}{self.depth}" if self.family in FAMILIES else self.family
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """`resnet18` -> ("resnet", 18), `convnet` -> ("convnet", None). Raises ValueError for an unknown family."""
+    """`resnet18` -> ("resnet", 18), `convnet` -> ("convnet", None), torchvision's `resnet50` -> ("resnet50", None).
+
+    Our own networks come first, where they have the depth. Raises ValueError for a name that nobody knows.
+    """
     match = re.fullmatch(r"([a-z_]+?)(\d+)?", name)
-    if not match or match[1] not in FAMILIES:
-        raise ValueError(
-            f"unknown network {name!r}: choose one of {', '.join(FAMILIES)}, with a depth if you like (resnet18)"
-        )
-    return match[1], int(match[2]) if match[2] else None
+    family, depth = (match[1], int(match[2]) if match[2] else None) if match else (name, None)
+    ours = FAMILIES.get(family)
+    if ours and (depth is None or ours.depths is None or depth in ours.depths):
+        return family, depth
+    others = zoo.names()
+    if name in others:
+        return name, None
+    if ours:  # without that depth: building it names those that there are
+        return family, depth
+    close = difflib.get_close_matches(name, [*FAMILIES, *others], n=1)
+    raise ValueError(
+        f"unknown network {name!r}: choose one of {', '.join(FAMILIES)}, with a depth if you like (resnet18), or a "
+        "classification network of torchvision.models.list_models()" + "".join(f"; did you mean {c}?" for c in close)
+    )
 
 
 def resolve(
@@ -86,17 +115,24 @@ def resolve(
     width: int | None = None,
     norm: str | None = None,
 ) -> NetSpec:
-    """The full specification of a network name such as `convnet`, `resnet18` or `resnet_ap10`.
+    """The full specification of a network name such as `convnet`, `resnet18` or torchvision's `mobilenet_v3_small`.
 
-    Raises ValueError, naming the choices, for an unknown name or a depth that contradicts the name's.
+    Raises ValueError, naming the choices, for an unknown name, a depth that contradicts the name's, or settings that a
+    network of torchvision does not have.
     """
     family, named = split_name(name)
+    if family not in FAMILIES:
+        if (depth, width, norm) != (None, None, None):
+            raise ValueError("torchvision's networks have a fixed depth, width and norm: give none of them")
+        return NetSpec(family, depth=0, width=0, norm="", channels=channels, classes=classes, side=side)
     if named is not None and depth is not None and named != depth:
         raise ValueError(f"network {name!r} has depth {named}, which contradicts depth {depth}")
     usual = FAMILIES[family]
+    if depth is None:
+        depth = usual.depth if named is None else named
     return NetSpec(
         family=family,
-        depth=depth or named or usual.depth,
+        depth=depth,
         width=width or usual.width,
         norm=norm or usual.norm,
         channels=channels,
@@ -106,10 +142,13 @@ def resolve(
 
 
 def build(spec: NetSpec) -> Network:
-    """A freshly initialised network (PyTorch's default initialisation, from the global generator), on the CPU.
+    """A freshly initialised network, on the CPU; the weights come from the global generator.
 
-    Raises ValueError when depth, norm and image side do not fit together.
+    Our own have PyTorch's default initialisation, torchvision's have theirs. Raises ValueError when depth, norm and
+    image side do not fit together.
     """
+    if spec.family not in FAMILIES:
+        return zoo.ZooNetwork(spec.family, channels=spec.channels, classes=spec.classes, side=spec.side)
     if spec.norm == "group" and spec.width % 4:
         raise ValueError(f"norm group needs a width that 4 divides, not {spec.width}")
     return FAMILIES[spec.family].make(
@@ -126,15 +165,17 @@ def forward_flop(spec: NetSpec) -> int:
     """Floating-point operations of one image's forward pass, two per multiplication and addition."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    net = build(spec).eval()  # outside: building may pass images through the network as well
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build(spec).eval()(torch.zeros(1, spec.channels, spec.side, spec.side))
+        net(torch.zeros(1, spec.channels, spec.side, spec.side))
     return int(counter.get_total_flops())
 
 
 def smallest_batch(spec: NetSpec) -> int:
     """Images that one training step needs: 2 where batch norm meets maps of a single pixel, otherwise 1."""
+    net = build(spec).train()
     try:
-        build(spec).train()(torch.zeros(1, spec.channels, spec.side, spec.side))
+        net(torch.zeros(1, spec.channels, spec.side, spec.side))
     except ValueError:  # PyTorch's "expected more than 1 value per channel"
         return 2
     return 1

@@ -36,7 +36,10 @@ class Network(nn.Module):
     classifier: nn.Linear
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """One (N, C, H, W) tensor per stage, first stage first. x: (N, C, H, W) normalised images."""
+        """One (N, C, H, W) tensor per stage, first stage first; torchvision's networks are one stage, (N, D).
+
+        x: (N, C, H, W) normalised images.
+        """
         x = self.stem(x)
         found = []
         for stage in self.stages:

@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
     words += ["--image_folder", given.image_folder, "--max_minutes", given.minutes, *given.more]
     status = condense.main(words)
     o = options.resolve(make_parser(options.CondenseOptions, "").parse_given(words)).options
-    spec = options.network(o, o.net_type, channels=3, classes=10, side=32)
-    print(table(options.run_folder(o, spec.name) / METRICS, o.select))
+    print(table(options.run_folder(o) / METRICS, o.select))
     return status
 
 

@@ -28,8 +28,7 @@ def accuracy(words: Sequence[str]) -> float:
     """Mean test accuracy of the set that this command distils."""
     condense.main(words)
     o = options.resolve(make_parser(CondenseOptions, "").parse_given(words)).options
-    folders = options.run_folder(o, "*")
-    card = files.read_json(next(folders.parent.glob(folders.name)) / files.CARD)
+    card = files.read_json(options.run_folder(o) / files.CARD)
     return float(card["accuracy"]["accuracy_mean"])
 
 

@@ -112,7 +112,7 @@ def test_a_spoilt_data_file_ends_the_program_with_one_line_and_status_1(run: Pat
     [
         (["-d", "cifar11"], DATASET_SETTINGS),
         (["--metric", "l3"], METRICS),
-        (["-n", "vgg"], FAMILIES),
+        (["-n", "lenet"], FAMILIES),
         (["-n", "resnet_xy"], FAMILIES),
     ],
 )
@@ -123,7 +123,7 @@ def test_an_unknown_name_is_answered_with_the_choices(
 
 
 def test_an_unknown_network_for_evaluation_is_answered_with_the_choices(run: Path, tmp_path: Path) -> None:
-    refused_train(tmp_path, [str(run), "-n", "convnet", "vgg"], "--net_type", "vgg", *FAMILIES, status=2)
+    refused_train(tmp_path, [str(run), "-n", "convnet", "lenet"], "--net_type", "lenet", *FAMILIES, status=2)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import decode_single
-from utils.formation import BOUND, DECODE_TYPES, cell_edges, decode, decoded_count, pack
+from utils.formation import BOUND, DECODE_TYPES, cell_edges, decode, decoded_count, decoded_sources, pack
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 5])
@@ -49,6 +49,15 @@ def test_the_count_is_known_before_decoding_and_leading_dimensions_pass_through(
     decoded = decode(stored, factor=factor, decode_type=decode_type)
     assert decoded.shape == (2, decoded_count(ipc, factor=factor, decode_type=decode_type), 1, 8, 8)
     torch.testing.assert_close(decoded[1], decode(stored[1], factor=factor, decode_type=decode_type))
+
+
+@pytest.mark.parametrize("decode_type", DECODE_TYPES)
+@pytest.mark.parametrize(("ipc", "factor"), [(1, 1), (3, 2), (50, 2), (50, 3), (200, 2), (7, 5)])
+def test_it_is_known_from_which_stored_image_a_decoded_one_comes(ipc: int, factor: int, decode_type: str) -> None:
+    stored = torch.arange(float(ipc)).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    decoded = decode(stored, factor=factor, decode_type=decode_type)
+    sources = decoded_sources(ipc, factor=factor, decode_type=decode_type)
+    assert decoded.mean((1, 2, 3)).tolist() == pytest.approx(sources)
 
 
 def test_multi_decodes_with_every_factor() -> None:

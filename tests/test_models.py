@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
-from models import FAMILIES, NORMS
+from models import FAMILIES, NORMS, PAPER_TABLE, NetSpec, Network, zoo
+from utils.augment import Augment
+from utils.device import Compute
+from utils.images import ImageSet, Normalize
+from utils.runtime import Draws
+from utils.training import Recipe, fresh_network, train_networks
+
+ZOO = ("mobilenet_v3_small", "shufflenet_v2_x0_5")  # two small ones of torchvision, with and without dropout
+STAGES = {"convnet": 3, "vgg": 5, "alexnet": 3}  # the others have 4
+INSTANCE_FROM = {"convnet": 8, "vgg": 32, "alexnet": 8}  # the smallest side with instance norm; the others' is 16
 
 
 def spec(name: str = "convnet", **changed: object) -> models.NetSpec:
@@ -17,7 +29,7 @@ def spec(name: str = "convnet", **changed: object) -> models.NetSpec:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_network_gives_logits_embedding_and_features(name: str, norm: str, side: int) -> None:
-    if norm == "instance" and name != "convnet" and side == 8:
+    if norm == "instance" and side < INSTANCE_FROM.get(name, 16):
         with pytest.raises(ValueError, match="instance norm erases"):
             models.build(spec(name, norm=norm, side=side))
         return
@@ -25,7 +37,7 @@ def test_every_network_gives_logits_embedding_and_features(name: str, norm: str,
     x = torch.randn(2, 1, side, side)
     assert net(x).shape == (2, 7)
     features = net.features(x)
-    assert len(features) == {"convnet": 3}.get(name, 4)
+    assert len(features) == STAGES.get(name, 4)
     assert all(f.dim() == 4 and len(f) == 2 for f in features)
     assert net.embed(x).shape == (2, net.classifier.in_features)
     torch.testing.assert_close(net.classifier(net.embed(x)), net(x))
@@ -41,9 +53,48 @@ def test_the_convnet_is_the_published_one() -> None:
     assert mnist.features(torch.zeros(1, 1, 28, 28))[0].shape == (1, 128, 16, 16)
 
 
+def test_vgg_and_alexnet_have_the_parameters_of_their_published_layouts() -> None:
+    def parameters(name: str) -> int:
+        return sum(p.numel() for p in models.build(spec(name, classes=10)).parameters())
+
+    convolutions = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
+    # A bias, gamma and beta per channel; five pools leave 1 x 1.
+    assert parameters("vgg11") == sum(9 * a * b + 3 * b for a, b in convolutions) + (512 + 1) * 10
+    kernels = [(25, 3, 128), (25, 128, 192), (9, 192, 256), (9, 256, 192), (9, 192, 192)]
+    assert parameters("alexnet") == sum(k * a * b + b for k, a, b in kernels) + (192 * 4**2 + 1) * 10
+
+
+@pytest.mark.parametrize("width", [1, 4, 6, 100])
+def test_a_width_scales_every_convolution_of_vgg_and_alexnet(width: int) -> None:
+    def channels(name: str) -> list[int]:
+        net = models.build(spec(name, width=width, norm="batch" if width % 4 else "group"))
+        return [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
+
+    assert channels("vgg") == [times * width for times in (1, 2, 4, 4, 8, 8, 8, 8)]
+    first, second, third, *rest = channels("alexnet")
+    assert (first, third, rest) == (width, 2 * width, [second, second])
+    assert second % 4 == 0 and 1.5 * width <= second < 1.5 * width + 4
+
+
 def test_the_operations_of_a_forward_pass_are_those_of_its_convolutions_and_classifier() -> None:
     expected = 2 * (32**2 * 9 * 3 * 128 + 16**2 * 9 * 128**2 + 8**2 * 9 * 128**2 + 2048 * 10)
     assert models.forward_flop(spec(classes=10)) == expected
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_operations_of_a_network_of_torchvision_are_counted_once(name: str) -> None:
+    net, count = models.build(spec(name)), 0
+
+    def add(module: nn.Module, x: tuple[Tensor], y: Tensor) -> None:
+        nonlocal count
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        count += 2 * y.numel() * module.weight[0].numel()
+
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(add)
+    net.eval()(torch.zeros(1, 3, 32, 32))
+    assert models.forward_flop(spec(name)) == count
 
 
 def test_instance_norm_makes_images_independent_of_their_batch() -> None:
@@ -74,17 +125,106 @@ def test_a_name_may_carry_the_depth_and_must_not_contradict_it() -> None:
         spec("resnet18", depth=10)
 
 
+def test_our_networks_come_before_those_of_torchvision_where_they_have_the_depth() -> None:
+    for name in ("resnet18", "densenet121", "vgg11", "alexnet", "convnet3"):
+        assert spec(name).family in FAMILIES
+    for name in ("resnet50", "densenet161", "vgg13", "vgg11_bn", *ZOO):
+        assert models.split_name(name) == (name, None)
+        assert (spec(name).depth, spec(name).width, spec(name).norm) == (0, 0, "")
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *PAPER_TABLE, *ZOO, "resnet50"])
+def test_a_specification_survives_its_name_and_json(name: str) -> None:
+    found = spec(name)
+    assert spec(found.name) == found and found.name.startswith(name)
+    assert NetSpec(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
+
+
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("lenet", {}, "unknown network 'lenet': choose one of convnet, resnet, resnet_ap, densenet"),
+        ("lenet", {}, "unknown network 'lenet': choose one of convnet, resnet, resnet_ap, densenet, vgg, alexnet"),
+        ("lenet", {}, r"or a classification network of torchvision.models.list_models\(\)"),
+        ("mobilenet_v3_smal", {}, r"did you mean mobilenet_v3_small\?"),
+        ("raft_small", {}, "unknown network"),  # of torchvision, but no classifier
         ("convnet", {"depth": 6}, "depth 6 does not fit images of 32 x 32.*from 1 to 5"),
         ("convnet", {"depth": 4, "side": 8}, "from 1 to 3"),
         ("resnet12", {}, r"use one of \[10, 18\]"),
         ("densenet", {"depth": 40}, r"use one of \[121\]"),
+        ("convnet0", {}, "depth 0 does not fit"),
+        ("vgg12", {}, r"use one of \[11\]"),
+        ("alexnet", {"depth": 8}, r"use one of \[5\]"),
         ("convnet", {"norm": "group", "width": 6}, "width that 4 divides"),
+        (ZOO[0], {"depth": 3}, "fixed depth, width and norm"),
+        (ZOO[0], {"width": 3}, "fixed depth, width and norm"),
+        (ZOO[0], {"norm": "batch"}, "fixed depth, width and norm"),
+        (ZOO[0], {"channels": 2}, "1 or 3 channels, not 2"),
+        ("squeezenet1_1", {}, "torchvision's squeezenet1_1 has no linear classifier"),
+        ("vit_b_16", {"side": 28}, r"vit_b_16 cannot be built for images of 28 x 28 \(.*patch size"),
+        ("googlenet", {"side": 8}, r"googlenet cannot be built for images of 8 x 8 \(.*too small"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_the_choices(name: str, changed: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models.build(spec(name, **changed))
+
+
+# --- torchvision's networks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (1, 28), (3, 32)])
+@pytest.mark.parametrize("name", ZOO)
+def test_a_network_of_torchvision_gives_logits_and_an_embedding(name: str, channels: int, side: int) -> None:
+    net = models.build(spec(name, channels=channels, side=side))
+    assert all(module.training for module in net.modules())
+    x = torch.randn(2, channels, side, side)
+    net.eval()
+    assert net(x).shape == (2, 7) and net.embed(x).shape == (2, net.classifier.in_features)
+    torch.testing.assert_close(net.classifier(net.features(x)[-1]), net(x))
+    if channels == 1:
+        torch.testing.assert_close(net.embed(x), net.stages[0](x.repeat(1, 3, 1, 1)))
+
+
+def test_a_network_of_torchvision_computes_what_torchvision_computes() -> None:
+    torch.manual_seed(0)
+    published = zoo.published(ZOO[0], 7, 32).eval()
+    torch.manual_seed(0)
+    net = models.build(spec(ZOO[0])).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net(x), published(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [*ZOO, "efficientnet_b0"])  # the last one has stochastic depth
+def test_training_a_network_of_torchvision_draws_nothing_from_the_global_generator(name: str) -> None:
+    net = models.build(spec(name)).train()
+    assert not [m for m in net.modules() if getattr(m, "p", 0)]
+    before = torch.get_rng_state()
+    net(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", [*ZOO, "vgg", "alexnet"])
+def test_a_training_step_is_determined_by_its_draws(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 1, 8, 8, generator=generator)
+    real = ImageSet(images, torch.arange(6) % 2, classes=2, normalize=Normalize((0.5,), (0.5,)))
+    recipe = Recipe(batch_size=6, augment=Augment("color_crop_cutout"), mixup="cut")
+    width = None if name in ZOO else 4
+    small = spec(name, channels=1, classes=2, side=8, width=width)
+
+    def weights(net: Network) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    def trained(key: int) -> Tensor:
+        torch.rand(1)  # moves the global generator, which must not matter
+        return weights(train_networks(small, [real], recipe, [Draws("cpu", key)], Compute(torch.device("cpu")))[0])
+
+    first = trained(0)
+    assert torch.equal(first, trained(0))
+    assert not torch.equal(first, trained(1))
+    assert not torch.equal(first, weights(fresh_network(small, Draws("cpu", 0))))
+
+
+@pytest.mark.parametrize(("name", "smallest"), [(ZOO[0], 2), (ZOO[1], 2), ("vgg", 2), ("alexnet", 1), ("convnet", 1)])
+def test_batch_norm_on_a_single_pixel_needs_two_images(name: str, smallest: int) -> None:
+    assert models.smallest_batch(spec(name, channels=1, side=8)) == smallest

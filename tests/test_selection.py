@@ -198,7 +198,35 @@ def test_the_same_draws_select_the_same_images_and_others_do_not(strategy: str) 
         return select(context(real_set((40, 40, 40)), key), 10, strategy=strategy)
 
     assert torch.equal(once(0), once(0))
-    assert not torch.equal(once(0), once(1))
+    assert torch.equal(once(0), once(1)) == (
+        strategy in ("central", "boundary", "herding")
+    )  # these leave nothing to chance
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_central_boundary_and_herded_images_are_those_of_naive_loops(raw: bool) -> None:
+    real = real_set((9, 5, 12))
+    where = context(real, raw=raw)
+    prepare = to_unit if raw else NORMALIZE
+    for c, start in enumerate(real.starts):
+        images = prepare(real.of_class(c)).double()
+        network = net().double()
+        x = network.embed(images)
+        mean = sum(x) / len(x)
+        central = sorted(range(len(x)), key=lambda i: float((x[i] - mean).norm()))[:4]
+        margins = []
+        for logits in network.classifier(x).tolist():
+            margins.append(abs(logits[c] - max(value for other, value in enumerate(logits) if other != c)))
+        boundary = sorted(range(len(x)), key=lambda i: margins[i])[:4]
+        herded: list[int] = []
+        for _ in range(4):
+            left = [i for i in range(len(x)) if i not in herded]
+            herded.append(
+                min(left, key=lambda i: float((sum(x[j] for j in [*herded, i]) / (len(herded) + 1) - mean).norm()))
+            )
+        for strategy, expected in (("central", central), ("boundary", boundary), ("herding", herded)):
+            found = select(where, 4, strategy=strategy)[c]
+            assert (found - start).tolist() == expected, strategy
 
 
 def test_scikit_learn_selects_different_images_of_every_class_and_repeats_itself() -> None:

@@ -59,7 +59,8 @@ def test_nothing_imports_a_script(path: Path) -> None:
 def test_models_import_torch_and_each_other_only(path: Path) -> None:
     for module in imports(path):
         top = module.split(".")[0]
-        assert top in {"torch", "models"} or top in sys.stdlib_module_names, module
+        allowed = {"torch", "models", "torchvision"} if path.stem == "zoo" else {"torch", "models"}
+        assert top in allowed or top in sys.stdlib_module_names, module
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "utils" and p.stem in NUMERIC], ids=name)
@@ -73,10 +74,11 @@ def test_numeric_parts_import_torch_models_and_each_other_only(path: Path) -> No
             assert top in allowed or top in sys.stdlib_module_names, module
 
 
-def test_the_selection_imports_scikit_learn_only_when_it_is_asked_for() -> None:
-    tree = ast.parse((ROOT / "utils" / "selection.py").read_text())
+@pytest.mark.parametrize(("path", "library"), [("utils/selection.py", "sklearn"), ("models/zoo.py", "torchvision")])
+def test_a_large_library_is_imported_only_when_it_is_asked_for(path: str, library: str) -> None:
+    tree = ast.parse((ROOT / path).read_text())
     top_level = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert not [line for line in top_level if "sklearn" in line]
+    assert not [line for line in top_level if library in line]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

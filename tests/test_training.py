@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import models
 from models import Network
@@ -14,6 +15,7 @@ from utils.device import Compute
 from utils.evaluation import Score, evaluate
 from utils.images import ImageSet, Normalize
 from utils.runtime import Draws
+from utils.synthetic import training_images
 from utils.training import (
     APPLY,
     SIZE,
@@ -53,7 +55,13 @@ def train(train: ImageSet, recipe: Recipe, key: int = 0) -> Network:
 
 def exact(train: ImageSet) -> ImageSet:
     """The same in float64."""
-    return ImageSet(train.images.double(), train.labels, classes=train.classes, normalize=train.normalize)
+    images, soft = train.images.double(), train.soft
+    return ImageSet(images, train.labels, classes=train.classes, normalize=train.normalize, soft=soft)
+
+
+def with_soft(train: ImageSet, soft: torch.Tensor) -> ImageSet:
+    """The same images with probabilities in place of labels."""
+    return ImageSet(train.images, train.labels, classes=train.classes, normalize=train.normalize, soft=soft)
 
 
 def weights(net: Network) -> torch.Tensor:
@@ -112,6 +120,49 @@ def test_networks_side_by_side_are_each_trained_as_alone(shared: bool, norm: str
         for ours, expected in zip(trained([0, 1, 2], compute), alone, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
     assert not torch.equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_certain_soft_labels_train_the_network_of_hard_ones_bit_for_bit(shared: bool) -> None:
+    hard = [easy_set(20, 0)] * 2 if shared else [easy_set(20, k) for k in range(2)]
+    soft = [with_soft(train, torch.eye(2)[train.labels]) for train in hard]
+    soft = soft[:1] * 2 if shared else soft
+    settings = recipe(augment=Augment("color_crop"), mixup="cut")
+    first, second = (
+        train_networks(SPEC, sets, settings, [Draws("cpu", k) for k in range(2)], CPU) for sets in (hard, soft)
+    )
+    for ours, expected in zip(second, first, strict=True):
+        assert torch.equal(weights(ours), weights(expected))
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_step_follows_the_gradient_of_the_cross_entropy_with_soft_labels(uniform: bool, norm: str) -> None:
+    soft = torch.full((6, 2), 0.5) if uniform else torch.rand(6, 2).double().softmax(1)
+    train = exact(with_soft(easy_set(6, 0), soft))
+    net, expected = (fresh_network(dataclasses.replace(SPEC, norm=norm), Draws("cpu", 0)).double() for _ in range(2))
+    settings = recipe(lr=1.0, momentum=0.0, weight_decay=0.0)
+    Trainer([net], [train], settings, CPU).epoch(torch.arange(6), [Draws("cpu", 1)])
+    loss = F.cross_entropy(expected(train.images), soft.double())
+    for p, g in zip(expected.parameters(), torch.autograd.grad(loss, list(expected.parameters())), strict=True):
+        p.data.sub_(g)
+    torch.testing.assert_close(weights(net), weights(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_soft_labels_stay_with_their_images() -> None:
+    labels = torch.tensor([1, 0, 1, 0])
+    soft = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+    found = ImageSet(images, labels, classes=2, normalize=NORMALIZE, soft=soft)
+    assert found.soft is not None and torch.equal(found.soft, soft[[1, 3, 0, 2]])
+    part = found.subset(torch.tensor([3, 0]))
+    assert part.soft is not None and torch.equal(part.soft, soft[[1, 2]]) and part.labels.tolist() == [0, 1]
+    for factor, decode_type in ((2, "single"), (3, "multi")):
+        decoded = training_images(
+            images, labels, soft=soft, factor=factor, decode_type=decode_type, classes=2, normalize=NORMALIZE
+        )
+        assert decoded.soft is not None and torch.equal(decoded.labels, decoded.soft.argmax(1))
+        assert torch.equal(decoded.soft, soft[decoded.images.mean((1, 2, 3)).round().long()])
 
 
 def test_a_restarted_trainer_equals_a_new_one_at_the_same_addresses() -> None:

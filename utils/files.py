@@ -20,6 +20,7 @@ from utils.errors import UserError, first_line
 log = logging.getLogger("dream")
 
 DATA, CARD = "data.pt", "data.json"
+SNAPSHOTS = "data_*.pt"  # the set as it was after so many outer iterations, described by the same data.json
 OVERSHOOT = 0.25  # beyond [0, 1] that others' sets may show: the published loop does not clamp before it saves
 
 
@@ -96,12 +97,11 @@ def read_tensors(path: Path, remedy: str) -> Any:
 # --- Distilled sets ---------------------------------------------------------------------------------------------------
 
 
-def save_distilled(folder: Path, pixels: Tensor, card: dict[str, Any]) -> None:
-    """data.pt and data.json. pixels: (classes, ipc, C, H, W), clamped to [0, 1] here."""
+def save_set(file: Path, pixels: Tensor) -> None:
+    """data.pt, or a snapshot of the same form. pixels: (classes, ipc, C, H, W), clamped to [0, 1] here."""
     images = pixels.detach().clamp(0, 1).flatten(0, 1).float().cpu().contiguous()
     labels = torch.arange(len(pixels)).repeat_interleave(pixels.shape[1])
-    write_tensors(folder / DATA, [images, labels])
-    write_json(folder / CARD, card)
+    write_tensors(file, [images, labels])
 
 
 def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:

@@ -31,7 +31,13 @@ def decode(stored: Tensor, *, factor: int, decode_type: str = "single") -> Tenso
 
 def decoded_count(ipc: int, *, factor: int, decode_type: str = "single") -> int:
     """Training images per class that `decode` makes of `ipc` stored ones."""
-    return sum(len(range(ipc)[images]) * f * f for images, f in _portions(ipc, factor, decode_type))
+    return len(decoded_sources(ipc, factor=factor, decode_type=decode_type))
+
+
+def decoded_sources(ipc: int, *, factor: int, decode_type: str = "single") -> list[int]:
+    """Which of a class's `ipc` stored images each training image comes from, in the order of `decode`."""
+    portions = _portions(ipc, factor, decode_type)
+    return [i for images, f in portions for i in range(ipc)[images] for _ in range(f * f)]
 
 
 def _portions(ipc: int, factor: int, decode_type: str) -> list[tuple[slice, int]]:

@@ -30,14 +30,20 @@ class ImageSet:
 
     images: (N, C, H, W), uint8 for real images, float32 in [0, 1] for synthetic ones, never normalised.
     labels: (N,) int64, ascending. counts[c] images of class c begin at starts[c].
+    soft: None, or (N, classes) float32, the probabilities that a network learns in place of the labels, which then are
+    the most probable classes.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, classes: int, normalize: Normalize) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, *, classes: int, normalize: Normalize, soft: Tensor | None = None
+    ) -> None:
         """Takes images in any order and groups them, keeping the order within a class."""
+        assert soft is None or soft.shape == (len(labels), classes)
         order = labels.argsort(stable=True)
         already = bool((order == torch.arange(len(order), device=order.device)).all())
         self.images = images if already else images[order]
         self.labels = labels[order]
+        self.soft = soft if soft is None or already else soft[order]
         self.normalize = normalize
         self.counts: list[int] = torch.bincount(labels, minlength=classes).tolist()
         self.starts: list[int] = [sum(self.counts[:c]) for c in range(classes)]
@@ -67,4 +73,7 @@ class ImageSet:
 
     def subset(self, index: Tensor) -> ImageSet:
         """The images at the given positions as a set of their own."""
-        return ImageSet(self.images[index], self.labels[index], classes=self.classes, normalize=self.normalize)
+        soft = None if self.soft is None else self.soft[index]
+        return ImageSet(
+            self.images[index], self.labels[index], classes=self.classes, normalize=self.normalize, soft=soft
+        )

@@ -27,7 +27,8 @@ log = logging.getLogger("dream")
 
 RESULTS_DIR = "results"
 PLACES = ("data_dir", "results_dir", "device", "compile")  # where and how to compute, not what
-FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce")  # may differ when a run goes on
+# What may differ when a run goes on.
+FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce", "snapshot_every", "tensorboard")
 OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
 # One name per group of --help, so that the lines below say the rest.
@@ -90,6 +91,9 @@ class Options:
         help=f"augmentation of evaluation trainings (default: {EVALUATION_AUGMENTATION}, without cutout under CutMix, "
              "without flip where mirror images are other classes)")
     repeat: int = _evaluation(5, parse=integer(1), metavar="N", help="trainings per evaluation")
+    tensorboard: bool = _run(False,
+        help="write losses, accuracies and pictures for TensorBoard as well (pip install tensorboard), beside the "
+             "results")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class CondenseOptions(Options):
     """condense.py"""
 
     net_type: str = _network("convnet", "-n", metavar="NAME",
-        help=f"one of {', '.join(models.FAMILIES)}; a depth may follow, as in resnet18")
+        help=f"one of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or one of torchvision's "
+             "classification networks by its name there, as in shufflenet_v2_x0_5")
     reproduce: bool = _budget(False,
         help="the published settings and budget for mnist, fashion, svhn, cifar10, cifar100")
     factor: int = _synthetic(1, "-f", parse=integer(1), metavar="F",
@@ -115,14 +120,15 @@ class CondenseOptions(Options):
     max_minutes: float | None = _budget(None, parse=number(open_end=True), metavar="MIN",
         help="stop cleanly after this time; the same command goes on later (an evaluation under way is finished)")
     select: str = _selection("kmeans", choices=tuple(selection.STRATEGIES),
-        help="real images to match: k-means representatives (DREAM) or a random draw")
+        help="real images to match: k-means representatives (DREAM), a random draw, those nearest the class mean, "
+             "those with the smallest margin to another class under the current network, or herding")
     kmeans: str = _selection("batched", choices=tuple(selection.KMEANS),
         help="k-means of all classes at once on the device, or scikit-learn's KMeans to convergence, for reference")
     interval: int = _selection(10, parse=integer(1), metavar="STEPS", help="inner steps between two selections")
     batch_real: int = _selection(128, parse=integer(1), metavar="IMAGES",
         help="real images per class to match, and mini-batch of the network update")
     cluster_raw: bool = _selection(False,
-        help="cluster un-normalised images, as the published code does; everything else normalises")
+        help="embed un-normalised images for the selection, as the published code does; everything else normalises")
     match: str = _matching("grad", choices=tuple(objectives.OBJECTIVES), help="match gradients or mean features")
     metric: str = _matching("mse", choices=tuple(objectives.METRICS), help="distance per layer, summed over layers")
     bias: bool = _matching(False, help="match the gradients of biases and norm layers as well")
@@ -142,6 +148,8 @@ class CondenseOptions(Options):
     mixup_net: str = _training("cut", choices=training.MIXUPS, help="CutMix or none in the network update")
     eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
         help="outer iterations between evaluations, the start included; 0: only at the end")
+    snapshot_every: int = _run(0, parse=integer(0), metavar="N",
+        help="outer iterations between copies of the set (data_<iteration>.pt), the start included; 0: none")
     restart: bool = _run(False, help="delete what the run folder holds and begin again")
     dry_run: bool = _run(False, help="print the resolved options and the run folder, then stop")
 
@@ -161,8 +169,9 @@ class TrainOptions(Options):
     decode_type: str | None = _subject(None, choices=formation.DECODE_TYPES,
         help="for a data.pt without data.json (default: single)")
     net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
-        help=f"one or more of {', '.join(models.FAMILIES)}; a depth may follow, as in resnet18 (default: the network "
-             "that distilled, or convnet)")
+        help=f"one or more of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or of torchvision's "
+             "classification networks by their names there, as in mobilenet_v3_small (default: the network that "
+             "distilled, or convnet)")
     precision: str = _training("fp32", choices=PRECISIONS, help="arithmetic of the trainings")
     json: bool = _run(False, help="print one JSON object as the last line of standard output")
 # fmt: on
@@ -176,9 +185,13 @@ def as_saved(options: CondenseOptions) -> dict[str, Any]:
     return found
 
 
-def run_folder(options: CondenseOptions, network: str) -> Path:
-    """results/<dataset>/<net>_f<f>_ipc<n>[_<tag>]"""
-    name = f"{network}_f{options.factor}_ipc{options.ipc}" + (f"_{options.tag}" if options.tag else "")
+def run_folder(options: CondenseOptions) -> Path:
+    """results/<dataset>/<net>_f<f>_ipc<n>[_<tag>]. Raises UsageError for an unknown network."""
+    try:
+        spec = models.resolve(options.net_type, channels=1, classes=1, side=1, depth=options.depth)
+    except ValueError as error:
+        raise UsageError(f"--net_type: {error}") from None
+    name = f"{spec.name}_f{options.factor}_ipc{options.ipc}" + (f"_{options.tag}" if options.tag else "")
     return Path(options.results_dir) / options.dataset / name
 
 
@@ -282,7 +295,7 @@ def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
         f"--{field.name}={known[field.name]}"
         for field in dataclasses.fields(TrainOptions)
         # How the set was computed says nothing of how it is to be evaluated.
-        if known.get(field.name) is not None and field.name not in (*PLACES, "precision")
+        if known.get(field.name) is not None and field.name not in (*FREE, "precision")
     ]
     try:
         return make_parser(TrainOptions, "").parse_given(words)

@@ -15,10 +15,14 @@ TILE = 32  # pixels at least; smaller images are enlarged by whole factors
 
 def grid_png(images: Tensor) -> bytes:
     """(classes, n, C, H, W) in [0, 1] -> a PNG file's content."""
+    buffer = io.BytesIO()
+    to_pil_image(grid(images).mul(255).round().to(torch.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(images: Tensor) -> Tensor:
+    """(classes, n, C, H, W) in [0, 1] -> one picture, (3, height, width) in [0, 1]."""
     images = images[:, :COLUMNS].detach().clamp(0, 1).cpu()
     enlarge = -(-TILE // images.shape[-1])
     rows = images.flatten(0, 1).repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    grid = make_grid(rows, nrow=images.shape[1], padding=2, pad_value=1.0)
-    buffer = io.BytesIO()
-    to_pil_image(grid.mul(255).round().to(torch.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return make_grid(rows, nrow=images.shape[1], padding=2, pad_value=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from utils import files, pictures
+from utils.board import FOLDER as BOARD
+from utils.board import Board
 from utils.errors import UsageError, UserError
 
 OPTIONS, METRICS, LOG, CHECKPOINT = "options.json", "metrics.jsonl", "log.txt", "checkpoint.pt"
@@ -23,6 +26,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.board = Board(None)
         self._saved = time.monotonic()
 
     def check(self, options: dict[str, Any], *, free: Collection[str], restart: bool) -> str:
@@ -55,8 +59,10 @@ class RunFolder:
         if restart:
             for name in (OPTIONS, METRICS, LOG, CHECKPOINT, files.DATA, files.CARD, "eval.json"):
                 (self.path / name).unlink(missing_ok=True)
-            for picture in [*self.path.glob("stored_*.png"), *self.path.glob("decoded_*.png")]:
-                picture.unlink()
+            for pattern in ("stored_*.png", "decoded_*.png", files.SNAPSHOTS):
+                for old in self.path.glob(pattern):
+                    old.unlink()
+            shutil.rmtree(self.path / BOARD, ignore_errors=True)
         file = self.path / OPTIONS
         sessions = files.read_json(file).get("sessions", []) if file.exists() else []
         files.write_json(file, {"options": options, "sessions": [*sessions, session]})
@@ -82,9 +88,10 @@ class RunFolder:
         return state
 
     def metric(self, **event: object) -> None:
-        """Append one event to metrics.jsonl."""
+        """Append one event to metrics.jsonl, and show it on the board."""
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+        self.board.event(event)
 
     def _metrics_size(self) -> int:
         file = self.path / METRICS
@@ -96,7 +103,17 @@ class RunFolder:
 
     # --- Results ------------------------------------------------------------------------------------------------------
 
-    def save_pictures(self, when: str, stored: Tensor, decoded: Tensor) -> None:
-        """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1]."""
+    def save_set(self, pixels: Tensor, card: dict[str, Any]) -> None:
+        """data.pt and data.json. pixels: (classes, ipc, C, H, W)."""
+        files.save_set(self.path / files.DATA, pixels)
+        files.write_json(self.path / files.CARD, card)
+
+    def save_snapshot(self, it: int, pixels: Tensor) -> None:
+        """data_<it>.pt, which stays when the run goes on."""
+        files.save_set(self.path / files.SNAPSHOTS.replace("*", f"{it:06}"), pixels)
+
+    def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
+        """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1], of outer iteration `it`."""
+        self.board.images(it, stored=stored, decoded=decoded)
         files.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
         files.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))

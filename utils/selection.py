@@ -1,4 +1,6 @@
-"""Which real images the synthetic ones are matched against: DREAM's representatives, or a random draw (Sec. 3.3)."""
+"""Which real images the synthetic ones are matched against: DREAM's representatives (Sec. 3.3), or what they are
+compared with: a random draw, central images, those at the decision boundary, herding.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ class Context:
     real: ImageSet
     draws: Draws
     compute: Compute
-    raw: bool = False  # cluster un-normalised images, as the published code does
+    raw: bool = False  # embed un-normalised images, as the published code does
     kmeans: str = "batched"
+
+    def embedded(self, c: int) -> Tensor:
+        """All images of class c in the network's embedding, (counts[c], D), in the precision of `compute`."""
+        return embed(self.net, self.real.of_class(c), to_unit if self.raw else self.real.normalize, self.compute)
 
 
 def select(context: Context, count: int, *, strategy: str) -> Tensor:
@@ -60,23 +66,71 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
             found[c] = torch.arange(have, device=real.device)
         else:
             todo.append(c)
-    prepare = to_unit if context.raw else real.normalize
     while todo:
         group: list[int] = []
         x: list[Tensor] = []
         while todo and (not group or sum(e.nbytes for e in x) < EMBEDDING_BYTES):
             group.append(todo.pop(0))
-            x.append(embed(context.net, real.of_class(group[-1]), prepare, context.compute))
+            x.append(context.embedded(group[-1]))
         picked = KMEANS[context.kmeans](x, counts[group[0]], context.draws)
         found.update(zip(group, picked, strict=True))
     return [found[c] for c in range(real.classes)]
+
+
+def central_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+    """The images nearest the mean of their class, in the network's embedding: typical, and much alike."""
+    found = []
+    for c, k in enumerate(counts):
+        x = widened(context.embedded(c))
+        found.append((x - x.mean(0)).square().sum(1).topk(k, largest=False).indices)
+    return found
+
+
+def boundary_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+    """The images with the smallest margin to another class, right or wrong, under the network as it is now.
+
+    The margin is the distance between the logit of the image's own class and the highest of the others.
+    """
+    found = []
+    for c, k in enumerate(counts):
+        x = widened(context.embedded(c))
+        with torch.no_grad():
+            logits = context.net.classifier(x)
+        own = logits[:, c].clone()
+        logits[:, c] = -torch.inf
+        found.append((own - logits.amax(1)).abs().topk(k, largest=False).indices)
+    return found
+
+
+def herded_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+    """Herding (Welling, ICML 2009): one image after the other, each the one that brings the mean of those chosen so
+    far nearest the mean of the class, in the network's embedding."""
+    found = []
+    for c, k in enumerate(counts):
+        x = widened(context.embedded(c))
+        mean, total, free = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
+        picks = []
+        for chosen in range(1, k + 1):
+            picks.append((((total + x) / chosen - mean).square().sum(1) + free).argmin())
+            total = total + x[picks[-1]]
+            free[picks[-1]] = torch.inf
+        found.append(torch.stack(picks))
+    return found
 
 
 # A strategy names images of every class by their position within it: counts[c] different ones of class c.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
     "random": random_images,
+    "central": central_images,
+    "boundary": boundary_images,
+    "herding": herded_images,
 }
+
+
+def widened(x: Tensor) -> Tensor:
+    """bfloat16 as float32, in which sums and distances keep their meaning; float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -112,15 +166,14 @@ def lloyd(
     points: Tensor, real: Tensor, k: int, draws: Draws, *, iterations: int = KMEANS_ITERATIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids (classes, k, D), and of every point the number of its own and the squared distance to it."""
-    wide = torch.promote_types(points.dtype, torch.float32)  # products of bfloat16, distances in float32
     chance = draws.uniform(*real.shape).masked_fill(~real, torch.inf)
     start = chance.topk(k, largest=False).indices  # k different points of each class, at random
     centroids = points[torch.arange(len(points), device=points.device)[:, None], start]
-    squares = points.to(wide).square().sum(2)
+    squares = widened(points).square().sum(2)  # products of bfloat16, distances in float32
     for _ in range(iterations):
         nearest, distance = assign(points, squares, real, centroids)
         centroids = update_centroids(points, real, nearest, distance, k)
-    return centroids, *assign(points.to(wide), squares, real, centroids.to(wide))
+    return centroids, *assign(widened(points), squares, real, widened(centroids))
 
 
 def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws) -> list[Tensor]:

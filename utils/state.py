@@ -25,7 +25,7 @@ class State:
     losses: Tensor  # (classes,) summed over the inner steps of this outer iteration
     it: int = 0  # the next inner step to take: outer iteration, and step in it
     step: int = 0
-    seconds: float = 0.0  # wall clock of all processes up to the last save, evaluations included
+    seconds: float = 0.0  # of distilling in all processes up to the last save, without evaluations
     accuracy: float | None = None  # of the latest evaluation, per cent
 
     @property

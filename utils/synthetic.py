@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils.formation import decode, pack
+from utils.formation import decode, decoded_sources, pack
 from utils.images import ImageSet, Normalize, to_unit
 from utils.selection import Context, select
 
@@ -27,18 +27,34 @@ def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Ten
 
 
 def training_images(
-    images: Tensor, labels: Tensor, *, factor: int, decode_type: str, classes: int, normalize: Normalize
+    images: Tensor,
+    labels: Tensor,
+    *,
+    soft: Tensor | None = None,
+    factor: int,
+    decode_type: str,
+    classes: int,
+    normalize: Normalize,
 ) -> ImageSet:
     """Stored images (N, C, H, W) in [0, 1] with labels (N,) -> the set that networks are trained on.
 
-    Decoding is per class, so classes may have different numbers of images.
+    soft: (N, classes) probabilities, of which the labels are the most probable classes; every image decoded from a
+    stored one takes over its own. Decoding is per class, so classes may have different numbers of images.
     """
-    decoded, repeated = [], []
+    decoded, sources = [], []
     for c in labels.unique().tolist():
-        found = decode(images[labels == c], factor=factor, decode_type=decode_type)
-        decoded.append(found)
-        repeated.append(labels.new_full((len(found),), c))
-    return ImageSet(torch.cat(decoded), torch.cat(repeated), classes=classes, normalize=normalize)
+        own = (labels == c).nonzero().flatten()
+        decoded.append(decode(images[own], factor=factor, decode_type=decode_type))
+        rows = decoded_sources(len(own), factor=factor, decode_type=decode_type)
+        sources.append(own[torch.tensor(rows, device=own.device)])
+    source = torch.cat(sources)
+    return ImageSet(
+        torch.cat(decoded),
+        labels[source],
+        classes=classes,
+        normalize=normalize,
+        soft=None if soft is None else soft[source],
+    )
 
 
 def coreset(context: Context, strategy: str, *, ipc: int) -> ImageSet:

@@ -78,6 +78,9 @@ class Trainer:
             tensors[0][None] if shared else torch.stack(tensors)
             for tensors in ([train.images for train in sets], [train.labels for train in sets])
         )  # (K or 1, N, C, H, W) and (K or 1, N)
+        soft = [train.soft for train in sets if train.soft is not None]
+        assert len(soft) in (0, len(sets))
+        self.soft = None if not soft else soft[0][None] if shared else torch.stack(soft)  # (K or 1, N, classes)
         self.normalize, self.classes = sets[0].normalize, sets[0].classes
         self.rows = torch.arange(len(self.images), device=compute.device)[:, None]
         self.parameters = [p for net in self.nets for p in net.parameters()]
@@ -114,9 +117,12 @@ class Trainer:
 
     def _step(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
         """One batch of every network. index, partner: (K, n); u: (K, n, 9); mix: (K, 4)."""
-        images, labels = self.images[self.rows, index], self.labels[self.rows, index]
+        images = self.images[self.rows, index]
         x = self.recipe.augment(self.normalize(images.flatten(0, 1)), u.flatten(0, 1)).unflatten(0, index.shape)
-        target = torch.eye(self.classes, dtype=x.dtype, device=x.device)[labels]
+        if self.soft is None:
+            target = torch.eye(self.classes, dtype=x.dtype, device=x.device)[self.labels[self.rows, index]]
+        else:
+            target = self.soft[self.rows, index].to(x.dtype)
         if self.recipe.mixup == "cut":
             x, target = cutmix(x, target, partner, mix)
         found = self.compute.retry(lambda: forms.gradients(self.nets, x, target, self.compute))

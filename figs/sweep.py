@@ -1,0 +1,136 @@
+"""Run condense.py once for every combination of some flags' values and seeds; runs that are finished are skipped.
+
+$ python3 -m figs.sweep --vary select=random,kmeans --seeds 3 -- -d digits --ipc 1 --eval_every 2
+$ python3 -m figs.sweep --vary interval=1,10 --vary batch_real=16,64 --seeds 3 -- -d digits
+
+What follows `--` goes to condense.py as it is. Every run is a command of its own, printed before it starts, in a folder
+of its own (--tag). Stop with Ctrl-C at any time: the same command goes on. Ends with a table, mean +- std over seeds of
+the runs' accuracies, and the run folders, which figs.curves and figs.ablation draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils import files, options
+from utils.errors import UsageError, UserError
+from utils.evaluation import Score
+from utils.flags import make_parser
+from utils.options import CondenseOptions
+from utils.report import messages, span
+from utils.run import RunFolder
+from utils.runtime import run_main
+
+log = logging.getLogger("dream")
+SCRIPT = Path(__file__).resolve().parent.parent / "condense.py"
+
+
+class Planned:
+    """One run: its flags, and what is in its folder."""
+
+    def __init__(self, setting: Sequence[tuple[str, str]], seed: int, more: Sequence[str]) -> None:
+        """setting: the varied flags with their values. Raises UsageError for flags that condense.py refuses."""
+        self.title = ", ".join(f"{name}={value}" for name, value in setting)
+        tag = "_".join([*(f"{name}-{value}" for name, value in setting), f"seed{seed}"])
+        varied = [word for name, value in setting for word in (f"--{name}", value)]
+        self.words = [*more, *varied, "--seed", str(seed), "--tag", tag]
+        self.options = options.resolve(make_parser(CondenseOptions, "").parse_given(self.words)).options
+        self.folder = RunFolder(options.run_folder(self.options))
+
+    @property
+    def finished(self) -> bool:
+        """Raises UsageError when the folder belongs to another command."""
+        status = self.folder.check(options.as_saved(self.options), free=options.FREE, restart=False)
+        return status == "finished"
+
+    @property
+    def accuracy(self) -> float:
+        """Mean test accuracy at the end, in per cent."""
+        return float(files.read_json(self.folder.path / files.CARD)["accuracy"]["accuracy_mean"])
+
+
+def plan(vary: Sequence[str], seeds: int, more: Sequence[str]) -> list[Planned]:
+    """All runs, every setting with the first seed first. Raises UsageError for words that make no sense."""
+    axes = []
+    for text in vary:
+        name, _, values = text.partition("=")
+        name = name.lstrip("-").replace("-", "_")
+        if name in ("seed", "tag", *options.FREE) or not values or "" in values.split(","):
+            raise UsageError(
+                f"--vary {text}: expected FLAG=VALUE,VALUE,... with a flag of condense.py; --seeds N is for seeds"
+            )
+        axes.append([(name, value) for value in values.split(",")])
+    for owned in ("--seed", "--tag", "--restart", "--dry_run"):
+        if any(word.replace("-", "_").split("=")[0] == owned.replace("-", "_") for word in more):
+            raise UsageError(
+                f"{owned}: the sweep sets seeds and tags itself, and neither deletes nor pretends; leave it out"
+            )
+    return [Planned(setting, seed, more) for seed in range(seeds) for setting in itertools.product(*axes)]
+
+
+def run(planned: Planned) -> None:
+    """The run's command, as a process of its own. Raises UserError when it fails or is stopped."""
+    command = [sys.executable, str(SCRIPT), *planned.words]
+    log.info("python3 condense.py %s", shlex.join(planned.words))
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:  # condense.py has got it too, and says what it does
+        raise UserError("stopped; the same command goes on") from None
+    if status:
+        raise UserError(f"this run ended with status {status}; the same command goes on after what it said is mended")
+    if not planned.finished:
+        raise UserError("stopped before the run was finished; the same command goes on")
+
+
+def table(runs: Sequence[Planned]) -> str:
+    """Accuracy by setting."""
+    titles = list(dict.fromkeys(one.title for one in runs))
+    wide = max(map(len, titles))
+    lines = [f"{'':{wide}}   test accuracy %, mean +- std over seeds"]
+    for title in titles:
+        score = Score(tuple(one.accuracy for one in runs if one.title == title))
+        lines.append(f"{title:{wide}}   {score}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program. Raises UserError for mistakes of the user, and when a run fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--vary", action="append", required=True, metavar="FLAG=VALUES", help="values with commas; may be repeated"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of every setting, with --seed 0, 1, ... (default: 3)"
+    )
+    parser.add_argument("more", nargs="*", metavar="FLAGS", help="flags of condense.py, after --")
+    given = parser.parse_args(argv)
+    if given.seeds < 1:
+        raise UsageError(f"--seeds {given.seeds}: is not 1 or more")
+    runs = plan(given.vary, given.seeds, given.more)
+    with messages():
+        todo = [one for one in runs if not one.finished]
+        if len(todo) < len(runs):
+            log.info("sweep: %d of %d runs are finished already", len(runs) - len(todo), len(runs))
+        began = time.monotonic()
+        for done, one in enumerate(todo):
+            # Lines and no bar: the run draws one itself.
+            left = (
+                span((time.monotonic() - began) / done * (len(todo) - done)) + " left" if done else "time left unknown"
+            )
+            log.info("sweep: run %d of %d (%s), %s", len(runs) - len(todo) + done + 1, len(runs), one.title, left)
+            run(one)
+    print("\n".join(str(one.folder.path) for one in runs))
+    print(table(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

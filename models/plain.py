@@ -1,0 +1,41 @@
+"""Networks without shortcuts, from their layout: what VGG and AlexNet share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from models.network import Network, norm2d
+
+
+class Plain(Network):
+    """Stages of convolution -> norm -> ReLU, each closed by a 2x2 max pool, then one linear layer.
+
+    A stage whose map is a single pixel already has no pool, so that images may be small.
+    """
+
+    def __init__(
+        self, layout: Sequence[Sequence[tuple[int, int]]], *, channels: int, classes: int, side: int, norm: str
+    ) -> None:
+        """layout: for every stage, channels and kernel of its convolutions."""
+        super().__init__()
+        kind, fan, now = type(self).__name__, channels, side
+        stages = []
+        for convolutions in layout:
+            if norm == "instance" and now < 2:
+                raise ValueError(
+                    f"instance norm erases the last maps of {kind} on {side} x {side} images, which are one pixel: "
+                    f"use norm batch, or images of {2 ** len(layout)} x {2 ** len(layout)} and more"
+                )
+            layers: list[nn.Module] = []
+            for fan_out, kernel in convolutions:
+                layers += [nn.Conv2d(fan, fan_out, kernel, padding=kernel // 2), norm2d(norm, fan_out), nn.ReLU()]
+                fan = fan_out
+            if now > 1:
+                layers.append(nn.MaxPool2d(2))
+                now //= 2
+            stages.append(nn.Sequential(*layers))
+        self.stem = nn.Identity()
+        self.stages = nn.ModuleList(stages)
+        self._add_classifier(channels, side, classes)
