@@ -345,7 +345,7 @@ def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder
     lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=dataset.side, base_side=dataset.base_side)
     lines = [f"{name:16}{value!s:28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()]
     derived = {
-        "network": f"{spec.name}, width {spec.width}, norm {spec.norm}",
+        "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
         "pixel learning rate": f"{lr:g}",
         "network update": options.update_augmentation(o),
         "evaluation": options.evaluation_augmentation(o, flip=dataset.flip),
@@ -366,6 +366,7 @@ def main(argv: Sequence[str]) -> int:
         set_precision(device, o.precision)
         dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
+        options.check_matching(o, spec)
         options.check_factor(o.factor, dataset.side)
         decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
         options.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)

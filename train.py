@@ -1,10 +1,11 @@
-"""Evaluate a distilled set, or its real counterparts: networks trained from scratch, tested once, mean +- std.
+"""Evaluate a distilled set beside real images: networks trained from scratch, tested once, mean +- std.
 
     $ python3 train.py                                          # the newest set under results/
-    $ python3 train.py results/cifar10/convnet3_f2_ipc10 -n convnet resnet10 densenet
-    $ python3 train.py my_data.pt -d cifar10 -f 2               # a set without data.json
-    $ python3 train.py -d cifar10 --coreset random --ipc 10     # ten real images per class
-    $ python3 train.py -d cifar10 --real                        # all of them, the upper bound
+    $ python3 train.py results/cifar10/convnet3_f2_ipc10 -n all --table table.md
+    $ python3 train.py my_data.pt -d cifar10 -f 2 --normalized  # somebody else's set
+    $ python3 train.py RUN --real                               # beside all real images, the upper bound
+    $ python3 train.py RUN --export DIR                         # as PNG files for everybody; trains nothing
+    $ python3 train.py -d cifar10 --coreset random --ipc 10     # ten real images per class, and no set
 
 The accuracy is that of the last epoch. A set's own settings apply unless a flag says otherwise.
 """
@@ -13,27 +14,34 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import files, options, runtime
+from utils import confusion, exchange, export, files, options, results, runtime
+from utils.board import Board, check_board
 from utils.device import Compute, device_name, peak_memory, pick_device, set_precision
 from utils.errors import UsageError, UserError
-from utils.evaluation import evaluate
+from utils.evaluation import Score, evaluate
+from utils.exchange import Stored
 from utils.flags import make_parser
-from utils.images import ImageSet
+from utils.images import ImageSet, to_unit
+from utils.layout import factor_warning
 from utils.options import TrainOptions
+from utils.pictures import COLUMNS
 from utils.report import Progress, messages, span
+from utils.results import ALL_REAL, EVALUATIONS, Record
 from utils.runtime import Draws
 from utils.selection import Context
 from utils.synthetic import coreset, training_images
@@ -41,153 +49,269 @@ from utils.training import fresh_network
 
 log = logging.getLogger("dream")
 
+DISTILLED = "distilled set"
+REAL_IMAGES = {
+    "random": "random real images",
+    "kmeans": "k-means representatives",
+    "herding": "herded real images",
+    "central": "central real images",
+    "boundary": "real images at the boundary",
+}
+
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated. training_set(spec, r) gives the images of the r-th training of a network."""
+    """What networks are trained on. training_set(spec, r) gives the images of the r-th training of a network."""
 
     what: str
     images_per_class: float
     decoded_per_class: float
+    stored_bytes: int  # of the pixels as the set holds them, and of soft labels
+    epochs: int
     training_set: Callable[[NetSpec, int], ImageSet]
     folder: Path  # takes eval.json
     identity: dict[str, Any]  # tells its results there from those of other sets
 
+    @property
+    def title(self) -> str:
+        return f"{self.what}, {self.images_per_class:.4g} per class"
 
-def distilled(o: TrainOptions, path: Path, images: Tensor, labels: Tensor, dataset: Dataset) -> Subject:
-    """A set made by condense.py or somebody else. Raises UserError when it does not fit the data set."""
-    shape, expected = tuple(images.shape[1:]), (dataset.channels, dataset.side, dataset.side)
-    if shape != expected:
-        raise UserError(
-            f"{path}: holds images of {shape}, {o.dataset} has {expected}; name the data set with -d, or --size"
+
+class Evaluation:
+    """One command's fixed parts, and the results so far."""
+
+    def __init__(self, o: TrainOptions, dataset: Dataset, specs: list[NetSpec], session: dict[str, Any]) -> None:
+        self.o, self.dataset, self.specs, self.session = o, dataset, specs, session
+        self.device = dataset.device
+        self.records: list[Record] = []
+        self.board = Board(None)
+
+    # --- What is evaluated --------------------------------------------------------------------------------------------
+
+    def distilled(self, stored: Stored, images: Tensor, labels: Tensor, soft: Tensor | None) -> Subject:
+        """A set made by condense.py or somebody else, from what exchange.interpret says of it."""
+        o, dataset = self.o, self.dataset
+        factor, decode_type = o.factor or 1, o.decode_type or "single"
+        found = training_images(
+            images.to(self.device),
+            labels.to(self.device),
+            soft=None if soft is None else soft.to(self.device),
+            factor=factor,
+            decode_type=decode_type,
+            classes=dataset.classes,
+            normalize=dataset.normalize,
         )
-    if int(labels.max()) >= dataset.classes:
-        raise UserError(f"{path}: has a label {int(labels.max())}, {o.dataset} has {dataset.classes} classes; check -d")
-    factor, decode_type = o.factor or 1, o.decode_type or "single"
-    options.check_factor(factor, dataset.side)
-    found = training_images(
-        images.to(dataset.device),
-        labels.to(dataset.device),
-        factor=factor,
-        decode_type=decode_type,
-        classes=dataset.classes,
-        normalize=dataset.normalize,
-    )
-    classes = len(labels.unique())
-    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-    return Subject(
-        what=f"{path}, factor {factor}",
-        images_per_class=len(images) / classes,
-        decoded_per_class=len(found) / classes,
-        training_set=lambda spec, r: found,
-        folder=beside(path),
-        identity={"dataset": o.dataset, "factor": factor, "decode_type": decode_type, "images_sha256": digest},
-    )
-
-
-def real_images(o: TrainOptions, dataset: Dataset) -> Subject:
-    """The whole training set, or a coreset that is drawn anew for every training."""
-    real, folder = dataset.train, Path(o.results_dir) / o.dataset
-    identity = {"dataset": o.dataset, "image_folder": o.image_folder}
-    if o.coreset is None:
-        count = len(real) / dataset.classes
-        files.make_folder(folder / "real")
-        return Subject("all real images", count, count, lambda spec, r: real, folder / "real", identity)
-    strategy, ipc = o.coreset, o.ipc or 1
-    options.check_ipc(ipc, real.counts, dataset.class_names)
-
-    def draw(spec: NetSpec, r: int) -> ImageSet:
-        draws = Draws(dataset.device, o.seed, "coreset", r)
-        return coreset(
-            Context(fresh_network(spec, draws), real, draws, Compute(dataset.device).cheapest()), strategy, ipc=ipc
+        classes = len(labels.unique())
+        contents = [x.contiguous().numpy().tobytes() for x in (images, labels, soft) if x is not None]
+        return Subject(
+            what=DISTILLED,
+            images_per_class=len(images) / classes,
+            decoded_per_class=len(found) / classes,
+            stored_bytes=stored.images.nbytes + (0 if stored.soft is None else stored.soft.nbytes),
+            epochs=o.epochs,
+            training_set=lambda spec, r: found,
+            folder=beside(stored.file),
+            identity={
+                "dataset": o.dataset,
+                "factor": factor,
+                "decode_type": decode_type,
+                "sha256": hashlib.sha256(b"".join(contents)).hexdigest(),
+            },
         )
 
-    folder = folder / f"coreset_{strategy}_ipc{ipc}"
-    files.make_folder(folder)
-    return Subject(f"{strategy} real images", ipc, ipc, draw, folder, identity)
+    def baselines(self, ours: Subject) -> list[Subject]:
+        """As many real images as a distilled set stores, and random ones as many as it decodes to."""
+        if options.NO_BASELINES in self.o.baselines:
+            return []
+        stored, decoded = round(ours.images_per_class), round(ours.decoded_per_class)
+        most = min(self.dataset.train.counts)
+        found = [self.coreset(name, min(stored, most), ours.folder) for name in self.o.baselines]
+        if stored < decoded <= most:
+            found.insert(1, self.coreset("random", decoded, ours.folder))
+        elif decoded > most:
+            log.info("a class has %d real images: no row with as many as are decoded (%d)", most, decoded)
+        return found
 
+    def coreset(self, strategy: str, ipc: int, folder: Path) -> Subject:
+        """Real images, chosen anew for every training in the embedding of a fresh network."""
+        real, o = self.dataset.train, self.o
+        options.check_ipc(ipc, real.counts, self.dataset.class_names)
 
-def run_networks(
-    o: TrainOptions, subject: Subject, dataset: Dataset, specs: list[NetSpec], session: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Train and test every network; a line and a record each as soon as it is done."""
-    recipe = options.evaluation_recipe(o, flip=dataset.flip)
-    protocol = {
-        "epochs": o.epochs,
-        "batch_size": o.batch_size,
-        "lr": o.lr,
-        "momentum": o.momentum,
-        "weight_decay": o.weight_decay,
-        "mixup": o.mixup,
-        "eval_aug_type": options.evaluation_augmentation(o, flip=dataset.flip),
-        "precision": o.precision,
-        "seed": o.seed,
-    }
-    results = []
-    log.info("%s", row("network", "images/class", "decoded", "test accuracy %", "time"))
-    for spec in specs:
-        started = time.monotonic()
-        images = 3 * o.epochs * o.repeat * subject.decoded_per_class * dataset.classes
-        compute = options.computing(dataset.device, o.compile, o.precision, images * forward_flop(spec))
-        with Progress(o.repeat * o.epochs, spec.name, "epoch") as progress:
+        def draw(spec: NetSpec, r: int) -> ImageSet:
+            draws = Draws(self.device, o.seed, "coreset", r)
+            net = fresh_network(spec, draws)
+            return coreset(Context(net, real, draws, Compute(self.device).cheapest()), strategy, ipc=ipc)
+
+        return Subject(
+            what=REAL_IMAGES[strategy],
+            images_per_class=ipc,
+            decoded_per_class=ipc,
+            stored_bytes=ipc * self.dataset.classes * real.images[0].nbytes,
+            epochs=o.epochs,
+            training_set=draw,
+            folder=folder,
+            identity={**self.real_identity(), "strategy": strategy, "ipc": ipc},
+        )
+
+    def real(self, epochs: int) -> Subject:
+        """The whole training set. Its results lie in a folder of their own, where every later command finds them."""
+        real = self.dataset.train
+        count = len(real) / self.dataset.classes
+        folder = Path(self.o.results_dir) / self.o.dataset / "real"
+        files.make_folder(folder)
+        return Subject(
+            ALL_REAL, count, count, real.images.nbytes, epochs, lambda spec, r: real, folder, self.real_identity()
+        )
+
+    def real_identity(self) -> dict[str, Any]:
+        folder = self.o.image_folder
+        return {
+            "dataset": self.o.dataset,
+            "image_folder": None if folder is None else str(Path(folder).resolve()),
+            "side": self.dataset.side,
+            "training_images": len(self.dataset.train),
+            "test_images": len(self.dataset.test),
+        }
+
+    # --- Training and testing -----------------------------------------------------------------------------------------
+
+    def run(self, subjects: Sequence[Subject]) -> None:
+        """Every network on every subject; each is recorded as soon as it is done."""
+        todo = [(spec, subject) for spec in self.specs for subject in subjects]
+        work = [self.flop(spec, subject) for spec, subject in todo]
+        for subject in subjects:
+            self.show_images(subject)
+        began, trained = time.monotonic(), 0.0
+        for i, (spec, subject) in enumerate(todo):
+            record = self.known(spec, subject)
+            if record is None:
+                record = self.train(spec, subject, work[i])
+                results.keep(subject.folder / EVALUATIONS, record)
+                trained += work[i]
+            self.records.append(record)
+            left = (time.monotonic() - began) / trained * sum(work[i + 1 :]) if trained else 0
+            more = f"; about {span(left)} for the other rows" if left > 60 else ""
+            log.info("%s on %s: %s%s", spec.name, subject.title, Score(tuple(record["accuracies"])), more)
+
+    def flop(self, spec: NetSpec, subject: Subject) -> float:
+        """Floating-point operations of a row; a backward pass is two forward ones."""
+        trained = 3 * subject.epochs * subject.decoded_per_class * self.dataset.classes
+        return self.o.repeat * (trained + len(self.dataset.test)) * forward_flop(spec)
+
+    def description(self, spec: NetSpec, subject: Subject) -> Record:
+        """What a result belongs to: all of its record but the result."""
+        o = self.o
+        protocol = {
+            "epochs": subject.epochs,
+            "batch_size": o.batch_size,
+            "lr": o.lr,
+            "momentum": o.momentum,
+            "weight_decay": o.weight_decay,
+            "mixup": o.mixup,
+            "eval_aug_type": options.evaluation_augmentation(o, flip=self.dataset.flip),
+            "precision": o.precision,
+            "seed": o.seed,
+        }
+        return {
+            "net": spec.name,
+            "trained_on": subject.what,
+            "images_per_class": subject.images_per_class,
+            "decoded_per_class": subject.decoded_per_class,
+            "stored_bytes": subject.stored_bytes,
+            "network": dataclasses.asdict(spec),
+            "protocol": protocol,
+            "set": subject.identity,
+            **self.session,
+        }
+
+    def known(self, spec: NetSpec, subject: Subject) -> Record | None:
+        """The result of an earlier command, where it is the same down to the version of the code; for all real images,
+        of any version."""
+        if self.o.retrain:
+            return None
+        file, always = subject.folder / EVALUATIONS, subject.what == ALL_REAL
+        found = results.find(file, self.description(spec, subject), repeat=self.o.repeat, any_version=always)
+        if found is not None and self.o.confusion and not found.get("confusion"):
+            log.warning("%s: knows no confusion matrix for %s; --retrain makes one", file, subject.what)
+        elif found is not None:
+            log.info("%s on %s: known from %s; --retrain trains again", spec.name, subject.what, file)
+        return found
+
+    def train(self, spec: NetSpec, subject: Subject, flop: float) -> Record:
+        o, title, started = self.o, f"{spec.name}, {subject.title}", time.monotonic()
+        options.check_batches(spec, o.batch_size, round(subject.decoded_per_class * self.dataset.classes))
+        recipe = dataclasses.replace(options.evaluation_recipe(o, flip=self.dataset.flip), epochs=subject.epochs)
+        with Progress(o.repeat * subject.epochs, title, "epoch") as progress:
             score = evaluate(
                 spec,
                 partial(subject.training_set, spec),
-                dataset.test,
+                self.dataset.test,
                 recipe,
                 repeat=o.repeat,
                 seed=o.seed,
-                compute=compute,
+                compute=options.computing(self.device, o.compile, o.precision, flop),
                 on_epoch=progress.advance,
+                on_loss=partial(self.show_loss, title) if self.board.on else None,
             )
-        seconds = time.monotonic() - started
-        stored, decoded = f"{subject.images_per_class:g}", f"{subject.decoded_per_class:g}"
-        log.info("%s", row(spec.name, stored, decoded, str(score), span(seconds)))
-        results.append(
-            {
-                "net": spec.name,
-                **score.as_dict(),
-                "images_per_class": subject.images_per_class,
-                "decoded_per_class": subject.decoded_per_class,
-                "seconds": round(seconds, 1),
-                "network": dataclasses.asdict(spec),
-                "protocol": protocol,
-                "set": subject.identity,
-            }
-        )
-        record(subject.folder / "eval.json", {**results[-1], **session})
-    return results
+        for r, accuracy in enumerate(score.accuracies):
+            self.board.scalar(f"test accuracy %/{title}", accuracy, r)
+        seconds = round(time.monotonic() - started, 1)
+        matrix = score.confusion.tolist() if o.confusion and score.confusion is not None else None
+        return {**self.description(spec, subject), **score.as_dict(), "seconds": seconds, "confusion": matrix}
 
+    def show_images(self, subject: Subject) -> None:
+        """The first training's first images of every class, on the board."""
+        if self.board.on:
+            train = subject.training_set(self.specs[0], 0)
+            count = min(COLUMNS, *train.counts)
+            shown = torch.stack([to_unit(train.of_class(c)[:count]) for c in range(train.classes)])
+            if count:
+                self.board.images(0, **{f"training images/{subject.title}": shown})
 
-def row(*cells: str) -> str:
-    """One line of the table."""
-    return "  {:14}{:>14}{:>14}     {:24}{}".format(*cells)
+    def show_loss(self, title: str, r: int, epoch: int, loss: float) -> None:
+        self.board.scalar(f"training loss/{title}, training {r}", loss, epoch)
 
+    # --- Looking at the results ---------------------------------------------------------------------------------------
 
-def record(file: Path, result: dict[str, Any]) -> None:
-    """Add to eval.json, in place of an earlier result of the same set, network and protocol."""
+    def warn_of_low_accuracies(self) -> None:
+        """A set that is worse than it should be at all was most likely not read as it was meant."""
+        chance = 100 / self.dataset.classes
+        for spec in self.specs:
+            mine = {r["trained_on"]: r["accuracy_mean"] for r in reversed(self.records) if r["net"] == spec.name}
+            ours, random = mine[DISTILLED], mine.get(REAL_IMAGES["random"], 1.5 * chance)
+            if ours <= random:
+                other = "as many random real images" if REAL_IMAGES["random"] in mine else "1.5 times chance"
+                log.warning(
+                    "%s: the distilled set gives %.1f %%, no more than %s (%.1f %%); if that is unexpected, check the "
+                    "data set (-d), the factor (-f) and --normalized",
+                    spec.name,
+                    ours,
+                    other,
+                    random,
+                )
 
-    def key(r: dict[str, Any]) -> list[object]:
-        return [r["set"], r["network"], r["protocol"]]
-
-    try:
-        earlier = files.read_json(file)["results"] if file.exists() else []
-        kept = [r for r in earlier if key(r) != key(result)]
-    except (UserError, KeyError, TypeError):
-        log.warning("%s: was damaged, and is begun again", file)
-        kept = []
-    try:
-        files.write_json(file, {"results": [*kept, result]})
-    except OSError as error:
-        log.warning("%s: cannot be written (%s)", file, error.strerror)
+    def show_confusion(self, subjects: Sequence[Subject]) -> None:
+        """Per-class accuracy and confusion matrix of every row as CSV and picture, those of the first subject printed
+        as well."""
+        names, folder = self.dataset.class_names, subjects[0].folder / "confusion"
+        files.make_folder(folder)
+        for record, (spec, subject) in zip(self.records, itertools.product(self.specs, subjects), strict=True):
+            if record.get("confusion"):
+                matrix, title = torch.tensor(record["confusion"]), f"{spec.name}, {subject.title}"
+                file = folder / (title.replace(",", "").replace(" ", "_") + ".csv")
+                files.write_atomically(file, confusion.as_csv(matrix, names).encode())
+                files.write_atomically(file.with_suffix(".png"), confusion.as_png(matrix, names, title))
+                if subject is subjects[0]:
+                    log.info("\n%s\n%s", title, confusion.as_text(matrix, names))
+        log.info("\nconfusion matrices of all rows: %s/*.csv and *.png", folder)
 
 
 def beside(path: Path) -> Path:
-    """The folder of a set that was named by its folder or by its data.pt."""
+    """The folder of a set that was named by its folder or by its file."""
     return path if path.is_dir() else path.parent
 
 
-def newest(given: dict[str, Any]) -> Path:
+def newest(given: Mapping[str, Any]) -> Path:
     """The newest distilled set that the flags allow."""
     return files.newest_distilled(
         Path(given.get("results_dir", options.RESULTS_DIR)),
@@ -197,49 +321,130 @@ def newest(given: dict[str, Any]) -> Path:
     )
 
 
+def resolve(given: dict[str, Any]) -> tuple[TrainOptions, Stored | None]:
+    """Complete options, and the set that they are about, unless it is real images alone."""
+    if given.get("coreset") or (given.get("real") and "run" not in given):
+        options.check_alone(given)
+        return options.resolve_training(given, None, Path()), None
+    stored = exchange.read(Path(given["run"]) if "run" in given else newest(given))
+    card = stored.card
+    if card is None and not ("factor" in given and ("dataset" in given or "image_folder" in given)):
+        raise UsageError(
+            f"{stored.file}: has no {files.CARD} beside it; say what it is with -d DATASET and -f FACTOR (1 for plain "
+            "images)"
+        )
+    per_class = len(stored.images) // len(stored.labels.unique())
+    o = options.resolve_training(given, card, stored.card_file, ipc=per_class)
+    if card is not None and not card.get("finished", True):
+        log.warning("%s is unfinished, after %s outer iterations", stored.file, card.get("outer_iterations"))
+    return o, stored
+
+
+def load(o: TrainOptions, card: Mapping[str, Any] | None) -> Dataset:
+    """The data set. Raises UserError when its classes are not those of the set's card."""
+    device = pick_device(o.device)
+    set_precision(device, o.precision)
+    known = card["normalization"] if card is not None else {}
+    dataset = Dataset(
+        o.dataset,
+        device=device,
+        data_dir=o.data_dir,
+        image_folder=o.image_folder,
+        size=o.size,
+        mean=known.get("mean"),
+        std=known.get("std"),
+    )
+    if card is not None and o.dataset == "folder" and card.get("class_names") != dataset.class_names:
+        raise UserError(f"--image_folder {o.image_folder}: has other classes than the set, {card.get('class_names')}")
+    return dataset
+
+
+def interpret(o: TrainOptions, stored: Stored, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Images, labels and soft labels of a set, as exchange.interpret gives them. Raises UserError when set and data set
+    do not fit; a factor that a person said is compared with what the pixels look like."""
+    found = exchange.interpret(stored, dataset, normalized=o.normalized)
+    options.check_factor(o.factor or 1, dataset.side)
+    if stored.card is None:
+        warning = factor_warning(stored.file, found[0], dataset.train.images.cpu(), factor=o.factor or 1)
+        if warning is not None:
+            log.warning("%s", warning)
+    return found
+
+
+def export_set(
+    o: TrainOptions,
+    stored: Stored,
+    images: Tensor,
+    labels: Tensor,
+    soft: Tensor | None,
+    decoded: ImageSet,
+    dataset: Dataset,
+) -> None:
+    """Write the set to --export. Raises UsageError when something is there already."""
+    target, card = Path(o.export or ""), stored.card
+    if card is None:
+        card = export.card_without_run(
+            dataset=o.dataset,
+            image_folder=o.image_folder,
+            class_names=dataset.class_names,
+            ipc=len(images) // len(labels.unique()),
+            factor=o.factor or 1,
+            decode_type=o.decode_type or "single",
+            normalize=dataset.normalize,
+        )
+    if target.suffix == exchange.SAFETENSORS:
+        export.export_safetensors(target, images, labels, soft=soft, card=card)
+    else:
+        export.export_folder(target, decoded, class_names=dataset.class_names, stored=len(images), card=card)
+
+
 def main(argv: Sequence[str]) -> int:
     """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
     given = make_parser(TrainOptions, __doc__ or "").parse_given(argv)
     with messages():
-        if given.get("real") or given.get("coreset"):
-            card, o = None, options.resolve_training(given, None, Path())
-        else:
-            path = Path(given["run"]) if "run" in given else newest(given)
-            images, labels, card = files.load_distilled(path)
-            card_file = beside(path) / files.CARD
-            if card is None and not ("factor" in given and ("dataset" in given or "image_folder" in given)):
-                raise UsageError(f"{path}: has no {files.CARD} beside it; say what it is with -d DATASET and -f FACTOR")
-            o = options.resolve_training(given, card, card_file, ipc=len(images) // len(labels.unique()))
-            if card is not None and not card.get("finished"):
-                log.warning("%s is unfinished, after %s outer iterations", path, card.get("outer_iterations"))
-        device = pick_device(o.device)
-        set_precision(device, o.precision)
-        known = card["normalization"] if card is not None else {}
-        dataset = Dataset(
-            o.dataset,
-            device=device,
-            data_dir=o.data_dir,
-            image_folder=o.image_folder,
-            size=o.size,
-            mean=known.get("mean"),
-            std=known.get("std"),
-        )
-        if card is not None and o.dataset == "folder" and card.get("class_names") != dataset.class_names:
-            raise UserError(
-                f"--image_folder {o.image_folder}: has other classes than the set, {card.get('class_names')}"
-            )
+        o, stored = resolve(given)
+        card = None if stored is None else stored.card
+        dataset = load(o, card)
+        if o.tensorboard:
+            check_board()
         shape = {"channels": dataset.channels, "classes": dataset.classes, "side": dataset.side}
         specs = options.networks(o, given, card, **shape)
-        real = o.real or o.coreset
-        subject = real_images(o, dataset) if real else distilled(o, path, images, labels, dataset)
-        for spec in specs:
-            options.check_batches(spec, o.batch_size, round(subject.decoded_per_class * dataset.classes))
+        session = {"dataset": o.dataset, **runtime.session("train.py", argv, dataset.device)}
+        evaluation = Evaluation(o, dataset, specs, session)
+        if stored is not None:
+            interpreted = interpret(o, stored, dataset)
+            ours = evaluation.distilled(stored, *interpreted)
+            if o.export is not None:
+                export_set(o, stored, *interpreted, ours.training_set(specs[0], 0), dataset)
+                return 0
+            subjects = [ours, *evaluation.baselines(ours)]
+            if o.real:
+                subjects.append(evaluation.real(options.real_epochs(given)))
+        elif o.coreset:
+            folder = Path(o.results_dir) / o.dataset / f"coreset_{o.coreset}_ipc{o.ipc}"
+            subjects = [evaluation.coreset(o.coreset, o.ipc or 1, folder)]
+            files.make_folder(folder)
+        else:
+            subjects = [evaluation.real(o.epochs)]
+        folder = subjects[0].folder
 
-        log.info("%s: training on %s, %d epochs, on %s", o.dataset, subject.what, o.epochs, device_name(device))
-        results = run_networks(o, subject, dataset, specs, runtime.session("train.py", argv, device))
-        log.info("peak memory: %.2g GB", peak_memory(device) / 1e9)
+        what = subjects[0].what if stored is None else f"{stored.file}, factor {o.factor or 1}"
+        log.info("%s: training on %s, on %s", o.dataset, what, device_name(dataset.device))
+        if o.tensorboard:
+            evaluation.board = Board(folder)
+        evaluation.run(subjects)
+        records = evaluation.records
+        if stored is not None:
+            evaluation.warn_of_low_accuracies()
+        evaluation.board.close()
+        if o.confusion:
+            evaluation.show_confusion(subjects)
+        log.info("\n%s\npeak memory: %.2g GB", results.as_text(records), peak_memory(dataset.device) / 1e9)
+        for name in o.table or []:
+            files.write_atomically(Path(name), results.TABLES[Path(name).suffix](records, session).encode())
+            log.info("wrote %s", name)
         if o.json:
-            print(json.dumps({**results[0], "results": results}))
+            print(json.dumps({**records[0], "results": records}))
     return 0
 
 

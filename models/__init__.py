@@ -32,6 +32,7 @@ __all__ = [
     "build",
     "forward_flop",
     "resolve",
+    "second_derivative_error",
     "smallest_batch",
     "split_name",
 ]
@@ -55,7 +56,7 @@ FAMILIES = {
     "resnet_ap": Family(partial(ResNet, average=True), 10, 64, "instance", resnet.STAGES),
     "densenet": Family(DenseNet, 121, 12, "batch", densenet.LAYOUTS),
     "vgg": Family(VGG, 11, 64, "batch", vgg.LAYOUTS),
-    "alexnet": Family(AlexNet, 5, 128, "none", alexnet.LAYOUTS),
+    "alexnet": Family(AlexNet, 5, 128, "batch", alexnet.LAYOUTS),
 }
 
 # A table across architectures: how far a set that one network distilled serves others.
@@ -179,3 +180,20 @@ def smallest_batch(spec: NetSpec) -> int:
     except ValueError:  # PyTorch's "expected more than 1 value per channel"
         return 2
     return 1
+
+
+def second_derivative_error(spec: NetSpec) -> str:
+    """Why the gradient of a gradient cannot be had of this network, in PyTorch's words; empty where it can.
+
+    Our own networks consist of layers that have it.
+    """
+    if spec.family in FAMILIES:
+        return ""
+    net = build(spec).train()
+    x = torch.rand(2, spec.channels, spec.side, spec.side, requires_grad=True)
+    first = torch.autograd.grad(net(x).logsumexp(1).sum(), list(net.parameters()), create_graph=True)
+    try:
+        torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), x)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return ""

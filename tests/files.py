@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +53,16 @@ def image_folder(
     return root
 
 
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
 def tree(root: Path) -> dict[str, bytes | None]:
     """Everything below a folder: the content of files, None for folders."""
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
@@ -68,3 +81,10 @@ def refused(main: Callable[[Sequence[str]], int], argv: Sequence[str], *says: st
     after = tree(unchanged)
     assert after == before, f"left behind or changed: {sorted(k for k in after if after[k] != before.get(k, ''))}"
     return message
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What a command with --json printed last."""
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found

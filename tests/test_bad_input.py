@@ -24,7 +24,7 @@ from torch import Tensor
 import condense
 import train
 from models import FAMILIES
-from tests.files import image_folder, noise, quick, refused, tree
+from tests.files import Payload, image_folder, noise, quick, refused, tree
 from utils import run as run_module
 from utils.errors import UserError
 from utils.files import read_tensors
@@ -194,8 +194,9 @@ def test_real_and_coreset_exclude_each_other(tmp_path: Path) -> None:
     refused_train(tmp_path, ["--real", "--coreset", "random", "--ipc", "1"], "--real", "--coreset", status=2)
 
 
-def test_real_images_and_a_distilled_set_exclude_each_other(run: Path, tmp_path: Path) -> None:
-    refused_train(tmp_path, [str(run), "--real"], "--real", str(run), status=2)
+def test_a_coreset_and_a_distilled_set_exclude_each_other(run: Path, tmp_path: Path) -> None:
+    argv = [str(run), "--coreset", "random", "--ipc", "1"]
+    refused_train(tmp_path, argv, "--coreset", str(run), "--baselines", status=2)
 
 
 @pytest.mark.parametrize(
@@ -359,16 +360,6 @@ def test_without_network_nothing_is_left_but_a_hint(tmp_path: Path, monkeypatch:
 
 
 # --- Distilled sets ---------------------------------------------------------------------------------------------------
-
-
-class Payload:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
 
 
 IMAGES, LABELS = torch.full((10, 1, 8, 8), 0.5), torch.arange(10)

@@ -61,7 +61,7 @@ def test_vgg_and_alexnet_have_the_parameters_of_their_published_layouts() -> Non
     # A bias, gamma and beta per channel; five pools leave 1 x 1.
     assert parameters("vgg11") == sum(9 * a * b + 3 * b for a, b in convolutions) + (512 + 1) * 10
     kernels = [(25, 3, 128), (25, 128, 192), (9, 192, 256), (9, 256, 192), (9, 192, 192)]
-    assert parameters("alexnet") == sum(k * a * b + b for k, a, b in kernels) + (192 * 4**2 + 1) * 10
+    assert parameters("alexnet") == sum(k * a * b + 3 * b for k, a, b in kernels) + (192 * 4**2 + 1) * 10
 
 
 @pytest.mark.parametrize("width", [1, 4, 6, 100])

@@ -143,7 +143,8 @@ def test_help_states_every_default_and_the_data_sets_that_differ() -> None:
         for field in dataclasses.fields(kind):
             assert f"--{field.name}" in text or field.name == "run"
             if field.default not in (None, False):
-                assert str(field.default) in text
+                default = " ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+                assert default in text
     text = " ".join(make_parser(CondenseOptions, "").format_help().split())
     assert "0.0001 for mnist" in text
 

@@ -23,6 +23,7 @@ import models
 import train
 from data import Dataset
 from models import Network
+from tests.files import last_json
 from tests.oracle import PublishedPixels
 from utils import files
 from utils.augment import Augment
@@ -461,87 +462,3 @@ def test_a_compiled_run_gives_the_same_images_up_to_rounding(
     assert ", compiled" in capsys.readouterr().out
     ours, expected = (torch.load(folder / "data.pt", weights_only=True)[0] for folder in (compiled, plain))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
-
-
-# --- train.py ---------------------------------------------------------------------------------------------------------
-
-
-def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
-
-
-def test_train_evaluates_the_newest_set_and_names_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["--device", "cpu", "--results_dir", str(finished.parent.parent), "--json"]) == 0
-    out = capsys.readouterr().out
-    assert str(finished) in out
-    found = json.loads(out.splitlines()[-1])
-    card = json.loads((finished / "data.json").read_text())
-    assert found["accuracy_mean"] == card["accuracy"]["accuracy_mean"]  # the same protocol, seeds and set
-    assert (found["net"], found["n"], found["images_per_class"]) == ("convnet2", 2, 2)
-    assert set(found) >= {"accuracy_std"}
-    written = json.loads((finished / "eval.json").read_text())["results"]
-    assert written[-1]["accuracies"] == card["accuracy"]["accuracies"] and written[-1]["command"].startswith("train.py")
-    (finished / "eval.json").unlink()
-
-
-def test_train_takes_several_networks_and_keeps_earlier_results(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for argv in (["-n", "convnet", "resnet10", "--width", "4"], ["-n", "resnet10", "--width", "4"]):
-        assert train.main(["--device", "cpu", str(finished), "--epochs", "1", "--repeat", "1", "--json", *argv]) == 0
-    assert last_json(capsys)["net"] == "resnet10"
-    written = json.loads((finished / "eval.json").read_text())["results"]
-    assert [r["net"] for r in written] == ["convnet2", "resnet10"]
-    (finished / "eval.json").unlink()
-
-
-def test_train_picks_by_data_set_factor_and_ipc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--niter", "1", "--inner_loop", "1", "--epochs", "1", "--repeat", "1"]
-    older = run(tmp_path, *quick, "--ipc", "1", "-f", "1")
-    run(tmp_path, *quick)
-    few = ["--results_dir", str(tmp_path), "--epochs", "1", "--repeat", "1"]
-    assert train.main(["--device", "cpu", *few, "-d", "digits", "-f", "1", "--ipc", "1"]) == 0
-    assert str(older) in capsys.readouterr().out
-    with pytest.raises(UserError, match="no distilled set with data set digits, factor 7"):
-        train.main(["--device", "cpu", *few, "-d", "digits", "-f", "7"])
-
-
-def test_a_bare_data_pt_is_evaluated_as_described(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bare = tmp_path / "theirs.pt"
-    bare.write_bytes((finished / "data.pt").read_bytes())
-    few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--json"]
-    assert train.main(["--device", "cpu", str(bare), "-d", "digits", "-f", "2", *few]) == 0
-    found = last_json(capsys)
-    assert (found["images_per_class"], found["decoded_per_class"]) == (2, 8)
-
-
-@pytest.mark.parametrize(("argv", "count"), [(["--real"], 134.7), (["--coreset", "kmeans", "--ipc", "3"], 3)])
-def test_real_images_are_the_bounds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], count: float
-) -> None:
-    few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--results_dir", str(tmp_path), "--json"]
-    assert train.main(["--device", "cpu", *argv, *few]) == 0
-    found = last_json(capsys)
-    assert found["images_per_class"] == pytest.approx(count)
-    assert len(list(tmp_path.glob("digits/*/eval.json"))) == 1
-
-
-def test_an_own_folder_goes_through_both_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split, counts in (("train", (9, 6)), ("test", (4, 4))):
-        for c, name in enumerate(("cat", "dog")):
-            (tmp_path / "own" / split / name).mkdir(parents=True)
-            for i in range(counts[c]):
-                colour = tuple(torch.randint(0, 256, (3,)).tolist())
-                Image.new("RGB", (20, 16), colour).save(tmp_path / "own" / split / name / f"{i}.png")
-    argv = [*TINY, "--image_folder", str(tmp_path / "own"), "--size", "16", "--results_dir", str(tmp_path / "r")]
-    assert condense.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "--batch_real is 8, class dog has 6 images" in out
-    card = json.loads((tmp_path / "r/folder/convnet3_f2_ipc2/data.json").read_text())
-    assert card["class_names"] == ["cat", "dog"] and len(card["normalization"]["mean"]) == 3
-    assert train.main(["--device", "cpu", "--results_dir", str(tmp_path / "r"), "--json"]) == 0
-    assert last_json(capsys)["accuracy_mean"] == card["accuracy"]["accuracy_mean"]

@@ -204,6 +204,7 @@ def test_the_same_draws_select_the_same_images_and_others_do_not(strategy: str) 
 
 
 @pytest.mark.parametrize("raw", [False, True])
+@torch.no_grad()
 def test_central_boundary_and_herded_images_are_those_of_naive_loops(raw: bool) -> None:
     real = real_set((9, 5, 12))
     where = context(real, raw=raw)
@@ -212,7 +213,7 @@ def test_central_boundary_and_herded_images_are_those_of_naive_loops(raw: bool) 
         images = prepare(real.of_class(c)).double()
         network = net().double()
         x = network.embed(images)
-        mean = sum(x) / len(x)
+        mean = x.sum(0) / len(x)
         central = sorted(range(len(x)), key=lambda i: float((x[i] - mean).norm()))[:4]
         margins = []
         for logits in network.classifier(x).tolist():
@@ -221,9 +222,7 @@ def test_central_boundary_and_herded_images_are_those_of_naive_loops(raw: bool) 
         herded: list[int] = []
         for _ in range(4):
             left = [i for i in range(len(x)) if i not in herded]
-            herded.append(
-                min(left, key=lambda i: float((sum(x[j] for j in [*herded, i]) / (len(herded) + 1) - mean).norm()))
-            )
+            herded.append(min(left, key=lambda i: float((x[[*herded, i]].sum(0) / (len(herded) + 1) - mean).norm())))
         for strategy, expected in (("central", central), ("boundary", boundary), ("herding", herded)):
             found = select(where, 4, strategy=strategy)[c]
             assert (found - start).tolist() == expected, strategy

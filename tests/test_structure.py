@@ -20,6 +20,7 @@ NUMERIC = {
     "formation",
     "forms",
     "images",
+    "layout",
     "matching",
     "objectives",
     "pixels",
@@ -74,7 +75,15 @@ def test_numeric_parts_import_torch_models_and_each_other_only(path: Path) -> No
             assert top in allowed or top in sys.stdlib_module_names, module
 
 
-@pytest.mark.parametrize(("path", "library"), [("utils/selection.py", "sklearn"), ("models/zoo.py", "torchvision")])
+@pytest.mark.parametrize(
+    ("path", "library"),
+    [
+        ("utils/selection.py", "sklearn"),
+        ("models/zoo.py", "torchvision"),
+        ("utils/exchange.py", "safetensors"),
+        ("utils/export.py", "safetensors"),
+    ],
+)
 def test_a_large_library_is_imported_only_when_it_is_asked_for(path: str, library: str) -> None:
     tree = ast.parse((ROOT / path).read_text())
     top_level = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

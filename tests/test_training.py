@@ -21,8 +21,8 @@ from utils.training import (
     SIZE,
     Recipe,
     Trainer,
-    accuracy,
     batches,
+    confusion_matrix,
     cutmix,
     fresh_network,
     plan,
@@ -69,17 +69,22 @@ def weights(net: Network) -> torch.Tensor:
 
 
 def test_a_network_learns_an_easy_task() -> None:
-    assert accuracy(train(easy_set(32, 0), recipe()), easy_set(50, 1), CPU) == 100
+    test = easy_set(50, 1)
+    assert (
+        confusion_matrix(train(easy_set(32, 0), recipe()), test, CPU).tolist()
+        == torch.diag(torch.bincount(test.labels)).tolist()
+    )
 
 
 @pytest.mark.parametrize("norm", ["instance", "none"])
-def test_accuracy_counts_every_test_image_once(norm: str) -> None:
+def test_the_confusion_matrix_counts_every_test_image_once(norm: str) -> None:
     test = easy_set(1100, 1)  # more than are tested at once
     net = fresh_network(dataclasses.replace(SPEC, norm=norm), Draws("cpu", 0))
     net.classifier.weight.data.zero_()
     net.classifier.bias.data.copy_(torch.tensor([1.0, 0.0]))  # always class 0
     for pixels in (0, 7 * 8**2):
-        assert accuracy(net, test, Compute(torch.device("cpu"), pixels=pixels)) == 50
+        found = confusion_matrix(net, test, Compute(torch.device("cpu"), pixels=pixels))
+        assert found.tolist() == [[count, 0] for count in test.counts]
 
 
 def test_the_rate_falls_to_a_fifth_at_two_thirds_and_five_sixths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,11 +306,11 @@ def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pyte
     finished: list[int] = []
     nets: list[Network] = []
 
-    def remember(net: Network, test: ImageSet, compute: Compute) -> float:
+    def remember(net: Network, test: ImageSet, compute: Compute) -> torch.Tensor:
         nets.append(net)
-        return 0.0
+        return torch.zeros(2, 2, dtype=torch.int64)
 
-    monkeypatch.setattr("utils.evaluation.accuracy", remember)
+    monkeypatch.setattr("utils.evaluation.confusion_matrix", remember)
 
     def training_set(r: int) -> ImageSet:
         seen.append(r)
@@ -333,6 +338,22 @@ def test_an_evaluation_side_by_side_equals_one_in_turn() -> None:
     assert in_turn.accuracies == pytest.approx(together.accuracies, abs=1)  # rounding may turn an image or two
     assert [uneven.accuracies[r] for r in (0, 2)] == pytest.approx([in_turn.accuracies[r] for r in (0, 2)], abs=1)
     assert len(set(in_turn.accuracies)) > 1
+
+
+def test_the_losses_told_are_the_mean_cross_entropy_of_every_training_on_its_own_images() -> None:
+    told: list[tuple[int, int, float]] = []
+    sets = [easy_set(12, r) for r in range(2)]
+    score = evaluate(
+        SPEC, lambda r: sets[r], easy_set(40, 9), recipe(epochs=2), repeat=2, seed=0, compute=CPU,
+        on_loss=lambda r, epoch, loss: told.append((r, epoch, loss)),
+    )  # fmt: skip
+    assert [(r, epoch) for r, epoch, _ in told] == [(0, 1), (1, 1), (0, 2), (1, 2)]
+    for r, expected in enumerate(loss for _, epoch, loss in told if epoch == 2):
+        (net,) = train_networks(SPEC, [sets[r]], recipe(epochs=2), [Draws("cpu", 0, "evaluate", r)], CPU)
+        x, y = sets[r].batch(torch.arange(12))
+        assert F.cross_entropy(net(x), y).item() == pytest.approx(expected, rel=1e-4)
+    assert score.confusion is not None and score.confusion.sum() == 2 * 40
+    assert score.mean == pytest.approx(100 * score.confusion.trace().item() / 80)
 
 
 def test_a_score_s_spread_is_the_sample_deviation_and_unknown_for_one() -> None:

@@ -32,7 +32,7 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = None if goes_on_after is None else goes_on_after + 1
-            self._writer = SummaryWriter(str(folder / FOLDER), purge_step=purge)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder / FOLDER), purge_step=purge)
 
     @property
     def on(self) -> bool:
@@ -46,15 +46,15 @@ class Board:
 
     def scalar(self, title: str, value: float, step: int) -> None:
         if self._writer is not None:
-            self._writer.add_scalar(title, value, step)  # type: ignore[no-untyped-call]
-            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(title, value, step)
+            self._writer.flush()
 
     def images(self, step: int, **sets: Tensor) -> None:
         """A grid each, one row per class. sets: (classes, n, C, H, W) in [0, 1]."""
         if self._writer is not None:
             for name, images in sets.items():
-                self._writer.add_image(name, pictures.grid(images), step)  # type: ignore[no-untyped-call]
+                self._writer.add_image(name, pictures.grid(images), step)
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()

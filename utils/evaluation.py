@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from models import NetSpec
 from utils.device import Compute
 from utils.errors import UserError
 from utils.images import ImageSet
 from utils.runtime import Draws
-from utils.training import Recipe, accuracy, train_networks
+from utils.training import Recipe, Trainer, confusion_matrix, train_networks
 
 
 @dataclass(frozen=True)
 class Score:
-    """Test accuracies in per cent, one per training."""
+    """Test accuracies in per cent, one per training; and what was taken for what in all of them together."""
 
     accuracies: tuple[float, ...]
+    confusion: Tensor | None = field(default=None, compare=False, repr=False)  # see confusion_matrix
 
     @property
     def n(self) -> int:
@@ -53,6 +54,7 @@ class Score:
         }
 
 
+LOSSES = 50  # points of a curve
 TOGETHER = 4096  # images of a set up to which trainings run side by side; a larger one fills the machine by itself
 
 
@@ -66,11 +68,13 @@ def evaluate(
     seed: int,
     compute: Compute,
     on_epoch: Callable[[int], None] = lambda count: None,
+    on_loss: Callable[[int, int, float], None] | None = None,
 ) -> Score:
     """Train `repeat` fresh networks and test each once. `training_set(r)` gives the r-th training its images.
 
     The trainings are independent of each other, whether they run side by side or in turn. on_epoch: told how many
-    trainings have finished an epoch.
+    trainings have finished an epoch. on_loss: told a training's number, its epochs so far, and the loss on its own
+    images, LOSSES times in a training.
     """
     sets = [training_set(r) for r in range(repeat)]
     draws = [Draws(test.device, seed, "evaluate", r) for r in range(repeat)]
@@ -78,15 +82,23 @@ def evaluate(
     few = all(len(train) == len(sets[0]) <= TOGETHER for train in sets)
     together = repeat if few and (test.device.type == "cuda" or repeat * size <= compute.pixels) else 1
     found = []
+    total = torch.zeros(test.classes, test.classes, dtype=torch.int64, device=test.device)
     for first in range(0, repeat, together):
         now = range(first, min(first + together, repeat))
-        nets = train_networks(
-            spec, [sets[r] for r in now], recipe, [draws[r] for r in now], compute, partial(on_epoch, len(now))
-        )
+
+        def after(epoch: int, trainer: Trainer, now: range = now) -> None:
+            on_epoch(len(now))
+            if on_loss is not None and epoch % -(-recipe.epochs // LOSSES) == 0:
+                for r, loss in zip(now, trainer.losses().tolist(), strict=True):
+                    on_loss(r, epoch, loss)
+
+        nets = train_networks(spec, [sets[r] for r in now], recipe, [draws[r] for r in now], compute, after)
         for r, net in zip(now, nets, strict=True):
             if not all(torch.isfinite(p).all() for p in net.parameters()):
                 raise UserError(
                     f"training {r + 1} of {spec.name} left the range of numbers; lower --lr ({recipe.lr:g})"
                 )
-            found.append(accuracy(net, test, compute))
-    return Score(tuple(found))
+            matrix = confusion_matrix(net, test, compute)
+            found.append(100 * matrix.trace().item() / len(test))
+            total += matrix
+    return Score(tuple(found), total.cpu())

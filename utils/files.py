@@ -21,7 +21,6 @@ log = logging.getLogger("dream")
 
 DATA, CARD = "data.pt", "data.json"
 SNAPSHOTS = "data_*.pt"  # the set as it was after so many outer iterations, described by the same data.json
-OVERSHOOT = 0.25  # beyond [0, 1] that others' sets may show: the published loop does not clamp before it saves
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -104,36 +103,6 @@ def save_set(file: Path, pixels: Tensor) -> None:
     write_tensors(file, [images, labels])
 
 
-def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
-    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and data.json's content if there is one.
-
-    path: a run folder or a data.pt. Raises UserError for everything that is not such a set.
-    """
-    file = path / DATA if path.is_dir() else path
-    found = read_tensors(file, "name a run folder or a data.pt made by condense.py")
-
-    def refuse(what: str) -> UserError:
-        return UserError(f"{file}: {what}; expected [images (N, C, H, W) float in [0, 1], labels (N,) int]")
-
-    if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
-        raise refuse("is not a list of two tensors")
-    images, labels = found
-    if images.dim() != 4 or not images.is_floating_point() or not len(images):
-        raise refuse(f"images are {images.dtype} of shape {tuple(images.shape)}")
-    if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
-        raise refuse(f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
-    low, high = images.min().item(), images.max().item()
-    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # NaN fails, too
-        raise refuse(f"pixels range from {low:.3g} to {high:.3g}, which looks normalised or damaged")
-    if low < 0 or high > 1:
-        log.warning("%s: pixels range from %.3g to %.3g; clamped to [0, 1]", file, low, high)
-    if labels.min() < 0:
-        raise refuse(f"a label is {labels.min().item()}")
-    card_file = file.with_name(CARD)
-    card = read_card(card_file) if card_file.exists() else None
-    return images.float().clamp(0, 1), labels.long(), card
-
-
 # What data.json must hold for train.py, and of what type.
 CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "dataset": str,
@@ -148,16 +117,22 @@ CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
 
 def read_card(file: Path) -> dict[str, Any]:
     """data.json's content. Raises UserError when something that evaluation needs is missing."""
-    card = read_json(file)
-    for name, kind in CARD_FIELDS.items():
-        if not isinstance(card.get(name), kind):
-            raise UserError(f"{file}: lacks a valid {name!r}; move the file away and describe the set with -d and -f")
-    mean, std = card["normalization"].get("mean"), card["normalization"].get("std")
-    if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and min(std) > 0):
-        raise UserError(
-            f"{file}: lacks a valid 'normalization'; move the file away and describe the set with -d and -f"
-        )
-    return card
+    return check_card(read_json(file), file)
+
+
+def check_card(card: Any, file: Path) -> dict[str, Any]:
+    """The card, if it holds what evaluation needs. Raises UserError, naming the file that it is from, otherwise."""
+    known = card if isinstance(card, dict) else {}
+    wrong = [name for name, kind in CARD_FIELDS.items() if not isinstance(known.get(name), kind)]
+    if not wrong:
+        mean, std = known["normalization"].get("mean"), known["normalization"].get("std")
+        if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and min(std) > 0):
+            wrong = ["normalization"]
+        elif not isinstance(known.get("normalized", False), bool):
+            wrong = ["normalized"]
+    if wrong:
+        raise UserError(f"{file}: lacks a valid {wrong[0]!r}; move the file away and describe the set with -d and -f")
+    return known
 
 
 def _numbers(values: object) -> bool:

@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from utils import augment
@@ -71,6 +72,14 @@ def tag(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{text!r} becomes part of a folder name: use up to 100 letters, digits, '.', '_', '-'"
         )
+    return text
+
+
+def table_file(text: str) -> str:
+    if Path(text).suffix not in (".md", ".csv", ".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .md nor in .csv nor in .json")
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {Path(text).parent}")
     return text
 
 

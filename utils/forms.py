@@ -29,9 +29,15 @@ def embed(net: Network, x: Tensor, compute: Compute) -> Tensor:
 
 
 @torch.no_grad()
+def logits(net: Network, x: Tensor, compute: Compute) -> Tensor:
+    """(N, C, H, W) normalised images -> (N, classes), in `net`'s mode."""
+    found: Tensor = net.classifier(embed(net, x, compute).to(x.dtype))
+    return found
+
+
 def predict(net: Network, x: Tensor, compute: Compute) -> Tensor:
     """(N, C, H, W) normalised images -> (N,) classes, in `net`'s mode."""
-    return net.classifier(embed(net, x, compute).to(x.dtype)).argmax(1)
+    return logits(net, x, compute).argmax(1)
 
 
 def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compute) -> list[list[Tensor]]:

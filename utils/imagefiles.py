@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as transforms
 
 from utils.errors import UserError, first_line
+
+EXTENSIONS = IMG_EXTENSIONS  # of the files that data sets in folders are made of
 
 
 def mode_and_size(path: str) -> tuple[str, tuple[int, int]]:

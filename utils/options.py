@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from utils import augment, formation, objectives, selection, training
 from utils.compilation import compiler_error
 from utils.device import PRECISIONS, Compute
 from utils.errors import UsageError, UserError
-from utils.flags import augmentation, flag, initialisation, integer, make_parser, number, tag
+from utils.flags import augmentation, flag, initialisation, integer, make_parser, number, table_file, tag
 from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions
 
 log = logging.getLogger("dream")
@@ -29,6 +29,8 @@ RESULTS_DIR = "results"
 PLACES = ("data_dir", "results_dir", "device", "compile")  # where and how to compute, not what
 # What may differ when a run goes on.
 FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce", "snapshot_every", "tensorboard")
+BASELINES = ("random", "kmeans", "herding")
+NO_BASELINES, ALL_NETWORKS = "none", "all"
 OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
 # One name per group of --help, so that the lines below say the rest.
@@ -73,7 +75,8 @@ class Options:
     depth: int | None = _network(None, parse=integer(1), metavar="N",
         help=f"blocks of a ConvNet, layers of the others (default: {per_family('depth')})")
     width: int | None = _network(None, parse=integer(1), metavar="CHANNELS",
-        help=f"channels of a ConvNet, of a ResNet's first stage, growth of a DenseNet (default: {per_family('width')})")
+        help="channels of a ConvNet, of the first stage of a ResNet, VGG or AlexNet, growth of a DenseNet (default: "
+             f"{per_family('width')})")
     norm_type: str | None = _network(None, choices=models.NORMS,
         help=f"normalisation layers (default: {per_family('norm')})")
     lr: float = _training(0.01, parse=number(open_end=True), metavar="RATE",
@@ -159,21 +162,38 @@ class TrainOptions(Options):
     """train.py. Options that a distilled set brings along (data set, network, protocol) come from it unless given."""
 
     run: str | None = _subject(None, metavar="RUN",
-        help="run folder or data.pt (default: the newest under --results_dir; -d, -f and --ipc narrow it down)")
-    real: bool = _subject(False, help="the whole real training set, the upper bound")
-    coreset: str | None = _subject(None, choices=("random", "kmeans"),
-        help="--ipc real images per class, random or k-means representatives")
+        help="run folder, .pt or .safetensors file, or folder with DIR/CLASS/*.png (default: the newest run folder "
+             "under --results_dir; -d, -f and --ipc narrow it down)")
+    baselines: Sequence[str] = _subject(BASELINES, nargs="+", choices=(*selection.STRATEGIES, NO_BASELINES),
+        help="beside RUN, as many real images as it stores per class, chosen in these ways, and random ones as many as "
+             f"it decodes to; {NO_BASELINES} leaves them out (default: {' '.join(BASELINES)})")
+    real: bool = _subject(False,
+        help="the whole real training set, the upper bound: with RUN one more row, alone nothing else; trained once, "
+             "and found again in --results_dir")
+    coreset: str | None = _subject(None, choices=tuple(selection.STRATEGIES),
+        help="in place of RUN, --ipc real images per class, chosen in this way")
     factor: int | None = _subject(None, "-f", parse=integer(1), metavar="F",
-        help="multi-formation factor, for a data.pt without data.json")
+        help="multi-formation factor, for a set without data.json")
     ipc: int | None = _subject(None, "-i", parse=integer(1), metavar="N", help="images per class")
     decode_type: str | None = _subject(None, choices=formation.DECODE_TYPES,
-        help="for a data.pt without data.json (default: single)")
+        help="for a set without data.json (default: single)")
+    normalized: bool = _subject(False,
+        help="the set's pixels have mean and standard deviation of the data set taken out")
     net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
-        help=f"one or more of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or of torchvision's "
-             "classification networks by their names there, as in mobilenet_v3_small (default: the network that "
-             "distilled, or convnet)")
+        help=f"one or more of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or the name of one of "
+             f"torchvision's, as in mobilenet_v3_small; {ALL_NETWORKS} for {' '.join(models.PAPER_TABLE)} (default: "
+             "the network that distilled, or convnet)")
     precision: str = _training("fp32", choices=PRECISIONS, help="arithmetic of the trainings")
+    confusion: bool = _run(False,
+        help="accuracy by class and confusion matrix of every row, on the screen and as CSV and picture beside "
+             "eval.json")
+    table: list[str] | None = _run(None, parse=table_file, nargs="+", metavar="FILE",
+        help="write the table as Markdown, CSV or JSON, by the suffix .md, .csv, .json")
     json: bool = _run(False, help="print one JSON object as the last line of standard output")
+    export: str | None = _run(None, metavar="PATH",
+        help="train nothing; write the decoded set as PNG files in PATH/CLASS with a README.md, or, if PATH ends in "
+             ".safetensors, the stored one with everything that data.json says in its header")
+    retrain: bool = _run(False, help="train again what eval.json already knows")
 # fmt: on
 
 
@@ -275,17 +295,31 @@ def resolve_training(
             {"epochs": REAL_EPOCHS} if given.get("real") else {},
         ):
             values.update({k: v for k, v in layer.items() if k in values})
+    if card is not None and not card.get("normalized", False) and given.get("normalized"):
+        raise UsageError("--normalized: the set's data.json says that it is not; leave the flag out")
     options = TrainOptions(**{**values, **given})
     check_common(options)
-    if options.real and options.coreset:
-        raise UsageError("--real and --coreset exclude each other")
-    if (options.real or options.coreset) and options.run is not None:
-        raise UsageError(f"{options.run}: --real and --coreset train on real images; leave the folder out")
-    if options.coreset and options.ipc is None:
-        raise UsageError("--coreset: say how many images per class with --ipc N")
-    if (options.real or options.coreset) and options.factor is not None:
-        raise UsageError("-f: real images are not decoded; leave it out with --real and --coreset")
+    if NO_BASELINES in options.baselines and len(options.baselines) > 1:
+        raise UsageError(f"--baselines: {NO_BASELINES} and other words exclude each other")
     return options
+
+
+def check_alone(given: Mapping[str, Any]) -> None:
+    """Rules for train.py without a distilled set. Raises UsageError for flags that have no meaning then."""
+    if given.get("real") and given.get("coreset"):
+        raise UsageError("--real and --coreset exclude each other")
+    if given.get("coreset") and "run" in given:
+        raise UsageError(f"{given['run']}: --coreset trains on real images; leave the set out, or use --baselines")
+    if given.get("coreset") and "ipc" not in given:
+        raise UsageError("--coreset: say how many images per class with --ipc N")
+    for name in ("factor", "decode_type", "normalized", "export", "baselines"):
+        if name in given:
+            raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
+
+
+def real_epochs(given: Mapping[str, Any]) -> int:
+    """Of a training on all real images: a thousand are for sets of a few."""
+    return int(given.get("epochs", REAL_EPOCHS))
 
 
 def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -339,8 +373,18 @@ def check_batches(spec: models.NetSpec, *sizes: int) -> None:
     """Raises UsageError when a network with batch norm would have to train on a single image that it cannot."""
     if min(sizes) < models.smallest_batch(spec):
         raise UsageError(
-            f"--norm_type batch: {spec.name} cannot train on a batch of one image of this size; use more images "
-            "(--ipc, -f, --batch_real, --batch_size, --batch_syn_max, --n_data) or --norm_type instance"
+            f"{spec.name}, which has batch norm, cannot train on a batch of one image of this size; use more images "
+            "(--ipc, -f, --batch_real, --batch_size, --batch_syn_max, --n_data)"
+            + (" or --norm_type instance" if spec.norm else "")
+        )
+
+
+def check_matching(options: CondenseOptions, spec: models.NetSpec) -> None:
+    """Raises UsageError when gradients are to be matched that PyTorch cannot differentiate, as with hardsigmoid."""
+    if options.match == "grad" and (problem := models.second_derivative_error(spec)):
+        raise UsageError(
+            f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match grad needs; "
+            "use another network, or --match feat"
         )
 
 
@@ -405,7 +449,8 @@ def networks(
     found = []
     own = {k: getattr(options, k) for k in NETWORK[1:] if k not in given}
     distilled_with = card["settings"].get("net_type") if card else None
-    for name in options.net_type or ["convnet"]:
+    names = options.net_type or ["convnet"]
+    for name in dict.fromkeys(models.PAPER_TABLE if ALL_NETWORKS in names else names):
         concerned = suited({**own, "net_type": distilled_with}, name)
         settings: dict[str, Any] = {k: concerned.get(k) for k in own}
         apart = dataclasses.replace(options, **settings)

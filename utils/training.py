@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import models
@@ -115,6 +116,20 @@ class Trainer:
         for number, (start, end) in enumerate(edges):
             self.step(order[:, start:end], u[:, start:end], partner[:, start:end], mix[:, number])
 
+    @torch.no_grad()
+    def losses(self) -> Tensor:
+        """Mean cross-entropy of every network on its images as they are, neither augmented nor mixed, (K,)."""
+        n = self.images.shape[1]
+        total = self.images.new_zeros(len(self.nets), dtype=torch.float64)
+        for k, net in enumerate(self.nets):
+            net.eval()
+            row = min(k, len(self.images) - 1)
+            for index in torch.arange(n, device=self.images.device).split(self.compute.images(self.images.shape[-1])):
+                x = self.normalize(self.images[row, index])
+                target = self.labels[row, index] if self.soft is None else self.soft[row, index].to(x.dtype)
+                total[k] += F.cross_entropy(forms.logits(net, x, self.compute), target, reduction="sum")
+        return total / n
+
     def _step(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
         """One batch of every network. index, partner: (K, n); u: (K, n, 9); mix: (K, 4)."""
         images = self.images[self.rows, index]
@@ -144,15 +159,18 @@ def train_networks(
     recipe: Recipe,
     draws: Sequence[Draws],
     compute: Compute,
-    on_epoch: Callable[[], None] = lambda: None,
+    on_epoch: Callable[[int, Trainer], None] = lambda epoch, trainer: None,
 ) -> list[Network]:
-    """Fresh networks side by side, each trained on the whole of its set; the sets are of one size."""
+    """Fresh networks side by side, each trained on the whole of its set; the sets are of one size.
+
+    on_epoch: told how many epochs are done.
+    """
     trainer = Trainer([fresh_network(spec, d) for d in draws], sets, recipe, compute)
     everything = torch.arange(len(sets[0]), device=compute.device)
     for epoch in range(recipe.epochs):
         trainer.set_lr(recipe.lr_at(epoch))
         trainer.epoch(everything, draws)
-        on_epoch()
+        on_epoch(epoch + 1, trainer)
     return trainer.nets
 
 
@@ -188,11 +206,11 @@ def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor) -> tuple[Ten
 
 
 @torch.no_grad()
-def accuracy(net: Network, test: ImageSet, compute: Compute) -> float:
-    """Per cent of the test images that the network classifies correctly."""
+def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
+    """How many test images of each class (row) the network takes for each class (column), (classes, classes) int64."""
     net.eval()
-    right = torch.zeros((), dtype=torch.int64, device=test.device)
+    counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
     for index in torch.arange(len(test), device=test.device).split(max(512, compute.images(test.side))):
         x, y = test.batch(index)
-        right += (forms.predict(net, x, compute) == y).sum()
-    return 100 * right.item() / len(test)
+        counts += torch.bincount(y * test.classes + forms.predict(net, x, compute), minlength=test.classes**2)
+    return counts.view(test.classes, test.classes)

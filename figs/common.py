@@ -1,0 +1,356 @@
+"""What the figures share: flags, looks, files, distilled sets, and run folders with their labels."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from utils import exchange, files
+from utils.errors import UsageError, UserError
+from utils.flags import Parser
+from utils.formation import decode
+from utils.options import FREE, CondenseOptions
+from utils.run import METRICS, OPTIONS
+
+log = logging.getLogger("dream")
+Picture = npt.NDArray[np.uint8]  # (H, W, 3)
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+
+def figure_parser(name: str, description: str | None) -> Parser:
+    """The parser of figs/<name>.py, with the flags that every figure has."""
+    parser = Parser(
+        prog=f"python3 -m figs.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out",
+        type=ending(".png", ".pdf"),
+        default=Path(f"{name}.png"),
+        metavar="FILE",
+        help=f"PNG or PDF (default: {name}.png)",
+    )
+    parser.add_argument("--pdf", action="store_true", help="write a PDF beside it as well")
+    return parser
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UsageError, naming the flag, in one line."""
+    return argparse.Namespace(**parser.parse_given(argv))
+
+
+def ending(*suffixes: str) -> Callable[[str], Path]:
+    def parse(text: str) -> Path:
+        if Path(text).suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
+        return Path(text)
+
+    return parse
+
+
+def add_classes(parser: Parser) -> None:
+    """--classes, for scripts that draw some of a set's classes."""
+    parser.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="names or numbers of the classes (default: the first ten)"
+    )
+
+
+def class_number(wanted: str, names: Sequence[str], flag: str) -> int:
+    """The class of that name, or else of that number. Raises UsageError."""
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    some = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+    raise UsageError(f"{flag} {wanted}: no such class; use a name ({some}) or a number up to {len(names) - 1}")
+
+
+def class_numbers(wanted: Sequence[str] | None, names: Sequence[str]) -> list[int]:
+    """What --classes asks for."""
+    if wanted is None:
+        return list(range(min(10, len(names))))
+    return [class_number(word, names, "--classes") for word in wanted]
+
+
+# --- Looks ------------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, the darkest first.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+GREY = "#999999"
+WIDTH = 7.5  # inches, 900 pixels
+DPI = 120
+
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "pdf.fonttype": 42,  # text stays text
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """Within it figures look alike."""
+    return matplotlib.rc_context(STYLE)
+
+
+def colour(i: int) -> str:
+    return PALETTE[i % len(PALETTE)]
+
+
+def save(figure: Figure, out: Path, *, pdf: bool = False) -> None:
+    """Write the figure, trimmed, and say so. Raises UserError when the file cannot be written."""
+    for file in [out, out.with_suffix(".pdf")] if pdf and out.suffix.lower() != ".pdf" else [out]:
+        kind, buffer = file.suffix[1:].lower(), io.BytesIO()
+        # Without the date, the same content gives the same bytes.
+        metadata = {"CreationDate": None} if kind == "pdf" else {}
+        figure.savefig(buffer, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.05, metadata=metadata)
+        write(file, buffer.getvalue(), flag="--out")
+
+
+def write(file: Path, content: bytes, *, flag: str) -> None:
+    """A finished picture to its file, whose folder is made. Raises UserError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(file, content)
+    except OSError as error:
+        raise UserError(f"{flag} {file}: cannot be written ({error.strerror}); name another file") from error
+    print(f"wrote {file}")
+
+
+# --- Distilled images -------------------------------------------------------------------------------------------------
+
+TILE = 72  # pixels of an image's side in a figure, about: a whole multiple of its own
+
+
+def load_set(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Stored images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and data.json's content.
+
+    path: a run folder, or a .pt file in one. Raises UserError when there is no such set.
+    """
+    images, labels, card = exchange.load_distilled(path)
+    if card is None:
+        raise UserError(f"{path}: has no {files.CARD}; draw a run folder of condense.py")
+    return images, labels, card
+
+
+def decoded(path: Path) -> tuple[list[str], list[Tensor]]:
+    """Class names, and the images of each class as networks see them, (S, C, H, W) in [0, 1]."""
+    images, labels, card = load_set(path)
+    names, factor = card.get("class_names"), card["factor"]
+    if not isinstance(names, list) or int(labels.max()) >= len(names) or not 1 <= factor <= images.shape[-1]:
+        raise UserError(f"{path}: its {files.CARD} does not describe it; draw a run folder of condense.py")
+    rows = [images[labels == c] for c in range(len(names))]
+    try:
+        rows = [decode(row, factor=factor, decode_type=card["decode_type"]) if len(row) else row for row in rows]
+    except ValueError as error:
+        raise UserError(f"{path}: its {files.CARD} is damaged ({error}); draw a run folder of condense.py") from error
+    return [str(name) for name in names], rows
+
+
+def tiles(images: Tensor, side: int) -> list[Picture]:
+    """Images (n, C, H, W) in [0, 1] as n pictures (side, side, 3)."""
+    if not len(images):
+        return []
+    big = F.interpolate(images.float(), size=(side, side), mode="nearest-exact")
+    rgb = big.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)  # (n, side, side, C)
+    return list(rgb.expand(-1, -1, -1, 3).numpy())
+
+
+def tile_side(images: Tensor) -> int:
+    """Pixels to draw images (n, C, H, W) with."""
+    return images.shape[-1] * max(1, round(TILE / images.shape[-1]))
+
+
+def mosaic(rows: Sequence[Tensor], *, gap: int = 4, apart: Sequence[int] = ()) -> tuple[Picture, list[float], int]:
+    """Rows of images on white. Returns the picture, each row's centre, and the distance of columns, in pixels.
+
+    rows: (n, C, H, W) in [0, 1] each, n may differ. apart: rows that keep a larger distance from the one above.
+    """
+    side = max(tile_side(row) for row in rows)
+    step, columns = side + gap, max(1, max(len(row) for row in rows))
+    tops, y = [], 0
+    for number in range(len(rows)):
+        y += 3 * gap if number in apart else 0
+        tops.append(y)
+        y += step
+    canvas = np.full((y - gap, columns * step - gap, 3), 255, np.uint8)
+    for top, row in zip(tops, rows, strict=True):
+        for i, tile in enumerate(tiles(row, side)):
+            canvas[top : top + side, i * step : i * step + side] = tile
+    return canvas, [top + side / 2 for top in tops], step
+
+
+def picture_figure(picture: Picture) -> Figure:
+    """A figure that shows a picture pixel by pixel; its one set of axes counts in pixels."""
+    height, width = picture.shape[:2]
+    figure = Figure(figsize=(width / DPI, height / DPI))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(picture, interpolation="none")
+    axes.axis("off")
+    return figure
+
+
+# --- Run folders ------------------------------------------------------------------------------------------------------
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
+# Options that say nothing of what is distilled: which repeat it is, where it lies, how it is watched.
+UNLABELLED = {*FREE, "seed", "tag", "eval_every"}
+
+
+class Series(NamedTuple):
+    """What a run reported at some of its outer iterations, in their order. seconds: spent distilling until then."""
+
+    iterations: list[int]
+    seconds: list[float]
+    values: list[float]
+
+
+class Run:
+    """A run folder of condense.py. Raises UserError when it is none, or when its metrics cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        if not (path / OPTIONS).is_file():
+            raise UserError(
+                f"{path}: is no run folder of condense.py, it holds no {OPTIONS}; name one such as "
+                "results/digits/convnet2_f1_ipc1"
+            )
+        found = files.read_json(path / OPTIONS).get("options")
+        if not isinstance(found, dict):
+            raise UserError(f"{path / OPTIONS}: holds no options; name another run folder")
+        self.path = path
+        self.options: dict[str, Any] = {**DEFAULTS, **found}  # an older run lacks the youngest options
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds."""
+        file, found = self.path / METRICS, []
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); run the folder's condense.py command again") from error
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):  # a run under way has not finished writing it
+                break
+            try:
+                event = json.loads(line)
+                complete = "iteration" in event and "seconds" in event
+            except (ValueError, TypeError):
+                complete = False
+            if not complete:
+                raise UserError(f"{file}: line {number} is damaged; remove the line")
+            found.append(event)
+        return found
+
+    def losses(self) -> Series:
+        """The mean matching loss of every outer iteration."""
+        return self._series("loss")
+
+    def scores(self) -> Series:
+        """The mean test accuracy of every evaluation, per cent."""
+        return self._series("accuracy_mean")
+
+    def _series(self, name: str) -> Series:
+        found = {event["iteration"]: event for event in self.events if name in event}
+        at = sorted(found)
+        return Series(at, [found[it]["seconds"] for it in at], [found[it][name] for it in at])
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Raises UserError for what is no run folder, and for one that is given twice."""
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise UsageError(f"{path}: is given twice; leave one out")
+        seen.add(path.resolve())
+    return [Run(path) for path in paths]
+
+
+def warn_of_unfinished(runs: Sequence[Run]) -> None:
+    for run in runs:
+        done, budget = max((e["iteration"] for e in run.events), default=0), run.options["niter"]
+        if done < budget:
+            log.warning("%s: is unfinished, after %d of %d outer iterations", run, done, budget)
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Options that distinguish the runs, repeats apart."""
+    names = dict.fromkeys(name for run in runs for name in run.options if name not in UNLABELLED)
+    return [name for name in names if any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds only: repeats."""
+
+    label: str
+    runs: list[Run]
+
+    def __str__(self) -> str:
+        return f"{self.label} (n={len(self.runs)})"
+
+
+def label(run: Run, names: Sequence[str]) -> str:
+    """The options of these names, as in `select=kmeans, interval=10`; without any, what kind of run it is."""
+    if not names:
+        o = run.options
+        return f"{o['dataset']}, ipc={o['ipc']}, factor={o['factor']}"
+    shown: dict[str, Any] = {name: run.options.get(name) for name in names}
+    if shown.get("image_folder"):
+        shown["image_folder"] = Path(shown["image_folder"]).name
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Repeats together, in the order of their first runs. Raises UserError for repeats with the same seed."""
+    names = differing(runs)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        together = groups.setdefault(label(run, names), [])
+        for other in together:
+            if other.options["seed"] == run.options["seed"]:
+                raise UserError(f"{run}: has the options and the seed of {other}, it is no repeat; leave one out")
+        together.append(run)
+    return [Group(name, together) for name, together in groups.items()]
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """A label for every run; repeats show their seed, and their folder where even that is the same."""
+    names = differing(runs)
+    if len({run.options["seed"] for run in runs}) > 1 and _ambiguous([label(run, names) for run in runs]):
+        names = [*names, "seed"]
+    found = [label(run, names) for run in runs]
+    return [run.path.name for run in runs] if _ambiguous(found) else found
+
+
+def _ambiguous(labels: Sequence[str]) -> bool:
+    return len(set(labels)) < len(labels)

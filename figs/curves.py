@@ -1,0 +1,190 @@
+"""Accuracy and matching loss of several runs over the outer iterations and over time, repeats averaged.
+
+    $ python3 -m figs.curves results/digits/convnet2_f1_ipc1_*
+    $ python3 -m figs.curves RUN RUN RUN --baseline select=random --no_time --out convergence.png --pdf
+
+Runs that differ in nothing but their seed are repeats: a line is their mean, the band +- their standard deviation. For
+every pair of groups, or those with --baseline, a star marks where one first reaches the other's final accuracy: at an
+evaluation, without interpolation, so run condense.py with a small --eval_every. Time is that spent distilling, without
+evaluations. Losses are comparable within one strategy only: other real images are other targets, and a lower distance
+to easier ones says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from figs import common
+from figs.common import Group, Run, Series
+from utils.errors import UsageError, UserError
+from utils.report import messages
+from utils.runtime import run_main
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over repeats, all arrays (T,). std: over the repeats, None for a single run."""
+
+    iterations: Values
+    seconds: Values
+    mean: Values
+    std: Values | None
+
+    @property
+    def minutes(self) -> Values:
+        return self.seconds / 60
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where one group's accuracy first reaches the final accuracy of another. at: a number of its evaluation."""
+
+    group: Group
+    target: Group
+    curve: Curve
+    goal: Curve
+    at: int | None
+
+    def __str__(self) -> str:
+        accuracy = f"the final accuracy of {self.target.label} ({self.goal.mean[-1]:.1f} %)"
+        if self.at is None:
+            return f"{self.group.label} never reaches {accuracy}; its best is {self.curve.mean.max():.1f} %"
+        here, there = self.curve.iterations[self.at], self.goal.iterations[-1]
+        line = f"{self.group.label} reaches {accuracy} at iteration {here:.0f} of {there:.0f}"
+        if not here or not there:  # nothing was distilled: no ratio has a meaning
+            return line
+        spent, allowed = self.curve.seconds[self.at], self.goal.seconds[-1]
+        line += ": " + times(here, there, "fewer iterations", "more iterations")
+        return line + (", " + times(spent, allowed, "less time", "more time") if spent and allowed else "")
+
+
+def times(here: float, there: float, less: str, more: str) -> str:
+    """`2.5 times less` or `2.5 times more`."""
+    return f"{there / here:.1f} times {less}" if here <= there else f"{here / there:.1f} times {more}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program. Raises UserError when a run holds no evaluations."""
+    parser = common.figure_parser("curves", __doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of condense.py")
+    parser.add_argument(
+        "--baseline", metavar="LABEL", help="compare with this group only, such as select=random (default: each other)"
+    )
+    parser.add_argument("--no_time", action="store_true", help="leave out the panels over time")
+    given = common.parse(parser, argv)
+    with messages(), common.style():
+        runs = common.read_runs(given.runs)
+        for run in runs:
+            if not run.scores().values:
+                raise UserError(
+                    f"{run}: holds no evaluation yet; let condense.py finish it, or run it with --eval_every N"
+                )
+        common.warn_of_unfinished(runs)
+        groups = common.group_runs(runs)
+        found = reaching(groups, given.baseline)
+        for reached in found:
+            print(reached)
+        common.save(draw(groups, found, time=not given.no_time), given.out, pdf=given.pdf)
+    return 0
+
+
+def average(runs: Sequence[Run], series: Sequence[Series], what: str) -> Curve:
+    """Repeats at the iterations that all of them report; time is averaged like the values. Raises UserError."""
+    at = sorted(set.intersection(*(set(s.iterations) for s in series)))
+    if not at:
+        raise UserError(f"{runs[0]}: shares no iteration with a {what} with its repeats; give runs of one --eval_every")
+    rows = [[s.iterations.index(it) for it in at] for s in series]
+    seconds = np.array([[s.seconds[i] for i in row] for s, row in zip(series, rows, strict=True)], float)
+    values = np.array([[s.values[i] for i in row] for s, row in zip(series, rows, strict=True)], float)  # (runs, T)
+    std = values.std(0, ddof=1) if len(runs) > 1 else None
+    return Curve(np.array(at, float), seconds.mean(0), values.mean(0), std)
+
+
+def accuracy(group: Group) -> Curve:
+    return average(group.runs, [run.scores() for run in group.runs], "evaluation")
+
+
+def loss(group: Group) -> Curve:
+    return average(group.runs, [run.losses() for run in group.runs], "loss")
+
+
+def reaching(groups: Sequence[Group], baseline: str | None = None) -> list[Reached]:
+    """Every ordered pair of groups, or those whose second one is the baseline. Raises UsageError."""
+    labels = [group.label for group in groups]
+    if baseline is not None and baseline not in labels:
+        raise UsageError(f"--baseline {baseline}: no such group; choose one of {'; '.join(labels)}")
+    curves = [accuracy(group) for group in groups]
+    found = []
+    for group, curve in zip(groups, curves, strict=True):
+        for target, goal in zip(groups, curves, strict=True):
+            if group is not target and baseline in (None, target.label):
+                # Means of equal numbers may differ in their last bit.
+                enough = np.flatnonzero(curve.mean >= goal.mean[-1] - 1e-9)
+                found.append(Reached(group, target, curve, goal, int(enough[0]) if len(enough) else None))
+    return found
+
+
+def draw(groups: Sequence[Group], found: Sequence[Reached], *, time: bool) -> Figure:
+    """Accuracy above or left, loss below or right; the second column counts minutes."""
+    figure = Figure(figsize=(common.WIDTH, 5.4 if time else 3.2), layout="constrained")
+    panels = (
+        figure.subplots(2, 2, sharex="col", sharey="row", squeeze=False)
+        if time
+        else figure.subplots(1, 2, squeeze=False).T
+    )
+    rows = zip(panels, ("test accuracy, %", "matching loss"), (accuracy, loss), strict=True)
+    for line, what, of_group in rows:
+        for number, group in enumerate(groups):
+            curve = of_group(group)
+            for axes, x in zip(line, (curve.iterations, curve.minutes), strict=False):
+                plot(axes, x, curve, common.colour(number))
+        line[0].set_ylabel(what)
+    for line in panels:
+        line[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    for line in panels[1:] if time else panels:  # columns share an axis
+        for axes, what in zip(line, ("outer iteration", "minutes of distilling"), strict=False):
+            axes.set_xlabel(what)
+    mark(panels[0], groups, found)
+    handles = [Line2D([], [], color=common.colour(i), marker="o", ms=4) for i in range(len(groups))]
+    names = [str(group) for group in groups]
+    if any(reached.at is not None for reached in found):
+        handles.append(Line2D([], [], color="black", marker="*", ms=10, ls=":", lw=1))
+        names.append("first reaches another's final accuracy")
+    figure.legend(handles, names, loc="outside lower center", ncols=2 if max(map(len, names)) < 50 else 1)
+    return figure
+
+
+def plot(axes: Axes, x: Values, curve: Curve, colour: str) -> None:
+    """A mean line with its band; few points are marked, many would hide the line."""
+    axes.plot(x, curve.mean, color=colour, marker="o" if len(x) <= 30 else None, ms=4, lw=1.6 if len(x) < 300 else 0.8)
+    if curve.std is not None:
+        axes.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=colour, alpha=0.2, lw=0)
+
+
+def mark(panels: Sequence[Axes], groups: Sequence[Group], found: Sequence[Reached]) -> None:
+    """A star where a group reaches another's final accuracy, and a dotted line at that accuracy."""
+    for reached in found:
+        if reached.at is None:
+            continue
+        own, other = (common.colour(groups.index(group)) for group in (reached.group, reached.target))
+        at, curve, goal = reached.at, reached.curve, reached.goal
+        for axes, x, end in zip(
+            panels, (curve.iterations, curve.minutes), (goal.iterations[-1], goal.minutes[-1]), strict=False
+        ):
+            axes.plot([x[at], end], [goal.mean[-1]] * 2, color=other, ls=":", lw=1)
+            axes.plot(x[at], curve.mean[at], marker="*", ms=13, color=own, mec="black", mew=0.8, zorder=4)
+
+
+if __name__ == "__main__":
+    run_main(main)

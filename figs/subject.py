@@ -1,0 +1,132 @@
+"""One class of a data set under one network: what figs.gradient_norms and figs.selection look at, and its flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import Dataset
+from figs.common import class_number
+from models import Network
+from utils import flags, options
+from utils.augment import Augment
+from utils.device import Compute, pick_device, set_precision
+from utils.errors import UsageError
+from utils.images import ImageSet
+from utils.report import Progress
+from utils.runtime import Draws
+from utils.selection import Context
+from utils.training import Recipe, Trainer, fresh_network, update_network
+
+# Flags of condense.py, with the same defaults and data sets' settings.
+BORROWED = (
+    "dataset", "image_folder", "size", "data_dir", "net_type", "depth", "width", "norm_type", "seed", "device",
+)  # fmt: skip
+UPDATES = 50  # by default: halfway through an outer iteration of the published run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The images of one class, and a network in evaluation mode that has been trained on all classes for a while."""
+
+    dataset: str
+    class_name: str
+    label: int
+    images: ImageSet  # of this class alone, as its class 0
+    net: Network
+    about: str  # the network, for people
+    seed: int
+    compute: Compute
+
+    def draws(self, purpose: str, *position: int) -> Draws:
+        return Draws(self.images.device, self.seed, purpose, *position)
+
+    def context(self, draws: Draws) -> Context:
+        """What representatives are selected from, as condense.py does it."""
+        return Context(self.net, self.images, draws, self.compute.cheapest())
+
+
+def add_flags(parser: flags.Parser, *, count: int) -> None:
+    """The flags that `prepare` understands, and --count."""
+    fields = {field.name: field for field in dataclasses.fields(options.CondenseOptions)}
+    for name in BORROWED:
+        field = fields[name]
+        meta, text = field.metadata, field.metadata["help"].replace("%", "%%")
+        if field.default is not None and "default" not in text:
+            text += f" (default: {flags.default_text(field)})"
+        parser.add_argument(
+            *meta["names"], f"--{name}", type=meta["parse"], choices=meta["choices"], metavar=meta["metavar"],
+            help=text, default=argparse.SUPPRESS,
+        )  # fmt: skip
+    parser.add_argument(
+        "--class",
+        dest="class_name",
+        metavar="CLASS",
+        help="name or number of the class to look at (default: the first)",
+    )
+    parser.add_argument(
+        "--updates", type=flags.integer(0), default=UPDATES, metavar="N",
+        help="train the network on real data first, by this many of the updates that condense.py makes after every "
+             f"inner step; 0: as initialised (default: {UPDATES}, halfway through a published outer iteration)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--count", type=flags.integer(2), default=count, metavar="IMAGES",
+        help=f"random images, and representatives (default: {count})",
+    )  # fmt: skip
+
+
+def prepare(given: argparse.Namespace) -> Subject:
+    """Read the data and train the network: that of condense.py's first outer iteration, so many inner steps later.
+
+    Raises UsageError or UserError for flags and data that do not fit.
+    """
+    o = options.resolve({name: value for name, value in vars(given).items() if name in BORROWED}).options
+    device = pick_device(o.device)
+    set_precision(device, "fp32")
+    dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
+    spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
+    c = 0 if given.class_name is None else class_number(given.class_name, dataset.class_names, "--class")
+    name, real = dataset.class_names[c], dataset.train
+    if given.count >= real.counts[c]:
+        raise UsageError(
+            f"--count {given.count}: class {name} has {real.counts[c]} training images, so that nothing would be "
+            "selected; give a smaller number"
+        )
+    options.check_batches(spec, o.batch_real, o.n_data or 2)
+    net, compute = fresh_network(spec, Draws(device, o.seed, "network", 0)), Compute(device)
+    train(net, real, o, given.updates, compute)
+    one = ImageSet(
+        real.of_class(c),
+        torch.zeros(real.counts[c], dtype=torch.int64, device=device),
+        classes=1,
+        normalize=real.normalize,
+    )
+    about = f"{spec.name} after {given.updates} updates" if given.updates else f"{spec.name} as initialised"
+    return Subject(o.dataset, name, c, one, net.eval(), about, o.seed, compute)
+
+
+def train(net: Network, real: ImageSet, o: options.CondenseOptions, updates: int, compute: Compute) -> None:
+    """As many network updates as that, with the draws of condense.py's first outer iteration."""
+    recipe = Recipe(
+        batch_size=o.batch_real,
+        augment=Augment(options.update_augmentation(o)),
+        mixup=o.mixup_net,
+        lr=o.lr,
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        epochs=o.net_epoch,
+    )
+    trainer = Trainer([net], [real], recipe, compute)
+    with Progress(updates, "training the network", "update") as progress:
+        for step in range(updates):
+            update_network(trainer, n_data=o.n_data, draws=Draws(real.device, o.seed, "update", 0, step))
+            progress.advance()
+
+
+def embedding(subject: Subject, draws: Draws) -> Tensor:
+    """All images of the class as they are clustered, (N, D)."""
+    return subject.context(draws).embedded(0)

@@ -1,0 +1,75 @@
+"""The sweep: planned from the words of a command line, run as condense.py's own commands, done once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from figs import sweep
+from tests.files import QUICK
+from utils.errors import UsageError, UserError
+
+
+def test_every_combination_and_seed_is_a_command_of_its_own_with_the_first_seed_first() -> None:
+    more = ["-d", "digits", "--ipc", "1"]
+    runs = sweep.plan(["select=random,kmeans", "--batch-real=8,16"], 2, more)
+    assert [run.title for run in runs[:4]] == [
+        "select=random, batch_real=8", "select=random, batch_real=16", "select=kmeans, batch_real=8",
+        "select=kmeans, batch_real=16",
+    ]  # fmt: skip
+    assert [run.options.seed for run in runs] == [0] * 4 + [1] * 4
+    assert (runs[1].options.select, runs[1].options.batch_real, runs[1].options.ipc) == ("random", 16, 1)
+    assert runs[1].folder.path.name == "convnet2_f1_ipc1_select-random_batch_real-16_seed0"
+    assert len({run.folder.path for run in runs}) == 8
+
+
+@pytest.mark.parametrize(
+    ("vary", "more", "says"),
+    [
+        ("select", [], "--vary select"),
+        ("select=", [], "--vary select="),
+        ("select=random,,kmeans", [], "--vary select=random,,kmeans"),
+        ("seed=0,1", [], "--seeds N"),
+        ("select=randon,kmeans", [], "randon"),
+        ("colour=red", [], "--colour"),
+        ("select=random", ["--seed", "3"], "--seed"),
+        ("select=random", ["--tag=x"], "--tag"),
+        ("select=random", ["--dry-run"], "--dry_run"),
+    ],
+)
+def test_words_that_make_no_sense_are_refused_before_the_first_run(
+    vary: str, more: list[str], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        sweep.main(["--vary", vary, "--", *more, "--results_dir", str(tmp_path / "results")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_runs_once_and_tabulates(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["--vary", "select=random,central", "--seeds", "1", "--", *QUICK, "--results_dir", str(tmp_path)]
+    assert sweep.main(argv) == 0
+    out = capfd.readouterr().out
+    commands = [line for line in out.splitlines() if line.startswith("python3 condense.py ")]
+    assert len(commands) == 2 and shlex.split(commands[1])[2:] == [
+        *QUICK, "--results_dir", str(tmp_path), "--select", "central", "--seed", "0", "--tag", "select-central_seed0",
+    ]  # fmt: skip
+    folders = sorted((tmp_path / "digits").iterdir())
+    assert len(folders) == 2
+    written = [(folder / "data.pt").stat().st_mtime_ns for folder in folders]
+    assert sweep.main(argv) == 0
+    out = capfd.readouterr().out
+    assert "2 of 2 runs are finished already" in out and "python3 condense.py" not in out
+    assert [(folder / "data.pt").stat().st_mtime_ns for folder in folders] == written
+    accuracy = json.loads((folders[0] / "data.json").read_text())["accuracy"]["accuracy_mean"]
+    assert f"select=central   {accuracy:.1f} (n=1)" in out
+    assert all(str(folder) in out for folder in folders)
+
+
+def test_a_run_that_fails_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["--vary", "ipc=2000", "--seeds", "1", "--", *QUICK[:-4], "--results_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="ended with status 2"):
+        sweep.main(argv)
+    assert "--ipc 2000" in capfd.readouterr().err

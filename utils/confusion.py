@@ -1,0 +1,68 @@
+"""What a network takes for what: per-class accuracy and confusion matrix, as text, CSV and picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from torch import Tensor
+
+WIDEST = 20  # classes of a matrix that a terminal shows
+
+
+def per_class(matrix: Tensor) -> list[float]:
+    """Accuracy of every class in per cent; NaN for a class without test images. matrix: (classes, classes) counts."""
+    return (100 * matrix.diagonal().double() / matrix.sum(1)).tolist()
+
+
+def as_text(matrix: Tensor, names: Sequence[str]) -> str:
+    """Accuracy by class, and up to WIDEST classes the matrix: rows are classes, columns what they are taken for, in
+    per cent of the row."""
+    shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    wide = max(map(len, names))
+    lines = []
+    show = len(names) <= WIDEST
+    if show:
+        lines.append(f"{'class':{wide}}  accuracy %  taken for % " + "".join(f"{c:5}" for c in range(len(names))))
+    for c, (name, right) in enumerate(zip(names, per_class(matrix), strict=True)):
+        row = "".join(f"{share:5.0f}" for share in shares[c].tolist()) if show else ""
+        lines.append(f"{name:{wide}}  {right:10.1f}  {f'{c:11} ' + row if show else ''}".rstrip())
+    return "\n".join(lines)
+
+
+def as_csv(matrix: Tensor, names: Sequence[str]) -> str:
+    """Counts, a row per class, with its accuracy in per cent in the last column."""
+    import csv
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["class", *names, "accuracy %"])
+    for name, row, right in zip(names, matrix.tolist(), per_class(matrix), strict=True):
+        writer.writerow([name, *row, f"{right:.4f}"])
+    return out.getvalue()
+
+
+def as_png(matrix: Tensor, names: Sequence[str], title: str) -> bytes:
+    """The matrix in per cent of its rows, with numbers where there is room, as a PNG file's content."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = (100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
+    count = len(names)
+    side = min(max(0.55 * count, 3.0), 14.0)
+    figure = Figure(figsize=(side + 1.8, side + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    picture = axis.imshow(shares, vmin=0, vmax=100, cmap="cividis")
+    axis.set(xlabel="taken for", ylabel="class", title=title)
+    if count <= WIDEST:
+        axis.set_xticks(range(count), names, rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(count), names)
+        for i in range(count):
+            for j in range(count):
+                colour = "black" if shares[i, j] > 55 else "white"  # against cividis, dark to bright
+                axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    figure.colorbar(picture, ax=axis, label="% of the class", shrink=0.8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,394 @@
+"""Distilled sets as files hold them, ours and other people's: read without trust, then matched with their data set.
+
+    stored = read(path)                       # types and shapes are checked; its card may name the data set
+    images, labels, soft = interpret(stored, dataset, normalized=False)
+
+Read are a run folder or .pt file with [images, labels], a .safetensors file with both and perhaps a card in its header,
+and a folder of class folders with image files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from utils.device import free_memory
+from utils.errors import UserError, first_line
+from utils.files import CARD, DATA, check_card, read_card, read_tensors
+from utils.imagefiles import EXTENSIONS, is_grey, mode_and_size, read_image
+from utils.images import Normalize, to_unit
+
+log = logging.getLogger("dream")
+
+SAFETENSORS = ".safetensors"
+REMEDY = "name a run folder, a .pt or .safetensors file, or a folder with images in DIR/CLASS/*"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+ROUNDING = 1e-2  # by which the sum of a row of probabilities may differ from 1
+OVERSHOOT = 0.25  # beyond [0, 1] that others' sets may show: the published loop does not clamp before it saves
+SPARE_MEMORY = 0.5  # of what is free: a set is copied once or twice on its way to a network
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A distilled set as its file holds it: checked for type and shape, not yet interpreted."""
+
+    file: Path  # that messages name
+    images: Tensor  # (N, C, H, W) float32 or uint8, in whatever range
+    labels: Tensor  # (N,) int64: the class, the most probable one of `soft`, or the position in `names`
+    soft: Tensor | None = None  # (N, classes) float32, probabilities or logits
+    card: dict[str, Any] | None = None
+    names: list[str] | None = None  # of class folders
+
+    @property
+    def card_file(self) -> Path:
+        """The file that the card is in, or would be."""
+        if self.names is not None:
+            return self.file / CARD
+        return self.file if self.file.suffix.lower() == SAFETENSORS else self.file.with_name(CARD)
+
+
+class RealData(Protocol):
+    """What has to be known of a data set to interpret a set that was distilled from it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def side(self) -> int: ...
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+    @property
+    def normalize(self) -> Normalize: ...
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Stored:
+    """A set in any of the forms above. Raises UserError for everything that is none."""
+    if path.suffix.lower() == SAFETENSORS and not path.is_dir():
+        return _read_safetensors(path)
+    file = path / DATA if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        return _read_folder(path)
+    found = read_tensors(file, REMEDY)
+    if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
+        raise _refusal(file, "is not a list of two tensors")
+    card_file = file.with_name(CARD)
+    return _checked(file, *found, card=read_card(card_file) if card_file.exists() else None)
+
+
+def _refusal(file: Path, what: str) -> UserError:
+    return UserError(
+        f"{file}: {what}; expected images (N, C, H, W), floats in [0, 1] or bytes, and labels, (N,) whole numbers or "
+        "(N, classes) probabilities"
+    )
+
+
+def _checked(file: Path, images: Tensor, labels: Tensor, *, card: dict[str, Any] | None) -> Stored:
+    """Two tensors of any kind as a set. Raises UserError unless they are one."""
+    for x in (images, labels):
+        plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
+        if not plain or x.device.type != "cpu":
+            raise _refusal(file, f"holds a tensor of an unusual kind ({type(x).__name__}, {x.layout}, {x.device})")
+    images, labels = images.detach(), labels.detach()
+    _must_fit(file, images.numel() + labels.numel())
+    if images.dim() != 4 or images.dtype not in (*FLOATS, torch.uint8) or not images.numel():
+        raise _refusal(file, f"images are {images.dtype} of shape {tuple(images.shape)}")
+    if images.dtype != torch.uint8:
+        images = images.float()
+    if labels.shape == images.shape[:1] and labels.dtype in INTEGERS:
+        return Stored(file, images, labels.long(), card=card)
+    soft = labels.dim() == 2 and len(labels) == len(images) and labels.shape[1] > 0 and labels.dtype in FLOATS
+    if not soft:
+        raise _refusal(file, f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
+    labels = labels.float()
+    if not labels.isfinite().all():
+        raise _refusal(file, "soft labels hold NaN or infinity")
+    return Stored(file, images, labels.argmax(1), soft=labels, card=card)
+
+
+def _must_fit(file: Path, numbers: int) -> None:
+    """Raises UserError when so many numbers are too many: a small file can declare a tensor of any size."""
+    need, free = 4 * numbers, free_memory(torch.device("cpu"))
+    if need > SPARE_MEMORY * free:
+        raise UserError(f"{file}: needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {REMEDY}")
+
+
+def _read_safetensors(file: Path) -> Stored:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise UserError(f"{file}: cannot be read without safetensors; pip install safetensors") from error
+    try:
+        with safe_open(file, framework="pt", device="cpu") as content:
+            names, header = list(content.keys()), content.metadata() or {}
+            found = [content.get_tensor(name) for name in ("images", "labels") if name in names]
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; {REMEDY}") from error
+    except Exception as error:  # of the header, of its JSON, of types that PyTorch lacks
+        raise UserError(f"{file}: is truncated or damaged ({first_line(error)}); {REMEDY}") from error
+    if len(found) != 2:
+        raise _refusal(file, f"holds {listed(names) or 'nothing'} in place of images and labels")
+    return _checked(file, *found, card=_card_in(header, file))
+
+
+def _card_in(header: dict[str, str], file: Path) -> dict[str, Any] | None:
+    """The card in a header. One that is not ours is passed over with a warning: it could not be moved away."""
+    if "card" not in header:
+        return None
+    try:
+        return check_card(json.loads(header["card"]), file)
+    except (ValueError, RecursionError):
+        log.warning("%s: the card in its header is no JSON, and is not used", file)
+    except UserError as error:
+        log.warning("%s; the card in its header is not used", str(error).split(";")[0])
+    return None
+
+
+def _read_folder(folder: Path) -> Stored:
+    """Images in DIR/CLASS/*; hidden files, and folders without images, do not count."""
+    paths: dict[str, list[Path]] = {}
+    ignored: list[Path] = []
+    for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        inside = sorted(p for p in place.iterdir() if not p.name.startswith("."))
+        images = [p for p in inside if p.suffix.lower() in EXTENSIONS]
+        if images:
+            paths[place.name] = images
+            ignored += [p for p in inside if p.suffix.lower() not in EXTENSIONS]
+    files = [str(path) for images in paths.values() for path in images]
+    if not files:
+        raise UserError(f"{folder / DATA}: no such file, nor are there images in {folder}/CLASS/*; {REMEDY}")
+    if ignored:
+        log.warning("ignored, being no image file: %s (%d such files)", ignored[0], len(ignored))
+    grey, side = True, 0
+    for path in files:
+        mode, size = mode_and_size(path)
+        side = side or size[0]
+        if size != (side, side):
+            raise UserError(
+                f"{path}: is {size[0]} x {size[1]} pixels, the first image of the set is {side} pixels wide; make all "
+                "images squares of one size"
+            )
+        grey = grey and is_grey(mode)
+    channels = 1 if grey else 3
+    _must_fit(folder, len(files) * channels * side**2)
+    labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(images) for images in paths.values()]))
+    return Stored(
+        folder, torch.stack([read_image(path, channels=channels) for path in files]), labels, names=list(paths)
+    )
+
+
+# --- Interpreting -----------------------------------------------------------------------------------------------------
+
+
+def interpret(stored: Stored, dataset: RealData, *, normalized: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and soft labels (N, classes) float32 or None.
+
+    normalized: the data set's mean and std have been taken out of the pixels. A card may say so, too.
+    Raises UserError when the set does not fit the data set, and warns of what looks odd.
+    """
+    file, labels = stored.file, stored.labels
+    images, expected = stored.images, (dataset.channels, dataset.side, dataset.side)
+    if stored.names is not None:
+        images = _with_channels(images, dataset.channels)
+        labels = torch.tensor(class_numbers(stored.names, dataset, file))[labels]
+    if tuple(images.shape[1:]) != expected:
+        raise UserError(
+            f"{file}: holds images of {tuple(images.shape[1:])}, {dataset.name} has {expected}; name the data set "
+            "with -d, or --size"
+        )
+    soft = stored.soft
+    if soft is not None and soft.shape[1] != dataset.classes:
+        raise UserError(f"{file}: has soft labels of {soft.shape[1]} classes, {_expects(dataset)}")
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < dataset.classes:
+            raise UserError(f"{file}: has a label {label}, {_expects(dataset)}")
+    present = len(labels.unique())
+    if present < dataset.classes:
+        log.warning("%s: holds %d of the %d classes", file, present, dataset.classes)
+    if normalized or _card_says_normalized(stored):
+        images = _put_back(images, dataset.normalize if stored.card is None else _normalize_of(stored.card), file)
+    else:
+        images = _in_range(images, file)
+    return images, labels, None if soft is None else _probabilities(soft, file)
+
+
+def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
+    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and the card if there is one: for looking at a set
+    without its data set. Raises UserError for everything that is no such set."""
+    stored = read(path)
+    if stored.labels.min() < 0:
+        raise _refusal(stored.file, f"a label is {int(stored.labels.min())}")
+    if stored.card is not None and _card_says_normalized(stored):
+        images = _put_back(stored.images, _normalize_of(stored.card), stored.file)
+    else:
+        images = _in_range(stored.images, stored.file)
+    return images, stored.labels, stored.card
+
+
+def _expects(dataset: RealData) -> str:
+    return f"{dataset.name} has {dataset.classes} classes, from 0; name the data set with -d"
+
+
+def _card_says_normalized(stored: Stored) -> bool:
+    return stored.card is not None and stored.card.get("normalized", False)
+
+
+def _normalize_of(card: dict[str, Any]) -> Normalize:
+    return Normalize(card["normalization"]["mean"], card["normalization"]["std"])
+
+
+def _in_range(images: Tensor, file: Path) -> Tensor:
+    """Pixels that should be in [0, 1], clamped. Raises UserError when they are far from it."""
+    if images.dtype == torch.uint8:
+        return to_unit(images)
+    low, high = _range(images, file)
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        remedy = "say --normalized if mean and std have been taken out of them"
+        if low >= 0 and 2 < high <= 255:
+            remedy = f"they look like 0 to 255: divide them by 255 or save them as uint8, or {remedy}"
+        raise UserError(f"{file}: pixels range from {low:.3g} to {high:.3g} in place of 0 to 1; {remedy}")
+    if low < 0 or high > 1:
+        log.warning("%s: pixels range from %.3g to %.3g; clamped to [0, 1]", file, low, high)
+    return images.clamp(0, 1)
+
+
+def _put_back(images: Tensor, normalize: Normalize, file: Path) -> Tensor:
+    """Normalised pixels in [0, 1] again, clamped. Raises UserError when they cannot be normalised ones."""
+    mean, std = normalize.mean.cpu(), normalize.std.cpu()
+    if mean.shape[1] != images.shape[1]:
+        raise UserError(f"{file}: has {images.shape[1]} channels, its normalisation {mean.shape[1]}; check -d")
+    if images.dtype == torch.uint8:
+        raise UserError(f"{file}: holds bytes from 0 to 255, which are not normalised; leave --normalized out")
+    low, high = _range(images, file)
+    if low >= 0:
+        log.warning(
+            "%s: pixels range from %.3g to %.3g, none is negative: they look un-normalised, as without --normalized",
+            file,
+            low,
+            high,
+        )
+    found = images * std + mean
+    if found.min() < -OVERSHOOT or found.max() > 1 + OVERSHOOT:
+        log.warning(
+            "%s: normalised pixels range from %.3g to %.3g, %.3g to %.3g was expected; clamped",
+            file,
+            low,
+            high,
+            (-mean / std).min().item(),
+            ((1 - mean) / std).max().item(),
+        )
+    return found.clamp(0, 1)
+
+
+def _range(images: Tensor, file: Path) -> tuple[float, float]:
+    low, high = (x.item() for x in images.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{file}: pixels hold NaN or infinity; the set is damaged, make it again")
+    return low, high
+
+
+def _probabilities(soft: Tensor, file: Path) -> Tensor:
+    """Soft labels (N, classes) as probabilities that sum to 1, whether they are such or logits."""
+    sums = soft.sum(1)
+    if soft.min() >= 0 and (sums - 1).abs().max() <= ROUNDING:
+        return soft / sums[:, None]
+    log.warning(
+        "%s: soft labels range from %.3g to %.3g and sum to %.3g to %.3g per image, so they are no probabilities; "
+        "taken as logits, with softmax",
+        file,
+        soft.min().item(),
+        soft.max().item(),
+        sums.min().item(),
+        sums.max().item(),
+    )
+    return soft.softmax(1)
+
+
+def _with_channels(images: Tensor, channels: int) -> Tensor:
+    """Images of files as grey or colour ones, where nothing is lost: the format of a file says little of the set."""
+    if channels == 1 and images.shape[1] == 3 and (images == images[:, :1]).all():
+        return images[:, :1]
+    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
+
+
+# --- Names of class folders -------------------------------------------------------------------------------------------
+
+# Hugging Face's imagefolder takes a folder with one of these words in its name for a split, and leaves out the others.
+SPLITS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """Names for class folders whose alphabetical order is that of the classes, safe for file systems.
+
+    Numbers are put in front where the names' own order is another one, or where two are the same.
+    """
+    names = [safe_name(name) for name in class_names]
+    if names == sorted(names) and len({name.lower() for name in names}) == len(names):
+        return names
+    digits = len(str(len(names) - 1))
+    return [f"{c:0{digits}}_{name}" for c, name in enumerate(names)]
+
+
+def safe_name(name: str) -> str:
+    """`T-shirt/top` -> `T-shirt_top`; `train` -> `trains`."""
+    name = re.sub(r"[^\w.-]+", "_", name)
+    name = re.sub(rf"(?<![^\W\d_])({'|'.join(SPLITS)})(?![^\W\d_])", r"\1s", name)
+    return name.strip("._")[:100] or "class"
+
+
+def class_numbers(names: Sequence[str], dataset: RealData, file: Path) -> list[int]:
+    """The class of every folder: by its name, or by its number if all have one and no name contradicts it.
+
+    Never by its place in the alphabet. Raises UserError listing the folders that fit no class.
+    """
+    wanted = list(dataset.class_names)
+    numbers: dict[str, set[int]] = {}
+    for c, forms in enumerate(zip(wanted, map(safe_name, wanted), folder_names(wanted), strict=True)):
+        for form in forms:
+            numbers.setdefault(form, set()).add(c)
+    known = {name: found.pop() for name, found in numbers.items() if len(found) == 1}
+    by_name = [known.get(name) for name in names]
+    by_number = [_number(name, known) for name in names]
+    found = by_number if None in by_name and None not in by_number else by_name
+    right = [c for c in found if c is not None and c < dataset.classes and found.count(c) == 1]
+    if len(right) < len(names):
+        odd = [name for name, c in zip(names, found, strict=True) if c not in right]
+        raise UserError(
+            f"{file}: class folders that are no class of {dataset.name}, or one twice: {listed(odd)}; name them like "
+            f"its classes ({listed(folder_names(wanted))}), or all by number (0, 1_NAME), and check -d"
+        )
+    return right
+
+
+def _number(folder: str, known: Mapping[str, int]) -> int | None:
+    """`3` and `3_NAME` -> 3, unless the folder's name, or NAME, is known to be another class."""
+    match = re.fullmatch(r"([0-9]+)(?:_(.*))?", folder)
+    if match is None:
+        return None
+    number = int(match[1])
+    return number if all(known.get(name, number) == number for name in (folder, match[2])) else None
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few of them."""
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")

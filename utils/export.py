@@ -1,0 +1,269 @@
+"""Distilled sets for other programs: decoded as a folder of PNG files, or as stored in a .safetensors file.
+
+Both are read back by utils/exchange.py. Nothing is overwritten, and what a killed export leaves is hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from models import NetSpec
+from utils.errors import UsageError, UserError
+from utils.evaluation import Score
+from utils.exchange import SAFETENSORS, folder_names
+from utils.files import check_card, write_atomically
+from utils.formation import BOUND
+from utils.images import ImageSet, Normalize
+
+log = logging.getLogger("dream")
+
+
+def check_target(path: Path) -> None:
+    """Raises UsageError when something is there already."""
+    if path.is_dir() and path.suffix.lower() != SAFETENSORS:
+        if any(path.iterdir()):
+            raise UsageError(f"--export {path}: is not empty; name a new folder, or a file ending in {SAFETENSORS}")
+    elif path.exists():
+        raise UsageError(f"--export {path}: is there already; name a new folder, or a new file ending in {SAFETENSORS}")
+
+
+def card_without_run(
+    *,
+    dataset: str,
+    image_folder: str | None,
+    class_names: Sequence[str],
+    ipc: int,
+    factor: int,
+    decode_type: str,
+    normalize: Normalize,
+) -> dict[str, Any]:
+    """A card for a set of whose making nothing is known: how to use it, as data.json says it."""
+    return {
+        "dataset": dataset,
+        "image_folder": image_folder,
+        "class_names": list(class_names),
+        "ipc": ipc,
+        "factor": factor,
+        "decode_type": decode_type,
+        "normalized": False,
+        "normalization": {"mean": _numbers(normalize.mean), "std": _numbers(normalize.std)},
+        "settings": {},
+        "finished": True,
+    }
+
+
+def _numbers(x: Tensor) -> list[float]:
+    """Short ones, as a person wrote them: float32 turns 0.4914 into 0.4914000034332275."""
+    return [float(f"{value:.7g}") for value in x.flatten().tolist()]
+
+
+# --- As stored --------------------------------------------------------------------------------------------------------
+
+
+def export_safetensors(
+    file: Path, images: Tensor, labels: Tensor, *, soft: Tensor | None = None, card: Mapping[str, Any]
+) -> None:
+    """The stored set without loss: `images` and `labels`, and the card in the header.
+
+    images: (N, C, H, W) float32 in [0, 1]; labels: (N,) int64; soft: (N, classes) float32, written in their place.
+    Raises UsageError when the file is there already, UserError when it cannot be written.
+    """
+    check_target(file)
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise UserError(f"--export {file}: cannot be written without safetensors; pip install safetensors") from error
+    card = check_card({**card, "normalized": False, "value_range": [0.0, 1.0]}, file)
+    tensors = {"images": images, "labels": labels if soft is None else soft}
+    header = {"format": "pt", "card": json.dumps(card), "about": how_to_use(card, images.shape[-1])}
+    content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, header)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+    except OSError as error:
+        raise _cannot(file, error) from error
+    log.info("exported %d stored images to %s", len(images), file)
+
+
+def how_to_use(card: Mapping[str, Any], side: int) -> str:
+    """One sentence for somebody who has nothing but the file."""
+    f, norm = card["factor"], card["normalization"]
+    which = {
+        "multi": f" for each n from {f} down to 1",
+        "bound": f" with n = {f} for as many of a class's images as keep it within {BOUND}, smaller n for the others",
+    }.get(card["decode_type"], f" with n = {f}")
+    decode = f"cut every image into n x n cells{which}, enlarge each cell bilinearly to {side} x {side}, "
+    return (
+        f"{title(card)}, distilled: images are in [0, 1], not normalised; {decode if f > 1 else ''}subtract the mean "
+        f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel"
+    )
+
+
+def _cannot(path: Path, error: OSError) -> UserError:
+    return UserError(f"--export {path}: cannot be written ({error.strerror or error}); name another place")
+
+
+# --- Decoded ----------------------------------------------------------------------------------------------------------
+
+
+def export_folder(
+    directory: Path, train: ImageSet, *, class_names: Sequence[str], stored: int, card: Mapping[str, Any]
+) -> None:
+    """The training images that networks see as DIR/CLASS/0000.png, and a README.md that says what they are.
+
+    train: decoded images in [0, 1]; stored: how many images they were decoded from. ImageFolder(DIR) of torchvision
+    and load_dataset("imagefolder", data_dir=DIR) of Hugging Face number the classes as the labels do.
+    Raises UsageError when the folder is not empty, UserError when it cannot be written or a class has no images.
+    """
+    check_target(directory)
+    directory = directory.resolve()
+    if 0 in train.counts:
+        name = class_names[train.counts.index(0)]
+        raise UserError(
+            f"--export {directory}: class {name} has no images, so that readers of folders would number the others "
+            f"differently; export a {SAFETENSORS} file"
+        )
+    if train.soft is not None:
+        log.warning("--export %s: a folder cannot hold soft labels: only the most probable classes are kept", directory)
+    folders = folder_names(class_names)
+    part = directory.with_name(f".{directory.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        for c, folder in enumerate(folders):
+            (part / folder).mkdir(parents=True)
+            for i, image in enumerate(train.of_class(c).detach().mul(255).round().clamp(0, 255).byte().cpu()):
+                to_pil_image(image).save(part / folder / f"{i:04}.png")
+        text = readme(train, folders, class_names=class_names, stored=stored, card=card)
+        (part / "README.md").write_text(text, encoding="utf-8")
+        os.sync()  # the files before their name, in case of a power cut
+        if directory.exists():
+            directory.rmdir()
+        part.rename(directory)
+    except OSError as error:
+        raise _cannot(directory, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    log.info("exported %d decoded images to %s", len(train), directory)
+
+
+def title(card: Mapping[str, Any]) -> str:
+    """The data set's name; a folder of one's own goes by its own."""
+    name = card["dataset"]
+    if name == "folder" and card.get("image_folder"):
+        name = Path(card["image_folder"]).name
+    return _text(name)
+
+
+def _text(value: object) -> str:
+    """For a cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}  # Hugging Face's words
+
+
+def readme(
+    train: ImageSet, folders: Sequence[str], *, class_names: Sequence[str], stored: int, card: Mapping[str, Any]
+) -> str:
+    """A data set card: Hugging Face's header, what the set is, how it was made, how to train on it."""
+    n, channels, side = len(train), train.images.shape[1], train.side
+    mean, std = _numbers(train.normalize.mean), _numbers(train.normalize.std)
+    name = title(card)
+    size = next((word for most, word in SIZES.items() if n < most), "n>1M")
+    reduced = (
+        "\nThe set has soft labels, probabilities of every class for every image, which folders cannot hold: each "
+        f"image lies in the folder of its most probable class. A {SAFETENSORS} export keeps them.\n"
+        if train.soft is not None
+        else ""
+    )
+    grey = "    transforms.Grayscale(),\n" if channels == 1 else ""
+    about = [
+        ("data set", f"{name}, {train.classes} classes"),
+        ("budget", f"{stored} stored images, {stored / train.classes:g} per class: compare with sets of this size"),
+        ("images here", f"{n}, {n / train.classes:g} per class, {channels} x {side} x {side}, decoded"),
+        ("multi-formation", f"factor {card['factor']}, decode type {card['decode_type']}: applied already, so that "
+         "these images have factor 1"),
+        *_making(card),
+    ]  # fmt: skip
+    rows = "\n".join(f"| {what} | {_text(value)} |" for what, value in about)
+    classes = "\n".join(
+        f"| {c} | {folder} | {_text(known)} |"
+        for c, (folder, known) in enumerate(zip(folders, class_names, strict=True))
+    )
+    settings = json.dumps({k: v for k, v in card.get("settings", {}).items() if v is not None}, indent=2)
+    return f"""---
+pretty_name: {json.dumps(f"{name}, distilled")}
+task_categories:
+- image-classification
+tags:
+- dataset-distillation
+- synthetic
+size_categories:
+- {size}
+---
+# {name}, distilled
+
+A small synthetic training set, distilled from {name}: networks train on it in place of {name} and are tested on real
+images.
+
+| | |
+|---|---|
+{rows}
+
+PNG rounds pixels to 8 bits, so that accuracies may differ slightly from those of the stored set.
+{reduced}
+## Training on it
+
+Networks were trained on images normalised with mean {mean} and standard deviation {std}, in units of [0, 1]:
+
+```python
+from torchvision import datasets, transforms
+
+prepare = transforms.Compose([
+{grey}    transforms.ToTensor(),
+    transforms.Normalize({mean}, {std}),
+])
+train = datasets.ImageFolder("PATH_OF_THIS_FOLDER", prepare)  # class numbers are the labels below
+```
+
+or `datasets.load_dataset("imagefolder", data_dir="PATH_OF_THIS_FOLDER")` with Hugging Face's `datasets`.
+
+| label | folder | class |
+|---|---|---|
+{classes}
+
+## Settings
+
+```json
+{settings}
+```
+"""
+
+
+def _making(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the card knows of how the set was made and how good it is."""
+    if "outer_iterations" not in card:
+        return [("made by", "unknown: the set came without a description")]
+    settings = card.get("settings", {})
+    found = [
+        ("made by", "condense.py, after DREAM: Efficient Dataset Distillation by Representative Matching (ICCV 2023)"),
+        ("method", f"{settings.get('match')} matching, metric {settings.get('metric')}, real images by "
+         f"{settings.get('select')}, initial pixels {settings.get('init')}"),
+        ("outer iterations", f"{card['outer_iterations']}" + ("" if card.get("finished") else ", unfinished")),
+    ]  # fmt: skip
+    for what, key in (("test accuracy, %", "accuracy"), ("of as many random real images, %", "random_real")):
+        try:
+            score = Score(tuple(map(float, card[key]["accuracies"])))
+            found.append((what, f"{score}, {NetSpec(**card['network']).name}"))
+        except (KeyError, TypeError, ValueError, ArithmeticError):  # not there, as long as a run is unfinished
+            continue
+    return found
