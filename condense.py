@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, Network, forward_flop
-from utils import files, options, runtime
+from utils import checks, files, options, runtime
 from utils.augment import Augment
 from utils.board import Board, check_board
 from utils.device import Compute, peak_memory, pick_device, set_precision
@@ -325,7 +325,7 @@ def check_sizes(o: CondenseOptions, dataset: Dataset) -> list[str]:
     if not len(dataset.test):
         raise UserError(f"{o.dataset}: has no test images")
     counts, warnings = dataset.train.counts, []
-    options.check_ipc(o.ipc, counts, dataset.class_names)
+    checks.check_ipc(o.ipc, counts, dataset.class_names)
     have = min(counts)
     name = dataset.class_names[counts.index(have)]
     if o.init != "noise" and o.ipc * o.factor**2 > have:
@@ -366,10 +366,10 @@ def main(argv: Sequence[str]) -> int:
         set_precision(device, o.precision)
         dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
-        options.check_matching(o, spec)
-        options.check_factor(o.factor, dataset.side)
+        checks.check_matching(o.match, spec)
+        checks.check_factor(o.factor, dataset.side)
         decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
-        options.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
+        checks.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
         folder, saved = RunFolder(options.run_folder(o)), options.as_saved(o)
         if o.tensorboard:
             check_board()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import confusion, exchange, export, files, options, results, runtime
+from utils import checks, confusion, exchange, export, files, options, results, runtime
 from utils.board import Board, check_board
 from utils.device import Compute, device_name, peak_memory, pick_device, set_precision
 from utils.errors import UsageError, UserError
@@ -135,7 +135,7 @@ class Evaluation:
     def coreset(self, strategy: str, ipc: int, folder: Path) -> Subject:
         """Real images, chosen anew for every training in the embedding of a fresh network."""
         real, o = self.dataset.train, self.o
-        options.check_ipc(ipc, real.counts, self.dataset.class_names)
+        checks.check_ipc(ipc, real.counts, self.dataset.class_names)
 
         def draw(spec: NetSpec, r: int) -> ImageSet:
             draws = Draws(self.device, o.seed, "coreset", r)
@@ -239,7 +239,7 @@ class Evaluation:
 
     def train(self, spec: NetSpec, subject: Subject, flop: float) -> Record:
         o, title, started = self.o, f"{spec.name}, {subject.title}", time.monotonic()
-        options.check_batches(spec, o.batch_size, round(subject.decoded_per_class * self.dataset.classes))
+        checks.check_batches(spec, o.batch_size, round(subject.decoded_per_class * self.dataset.classes))
         recipe = dataclasses.replace(options.evaluation_recipe(o, flip=self.dataset.flip), epochs=subject.epochs)
         with Progress(o.repeat * subject.epochs, title, "epoch") as progress:
             score = evaluate(
@@ -324,7 +324,7 @@ def newest(given: Mapping[str, Any]) -> Path:
 def resolve(given: dict[str, Any]) -> tuple[TrainOptions, Stored | None]:
     """Complete options, and the set that they are about, unless it is real images alone."""
     if given.get("coreset") or (given.get("real") and "run" not in given):
-        options.check_alone(given)
+        checks.check_alone(given)
         return options.resolve_training(given, None, Path()), None
     stored = exchange.read(Path(given["run"]) if "run" in given else newest(given))
     card = stored.card
@@ -363,7 +363,7 @@ def interpret(o: TrainOptions, stored: Stored, dataset: Dataset) -> tuple[Tensor
     """Images, labels and soft labels of a set, as exchange.interpret gives them. Raises UserError when set and data set
     do not fit; a factor that a person said is compared with what the pixels look like."""
     found = exchange.interpret(stored, dataset, normalized=o.normalized)
-    options.check_factor(o.factor or 1, dataset.side)
+    checks.check_factor(o.factor or 1, dataset.side)
     if stored.card is None:
         warning = factor_warning(stored.file, found[0], dataset.train.images.cpu(), factor=o.factor or 1)
         if warning is not None:
@@ -371,31 +371,17 @@ def interpret(o: TrainOptions, stored: Stored, dataset: Dataset) -> tuple[Tensor
     return found
 
 
-def export_set(
-    o: TrainOptions,
-    stored: Stored,
-    images: Tensor,
-    labels: Tensor,
-    soft: Tensor | None,
-    decoded: ImageSet,
-    dataset: Dataset,
-) -> None:
-    """Write the set to --export. Raises UsageError when something is there already."""
-    target, card = Path(o.export or ""), stored.card
-    if card is None:
-        card = export.card_without_run(
-            dataset=o.dataset,
-            image_folder=o.image_folder,
-            class_names=dataset.class_names,
-            ipc=len(images) // len(labels.unique()),
-            factor=o.factor or 1,
-            decode_type=o.decode_type or "single",
-            normalize=dataset.normalize,
-        )
-    if target.suffix == exchange.SAFETENSORS:
-        export.export_safetensors(target, images, labels, soft=soft, card=card)
-    else:
-        export.export_folder(target, decoded, class_names=dataset.class_names, stored=len(images), card=card)
+def card_of_stranger(o: TrainOptions, dataset: Dataset, ipc: int) -> dict[str, Any]:
+    """What data.json would say of a set that has none, as far as flags say it."""
+    return export.card_without_run(
+        dataset=o.dataset,
+        image_folder=o.image_folder,
+        class_names=dataset.class_names,
+        ipc=ipc,
+        factor=o.factor or 1,
+        decode_type=o.decode_type or "single",
+        normalize=dataset.normalize,
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -415,7 +401,10 @@ def main(argv: Sequence[str]) -> int:
             interpreted = interpret(o, stored, dataset)
             ours = evaluation.distilled(stored, *interpreted)
             if o.export is not None:
-                export_set(o, stored, *interpreted, ours.training_set(specs[0], 0), dataset)
+                decoded = ours.training_set(specs[0], 0)
+                card = card or card_of_stranger(o, dataset, round(ours.images_per_class))
+                names = dataset.class_names
+                export.export_set(Path(o.export), stored=interpreted, decoded=decoded, class_names=names, card=card)
                 return 0
             subjects = [ours, *evaluation.baselines(ours)]
             if o.real:

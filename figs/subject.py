@@ -12,7 +12,7 @@ from torch import Tensor
 from data import Dataset
 from figs.common import class_number
 from models import Network
-from utils import flags, options
+from utils import checks, flags, options
 from utils.augment import Augment
 from utils.device import Compute, pick_device, set_precision
 from utils.errors import UsageError
@@ -96,7 +96,7 @@ def prepare(given: argparse.Namespace) -> Subject:
             f"--count {given.count}: class {name} has {real.counts[c]} training images, so that nothing would be "
             "selected; give a smaller number"
         )
-    options.check_batches(spec, o.batch_real, o.n_data or 2)
+    checks.check_batches(spec, o.batch_real, o.n_data or 2)
     net, compute = fresh_network(spec, Draws(device, o.seed, "network", 0)), Compute(device)
     train(net, real, o, given.updates, compute)
     one = ImageSet(

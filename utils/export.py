@@ -36,6 +36,22 @@ def check_target(path: Path) -> None:
         raise UsageError(f"--export {path}: is there already; name a new folder, or a new file ending in {SAFETENSORS}")
 
 
+def export_set(
+    target: Path,
+    *,
+    stored: tuple[Tensor, Tensor, Tensor | None],
+    decoded: ImageSet,
+    class_names: Sequence[str],
+    card: Mapping[str, Any],
+) -> None:
+    """Write a set in the form that the target's suffix asks for. stored: images in [0, 1], labels, soft labels."""
+    images, labels, soft = stored
+    if target.suffix.lower() == SAFETENSORS:
+        export_safetensors(target, images, labels, soft=soft, card=card)
+    else:
+        export_folder(target, decoded, class_names=class_names, stored=len(images), card=card)
+
+
 def card_without_run(
     *,
     dataset: str,
