@@ -1,0 +1,55 @@
+"""Rules between flags, data and networks that no single flag knows. Each raises UsageError naming the flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import models
+from utils.errors import UsageError
+
+
+def check_alone(given: Mapping[str, Any]) -> None:
+    """Rules for train.py without a distilled set. Raises UsageError for flags that have no meaning then."""
+    if given.get("real") and given.get("coreset"):
+        raise UsageError("--real and --coreset exclude each other")
+    if given.get("coreset") and "run" in given:
+        raise UsageError(f"{given['run']}: --coreset trains on real images; leave the set out, or use --baselines")
+    if given.get("coreset") and "ipc" not in given:
+        raise UsageError("--coreset: say how many images per class with --ipc N")
+    for name in ("factor", "decode_type", "normalized", "export", "baselines"):
+        if name in given:
+            raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
+
+
+def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
+    """Raises UsageError when a class has fewer images than are asked for."""
+    smallest = min(counts)
+    if ipc > smallest:
+        name = names[counts.index(smallest)]
+        raise UsageError(f"--ipc {ipc}: class {name} has only {smallest} training images; use --ipc {smallest} or less")
+
+
+def check_factor(factor: int, side: int) -> None:
+    """Raises UsageError when cells would be smaller than a pixel."""
+    if factor > side:
+        raise UsageError(f"-f {factor}: a cell would be smaller than a pixel, images are {side} pixels wide")
+
+
+def check_batches(spec: models.NetSpec, *sizes: int) -> None:
+    """Raises UsageError when a network with batch norm would have to train on a single image that it cannot."""
+    if min(sizes) < models.smallest_batch(spec):
+        raise UsageError(
+            f"{spec.name}, which has batch norm, cannot train on a batch of one image of this size; use more images "
+            "(--ipc, -f, --batch_real, --batch_size, --batch_syn_max, --n_data)"
+            + (" or --norm_type instance" if spec.norm else "")
+        )
+
+
+def check_matching(match: str, spec: models.NetSpec) -> None:
+    """Raises UsageError when gradients are to be matched that PyTorch cannot differentiate, as with hardsigmoid."""
+    if match == "grad" and (problem := models.second_derivative_error(spec)):
+        raise UsageError(
+            f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match grad needs; "
+            "use another network, or --match feat"
+        )
