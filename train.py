@@ -110,14 +110,22 @@ class Evaluation:
             stored_bytes=stored.images.nbytes + (0 if stored.soft is None else stored.soft.nbytes),
             epochs=o.epochs,
             training_set=lambda spec, r: found,
-            folder=beside(stored.file),
+            folder=self.results_of(stored),
             identity={
-                "dataset": o.dataset,
+                **self.data_identity(),
                 "factor": factor,
                 "decode_type": decode_type,
                 "sha256": hashlib.sha256(b"".join(contents)).hexdigest(),
             },
         )
+
+    def results_of(self, stored: Stored) -> Path:
+        """Where its results go: a run folder, or for sets from elsewhere, which stay as they are, one of their own."""
+        if stored.card is not None and stored.card_file.name == files.CARD:
+            return stored.file.parent
+        folder = Path(self.o.results_dir) / self.o.dataset / f"evaluated_{stored.file.stem}"
+        files.make_folder(folder)
+        return folder
 
     def baselines(self, ours: Subject) -> list[Subject]:
         """As many real images as a distilled set stores, and random ones as many as it decodes to."""
@@ -150,7 +158,7 @@ class Evaluation:
             epochs=o.epochs,
             training_set=draw,
             folder=folder,
-            identity={**self.real_identity(), "strategy": strategy, "ipc": ipc},
+            identity={**self.data_identity(), "strategy": strategy, "ipc": ipc},
         )
 
     def real(self, epochs: int) -> Subject:
@@ -160,10 +168,11 @@ class Evaluation:
         folder = Path(self.o.results_dir) / self.o.dataset / "real"
         files.make_folder(folder)
         return Subject(
-            ALL_REAL, count, count, real.images.nbytes, epochs, lambda spec, r: real, folder, self.real_identity()
+            ALL_REAL, count, count, real.images.nbytes, epochs, lambda spec, r: real, folder, self.data_identity()
         )
 
-    def real_identity(self) -> dict[str, Any]:
+    def data_identity(self) -> dict[str, Any]:
+        """What training and test images are, as far as results depend on it."""
         folder = self.o.image_folder
         return {
             "dataset": self.o.dataset,
@@ -171,6 +180,7 @@ class Evaluation:
             "side": self.dataset.side,
             "training_images": len(self.dataset.train),
             "test_images": len(self.dataset.test),
+            "normalization": [[round(value, 4) for value in values] for values in self.dataset.statistics],
         }
 
     # --- Training and testing -----------------------------------------------------------------------------------------
@@ -179,6 +189,8 @@ class Evaluation:
         """Every network on every subject; each is recorded as soon as it is done."""
         todo = [(spec, subject) for spec in self.specs for subject in subjects]
         work = [self.flop(spec, subject) for spec, subject in todo]
+        for spec, subject in todo:  # before the first hour, not after it
+            checks.check_batches(spec, self.o.batch_size, round(subject.decoded_per_class * self.dataset.classes))
         for subject in subjects:
             self.show_images(subject)
         began, trained = time.monotonic(), 0.0
@@ -239,7 +251,6 @@ class Evaluation:
 
     def train(self, spec: NetSpec, subject: Subject, flop: float) -> Record:
         o, title, started = self.o, f"{spec.name}, {subject.title}", time.monotonic()
-        checks.check_batches(spec, o.batch_size, round(subject.decoded_per_class * self.dataset.classes))
         recipe = dataclasses.replace(options.evaluation_recipe(o, flip=self.dataset.flip), epochs=subject.epochs)
         with Progress(o.repeat * subject.epochs, title, "epoch") as progress:
             score = evaluate(
@@ -304,11 +315,6 @@ class Evaluation:
                 if subject is subjects[0]:
                     log.info("\n%s\n%s", title, confusion.as_text(matrix, names))
         log.info("\nconfusion matrices of all rows: %s/*.csv and *.png", folder)
-
-
-def beside(path: Path) -> Path:
-    """The folder of a set that was named by its folder or by its file."""
-    return path if path.is_dir() else path.parent
 
 
 def newest(given: Mapping[str, Any]) -> Path:

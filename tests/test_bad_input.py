@@ -36,6 +36,12 @@ TRAIN = ["--epochs", "1", "--repeat", "1", "--device", "cpu"]
 SMALLEST = {"cat": 3, "dog": 5}
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the default --results_dir must not lie in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on digits."""
@@ -455,7 +461,7 @@ def test_a_data_file_without_data_json_needs_data_set_and_factor(
     assert train.main([*TRAIN, file, "-d", "digits", "-f", "2", *network, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["decoded_per_class"] == 4
-    assert (run / "eval.json").exists()
+    assert (tmp_path / "results" / "digits" / "evaluated_data" / "eval.json").exists()
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

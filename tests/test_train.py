@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 import condense
 import train
-from tests.files import last_json
+from tests.files import last_json, tree
 from utils import runtime
 from utils.errors import UsageError, UserError
 from utils.flags import make_parser
@@ -36,6 +36,12 @@ def run(results: Path, *more: str) -> Path:
     """condense.py on digits in this process; the run folder."""
     assert condense.main([*TINY, "--results_dir", str(results), *more]) == 0
     return next((results / "digits").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the default --results_dir must not lie in the repository."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +261,19 @@ def test_the_wrong_data_set_is_an_error_where_shapes_tell_and_a_warning_where_cl
 
 
 # --- Others' sets and exports -----------------------------------------------------------------------------------------
+
+
+def test_results_of_others_sets_lie_apart_and_their_files_stay_as_they_are(finished: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    assert train.main([str(finished), "--export", str(theirs / "folder")]) == 0
+    bare(finished, theirs / "set.pt")
+    before = tree(theirs)
+    for name, factor in (("folder", 1), ("set.pt", 2)):
+        argv = [*FEW, str(theirs / name), "-d", "digits", "-f", str(factor), "--results_dir", str(tmp_path / "results")]
+        assert train.main([*argv, "--confusion", *ALONE]) == 0
+    assert tree(theirs) == before
+    found = sorted(p.name for p in (tmp_path / "results" / "digits").iterdir())
+    assert found == ["evaluated_folder", "evaluated_set"]
 
 
 def test_soft_labels_that_are_certain_train_like_hard_ones_and_uncertain_ones_do_not(

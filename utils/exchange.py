@@ -130,7 +130,10 @@ def _must_fit(file: Path, numbers: int) -> None:
     """Raises UserError when so many numbers are too many: a small file can declare a tensor of any size."""
     need, free = 4 * numbers, free_memory(torch.device("cpu"))
     if need > SPARE_MEMORY * free:
-        raise UserError(f"{file}: needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {REMEDY}")
+        raise UserError(
+            f"{file}: needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; it is damaged, no "
+            "distilled set, or one for a larger machine"
+        )
 
 
 def _read_safetensors(file: Path) -> Stored:
