@@ -354,6 +354,18 @@ def test_tensorboard_shows_losses_accuracies_and_pictures_of_both_scripts(tmp_pa
     assert len(losses) == 2 and all(len(events.Scalars(tag)) == 3 for tag in losses)
 
 
+def test_a_run_that_stopped_goes_on_with_its_curves(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    argv = [*TINY, "--results_dir", str(tmp_path), "--tensorboard"]
+    for _ in range(30):
+        assert condense.main([*argv, "--max_minutes", "0.0001"]) == 0
+        (card,) = tmp_path.glob("digits/*/data.json")
+        if json.loads(card.read_text())["finished"]:
+            break
+    events = accumulator.EventAccumulator(str(card.parent / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("matching loss")] == [1, 2, 3]
+
+
 def test_without_tensorboard_the_package_is_named_and_nothing_is_begun(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
