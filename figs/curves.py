@@ -65,13 +65,15 @@ class Reached:
         if not here or not there:  # nothing was distilled: no ratio has a meaning
             return line
         spent, allowed = self.curve.seconds[self.at], self.goal.seconds[-1]
-        line += ": " + times(here, there, "fewer iterations", "more iterations")
-        return line + (", " + times(spent, allowed, "less time", "more time") if spent and allowed else "")
+        line += ": " + times(here, there, "fewer iterations", "more iterations", "as many iterations")
+        timed = times(spent, allowed, "less time", "more time", "as much time") if spent and allowed else ""
+        return f"{line}, {timed}" if timed else line
 
 
-def times(here: float, there: float, less: str, more: str) -> str:
-    """`2.5 times less` or `2.5 times more`."""
-    return f"{there / here:.1f} times {less}" if here <= there else f"{here / there:.1f} times {more}"
+def times(here: float, there: float, less: str, more: str, same: str) -> str:
+    """`2.5 times less`, `2.5 times more`, or what there is to say of a factor that rounds to one."""
+    factor = f"{max(here, there) / min(here, there):.1f}"
+    return same if factor == "1.0" else f"{factor} times {less if here < there else more}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -88,7 +88,7 @@ def test_a_group_that_begins_above_the_goal_reaches_it_at_the_start(
     assert capsys.readouterr().out.splitlines() == [
         "init=kmeans reaches the final accuracy of init=noise (40.0 %) at iteration 0 of 10",
         "init=random reaches the final accuracy of init=noise (40.0 %) at iteration 10 of 10: "
-        "1.0 times fewer iterations, 2.0 times more time",
+        "as many iterations, 2.0 times more time",
         f"wrote {out}",
     ]
     with Image.open(out) as image:
