@@ -238,11 +238,13 @@ class Job:
     def evaluate_at(self, it: int, state: State) -> Score:
         """Test the current set and log it."""
         began = time.monotonic()
-        with self.progress.paused():
-            score = self.evaluate(lambda r: self.distilled(state), f"evaluating iteration {it}")
+        try:
+            with self.progress.paused():
+                score = self.evaluate(lambda r: self.distilled(state), f"evaluating iteration {it}")
+        finally:  # also when it is stopped halfway
+            elapsed = time.monotonic() - began
+            self.started += elapsed
         state.accuracy = score.mean
-        elapsed = time.monotonic() - began
-        self.started += elapsed
         times = {"seconds": round(self.seconds(state), 1), "evaluation_seconds": round(elapsed, 1)}
         self.folder.metric(iteration=it, **score.as_dict(), net=self.spec.name, **times)
         log.info("iteration %d: test accuracy %% %s", it, score)

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from utils.run import RunFolder
 from utils.runtime import run_main
 
 log = logging.getLogger("dream")
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 SCRIPT = Path(__file__).resolve().parent.parent / "condense.py"
 
 
@@ -80,10 +82,15 @@ def run(planned: Planned) -> None:
     """The run's command, as a process of its own. Raises UserError when it fails or is stopped."""
     command = [sys.executable, str(SCRIPT), *planned.words]
     log.info("python3 condense.py %s", shlex.join(planned.words))
-    try:
-        status = subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:  # condense.py has got it too, and says what it does
-        raise UserError("stopped; the same command goes on") from None
+    with subprocess.Popen(command) as process:
+        status = None
+        while status is None:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:  # the run has got it too, and saves what it has
+                continue
+    if status in STOPPED:
+        raise UserError("stopped; the same command goes on")
     if status:
         raise UserError(f"this run ended with status {status}; the same command goes on after what it said is mended")
     if not planned.finished:
@@ -117,15 +124,15 @@ def main(argv: Sequence[str]) -> int:
     runs = plan(given.vary, given.seeds, given.more)
     with messages():
         todo = [one for one in runs if not one.finished]
-        if len(todo) < len(runs):
-            log.info("sweep: %d of %d runs are finished already", len(runs) - len(todo), len(runs))
+        before = len(runs) - len(todo)
+        if before:
+            log.info("sweep: %d of %d runs are finished already", before, len(runs))
         began = time.monotonic()
         for done, one in enumerate(todo):
             # Lines and no bar: the run draws one itself.
-            left = (
-                span((time.monotonic() - began) / done * (len(todo) - done)) + " left" if done else "time left unknown"
-            )
-            log.info("sweep: run %d of %d (%s), %s", len(runs) - len(todo) + done + 1, len(runs), one.title, left)
+            pace = (time.monotonic() - began) / max(done, 1)
+            left = f"about {span(pace * (len(todo) - done))} left" if done else "time left unknown"
+            log.info("sweep: run %d of %d (%s), %s", before + done + 1, len(runs), one.title, left)
             run(one)
     print("\n".join(str(one.folder.path) for one in runs))
     print(table(runs))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,3 +78,21 @@ def test_a_run_that_fails_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFi
     with pytest.raises(UserError, match="ended with status 2"):
         sweep.main(argv)
     assert "--ipc 2000" in capfd.readouterr().err
+
+
+def test_ctrl_c_lets_the_run_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    more = [*QUICK, "--niter", "2000", "--results_dir", str(tmp_path)]
+    words = ["-m", "figs.sweep", "--vary", "select=random", "--seeds", "1", "--", *more]
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=sweep.SCRIPT.parent, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "digits" / "convnet2_f1_ipc1_select-random_seed0"
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the sweep and its run
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped; the same command goes on" in err, err
+    assert "stopped (SIGINT) and saved" in out
+    assert (folder / "checkpoint.pt").exists()
