@@ -50,13 +50,8 @@ from utils.training import fresh_network
 log = logging.getLogger("dream")
 
 DISTILLED = "distilled set"
-REAL_IMAGES = {
-    "random": "random real images",
-    "kmeans": "k-means representatives",
-    "herding": "herded real images",
-    "central": "central real images",
-    "boundary": "real images at the boundary",
-}
+CHOSEN = {"kmeans": "k-means representatives", "herding": "herded real images"}  # others go by their strategy's name
+RANDOM = "random real images"
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ class Evaluation:
             return coreset(Context(net, real, draws, Compute(self.device).cheapest()), strategy, ipc=ipc)
 
         return Subject(
-            what=REAL_IMAGES[strategy],
+            what=CHOSEN.get(strategy, f"{strategy} real images"),
             images_per_class=ipc,
             decoded_per_class=ipc,
             stored_bytes=ipc * self.dataset.classes * real.images[0].nbytes,
@@ -289,9 +284,9 @@ class Evaluation:
         chance = 100 / self.dataset.classes
         for spec in self.specs:
             mine = {r["trained_on"]: r["accuracy_mean"] for r in reversed(self.records) if r["net"] == spec.name}
-            ours, random = mine[DISTILLED], mine.get(REAL_IMAGES["random"], 1.5 * chance)
+            ours, random = mine[DISTILLED], mine.get(RANDOM, 1.5 * chance)
             if ours <= random:
-                other = "as many random real images" if REAL_IMAGES["random"] in mine else "1.5 times chance"
+                other = "as many random real images" if RANDOM in mine else "1.5 times chance"
                 log.warning(
                     "%s: the distilled set gives %.1f %%, no more than %s (%.1f %%); if that is unexpected, check the "
                     "data set (-d), the factor (-f) and --normalized",

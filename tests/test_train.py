@@ -76,7 +76,7 @@ def test_a_set_stands_beside_real_images_of_its_stored_and_of_its_decoded_budget
 def test_baselines_are_those_asked_for(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*FEW, str(finished), "--baselines", "central", "boundary", "--json"]) == 0
     assert [row[0] for row in rows(last_json(capsys))] == [
-        "distilled set", "central real images", "random real images", "real images at the boundary",
+        "distilled set", "central real images", "random real images", "boundary real images",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="--baselines: none and other words"):
         train.main([*FEW, str(finished), "--baselines", "none", "random"])
