@@ -238,10 +238,13 @@ class Evaluation:
             return None
         file, always = subject.folder / EVALUATIONS, subject.what == ALL_REAL
         found = results.find(file, self.description(spec, subject), repeat=self.o.repeat, any_version=always)
-        if found is not None and self.o.confusion and not found.get("confusion"):
-            log.warning("%s: knows no confusion matrix for %s; --retrain makes one", file, subject.what)
-        elif found is not None:
-            log.info("%s on %s: known from %s; --retrain trains again", spec.name, subject.what, file)
+        if found is None:
+            return None
+        if self.o.confusion and not found.get("confusion"):
+            if not always:
+                return None
+            log.warning("%s: knows no confusion matrix of %s; --retrain makes one", file, subject.what)
+        log.info("%s on %s: known from %s; --retrain trains again", spec.name, subject.what, file)
         return found
 
     def train(self, spec: NetSpec, subject: Subject, flop: float) -> Record:

@@ -50,11 +50,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("results"))
 
 
-@pytest.fixture
-def clean_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a clone without changes, where results of the same commit are found again."""
-    versions = {**runtime.versions(), "git_commit": "0123456789abcdef"}
+COMMIT = "0123456789abcdef"
+
+
+def at_commit(monkeypatch: pytest.MonkeyPatch, commit: str) -> None:
+    versions = {**runtime.versions(), "git_commit": commit}
     monkeypatch.setattr(runtime, "versions", lambda: versions)
+
+
+@pytest.fixture(autouse=True)
+def changed_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a clone with changes, where nothing but the upper bound is found again."""
+    at_commit(monkeypatch, f"{COMMIT}-dirty")
+
+
+@pytest.fixture
+def clean_code(monkeypatch: pytest.MonkeyPatch, changed_code: None) -> None:
+    """As in a clone without changes, where results of the same commit are found again."""
+    at_commit(monkeypatch, COMMIT)
 
 
 def rows(found: dict[str, Any]) -> list[tuple[object, ...]]:
@@ -123,8 +136,9 @@ def test_a_row_of_the_same_code_is_not_trained_again_but_one_of_other_code_is(
     assert train.main(argv) == 0
     assert "known from" in (out := capsys.readouterr().out)
     assert json.loads(out.splitlines()[-1])["results"] == first["results"]
-    versions = {**runtime.versions(), "git_commit": "0123456789abcdef-dirty"}
-    monkeypatch.setattr(runtime, "versions", lambda: versions)
+    assert train.main([*argv, "--confusion"]) == 0  # which was not kept
+    assert "known from" not in capsys.readouterr().out
+    at_commit(monkeypatch, f"{COMMIT}-dirty")
     for _ in range(2):
         assert train.main(argv) == 0
         assert "known from" not in capsys.readouterr().out
