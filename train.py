@@ -141,7 +141,7 @@ class Evaluation:
         checks.check_ipc(ipc, real.counts, self.dataset.class_names)
 
         def draw(spec: NetSpec, r: int) -> ImageSet:
-            draws = Draws(self.device, o.seed, "coreset", r)
+            draws = Draws(self.device, o.seed, f"{strategy} real", r)  # random ones: those of condense.py
             net = fresh_network(spec, draws)
             return coreset(Context(net, real, draws, Compute(self.device).cheapest()), strategy, ipc=ipc)
 

@@ -87,6 +87,17 @@ def test_a_set_stands_beside_real_images_of_its_stored_and_of_its_decoded_budget
     assert rows(last_json(capsys)) == [(what, *size) for what, size in zip(ROWS, sizes, strict=True)]
 
 
+def test_random_real_images_are_those_that_condense_has_measured(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["--device", "cpu", str(finished), "--baselines", "random", "--json"]) == 0
+    card = json.loads((finished / "data.json").read_text())
+    ours, random, _ = last_json(capsys)["results"]
+    assert (ours["accuracies"], random["accuracies"]) == (
+        card["accuracy"]["accuracies"], card["random_real"]["accuracies"],
+    )  # fmt: skip
+
+
 def test_baselines_are_those_asked_for(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*FEW, str(finished), "--baselines", "central", "boundary", "--json"]) == 0
     assert [row[0] for row in rows(last_json(capsys))] == [
