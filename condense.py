@@ -38,7 +38,7 @@ from utils.run import RunFolder
 from utils.runtime import Draws, Stopped, Stopper
 from utils.selection import Context, select
 from utils.state import State
-from utils.synthetic import coreset, initial_pixels, training_images
+from utils.synthetic import BASELINE, coreset, initial_pixels, training_images
 from utils.training import Recipe, Trainer, fresh_network, update_network
 
 log = logging.getLogger("dream")
@@ -284,7 +284,7 @@ class Job:
 
     def random_real(self, r: int) -> ImageSet:
         """As many randomly drawn real images per class as the set stores, other ones for every training."""
-        draws = self.draws("random real", r)
+        draws = self.draws(BASELINE, r)
         return coreset(self.context(fresh_network(self.spec, draws), draws), "random", ipc=self.o.ipc)
 
     def finish(self, state: State) -> None:

@@ -44,7 +44,7 @@ from utils.report import Progress, messages, span
 from utils.results import ALL_REAL, EVALUATIONS, Record
 from utils.runtime import Draws
 from utils.selection import Context
-from utils.synthetic import coreset, training_images
+from utils.synthetic import BASELINE, coreset, training_images
 from utils.training import fresh_network
 
 log = logging.getLogger("dream")
@@ -141,7 +141,7 @@ class Evaluation:
         checks.check_ipc(ipc, real.counts, self.dataset.class_names)
 
         def draw(spec: NetSpec, r: int) -> ImageSet:
-            draws = Draws(self.device, o.seed, f"{strategy} real", r)  # random ones: those of condense.py
+            draws = Draws(self.device, o.seed, BASELINE, r)
             net = fresh_network(spec, draws)
             return coreset(Context(net, real, draws, Compute(self.device).cheapest()), strategy, ipc=ipc)
 

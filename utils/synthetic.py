@@ -10,6 +10,7 @@ from utils.images import ImageSet, Normalize, to_unit
 from utils.selection import Context, select
 
 NOISE_MEAN, NOISE_STD = 0.5, 0.25
+BASELINE = "random real"  # purpose of the draws behind real images beside a set: both scripts show the same ones
 
 
 def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Tensor:
