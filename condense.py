@@ -39,7 +39,7 @@ from utils.runtime import Draws, Stopped, Stopper
 from utils.selection import Context, select
 from utils.state import State
 from utils.synthetic import BASELINE, coreset, initial_pixels, training_images
-from utils.training import Recipe, Trainer, fresh_network, update_network
+from utils.training import Trainer, fresh_network, update_network
 
 log = logging.getLogger("dream")
 
@@ -88,15 +88,7 @@ class Job:
             augment=Augment(o.aug_type),
             compute=compute,
         )
-        self.update = Recipe(
-            batch_size=o.batch_real,
-            augment=Augment(options.update_augmentation(o)),
-            mixup=o.mixup_net,
-            lr=o.lr,
-            momentum=o.momentum,
-            weight_decay=o.weight_decay,
-            epochs=o.net_epoch,
-        )
+        self.update = options.update_recipe(o)
         self.protocol = options.evaluation_recipe(o, flip=dataset.flip)
         self.progress = Progress(o.niter * o.inner_loop, "distilling", "step", keep=True)
         self.steps_here = 0

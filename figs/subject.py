@@ -13,14 +13,13 @@ from data import Dataset
 from figs.common import class_number
 from models import Network
 from utils import checks, flags, options
-from utils.augment import Augment
 from utils.device import Compute, pick_device, set_precision
 from utils.errors import UsageError
 from utils.images import ImageSet
 from utils.report import Progress
 from utils.runtime import Draws
 from utils.selection import Context
-from utils.training import Recipe, Trainer, fresh_network, update_network
+from utils.training import Trainer, fresh_network, update_network
 
 # Flags of condense.py, with the same defaults and data sets' settings.
 BORROWED = (
@@ -111,16 +110,7 @@ def prepare(given: argparse.Namespace) -> Subject:
 
 def train(net: Network, real: ImageSet, o: options.CondenseOptions, updates: int, compute: Compute) -> None:
     """As many network updates as that, with the draws of condense.py's first outer iteration."""
-    recipe = Recipe(
-        batch_size=o.batch_real,
-        augment=Augment(options.update_augmentation(o)),
-        mixup=o.mixup_net,
-        lr=o.lr,
-        momentum=o.momentum,
-        weight_decay=o.weight_decay,
-        epochs=o.net_epoch,
-    )
-    trainer = Trainer([net], [real], recipe, compute)
+    trainer = Trainer([net], [real], options.update_recipe(o), compute)
     with Progress(updates, "training the network", "update") as progress:
         for step in range(updates):
             update_network(trainer, n_data=o.n_data, draws=Draws(real.device, o.seed, "update", 0, step))

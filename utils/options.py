@@ -352,6 +352,19 @@ def update_augmentation(options: CondenseOptions) -> str:
     return augment.without(options.aug_type, "cutout") if options.mixup_net == "cut" else options.aug_type
 
 
+def update_recipe(options: CondenseOptions) -> training.Recipe:
+    """How the network is trained between two matching steps."""
+    return training.Recipe(
+        batch_size=options.batch_real,
+        augment=augment.Augment(update_augmentation(options)),
+        mixup=options.mixup_net,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        epochs=options.net_epoch,
+    )
+
+
 def evaluation_augmentation(options: Options, *, flip: bool) -> str:
     """Of evaluation trainings: as given, or the published one for the data set and CutMix."""
     if options.eval_aug_type is not None:
