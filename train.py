@@ -251,9 +251,14 @@ class Evaluation:
         o, title, started = self.o, f"{spec.name}, {subject.title}", time.monotonic()
         recipe = dataclasses.replace(options.evaluation_recipe(o, flip=self.dataset.flip), epochs=subject.epochs)
         with Progress(o.repeat * subject.epochs, title, "epoch") as progress:
+
+            def training_set(r: int) -> ImageSet:
+                with progress.paused():  # choosing real images may take longer than training on them
+                    return subject.training_set(spec, r)
+
             score = evaluate(
                 spec,
-                partial(subject.training_set, spec),
+                training_set,
                 self.dataset.test,
                 recipe,
                 repeat=o.repeat,
