@@ -155,6 +155,19 @@ def test_a_row_of_the_same_code_is_not_trained_again_but_one_of_other_code_is(
         assert "known from" not in capsys.readouterr().out
 
 
+def test_a_damaged_eval_json_is_said_and_begun_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*FEW, str(finished), *ALONE, "--seed", "9"]
+    file = finished / "eval.json"
+    good = {"accuracies": [1.0], "seconds": 1.0}
+    for damaged in ("{", "[]", '{"results": 3}', *(json.dumps({"results": [r]}) for r in (
+        7, {**good, "accuracies": ["x"]}, {"accuracies": [1.0]}, {**good, "versions": 5},
+    ))):  # fmt: skip
+        file.write_text(damaged)
+        assert train.main(argv) == 0
+        assert "was damaged, and is begun again" in capsys.readouterr().out
+        assert len(json.loads(file.read_text())["results"]) == 1
+
+
 @pytest.mark.parametrize("change", [["--lr", "0.02"], ["--epochs", "2"], ["--width", "8"], ["--repeat", "3"]])
 def test_another_protocol_is_another_result(
     finished: Path, capsys: pytest.CaptureFixture[str], clean_code: None, change: list[str]

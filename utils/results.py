@@ -36,8 +36,10 @@ def earlier(file: Path) -> list[Record]:
         return []
     try:
         found = files.read_json(file)["results"]
-        for record in found:
+        for record in found:  # what the table needs
             Score(tuple(map(float, record["accuracies"])))
+            float(record["seconds"])
+            dict(record.get("versions", {}))
         return list(found)
     except (UserError, KeyError, TypeError, ValueError):
         log.warning("%s: was damaged, and is begun again", file)
@@ -78,7 +80,7 @@ def keep(file: Path, record: Record) -> None:
 def share_of_real(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> float | None:
     """Accuracy in per cent of that of the same network on all real images, where that is known."""
     for other in records:
-        if other["trained_on"] == ALL_REAL and other["network"] == record["network"]:
+        if other["trained_on"] == ALL_REAL and other["network"] == record["network"] and other["accuracy_mean"]:
             return 100 * float(record["accuracy_mean"]) / float(other["accuracy_mean"])
     return None
 
