@@ -13,6 +13,8 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from models import NetSpec, Network, forward_flop
 from utils import checks, files, options, runtime
 from utils.augment import Augment
 from utils.board import Board, check_board
-from utils.device import Compute, peak_memory, pick_device, set_precision
+from utils.device import Compute, be_deterministic, peak_memory, pick_device, set_precision
+from utils.earlier import Earlier, begin_from
 from utils.errors import UserError, first_line
 from utils.evaluation import Score, evaluate
 from utils.flags import make_parser
@@ -42,6 +45,8 @@ from utils.synthetic import BASELINE, coreset, initial_pixels, training_images
 from utils.training import Trainer, fresh_network, update_network
 
 log = logging.getLogger("dream")
+
+METRIC_LINES = 10_000  # losses in metrics.jsonl at most: of every outer iteration, or of every n-th
 
 
 def condense(job: Job, state: State) -> None:
@@ -75,11 +80,14 @@ class Job:
         folder: RunFolder,
         stopper: Stopper,
         compute: Compute,
+        earlier: Earlier | None = None,
     ) -> None:
+        """earlier: of another run, what to begin from when there is no checkpoint."""
         self.o, self.dataset, self.spec, self.folder, self.stopper = o, dataset, spec, folder, stopper
         self.device = dataset.device
+        self.shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)  # of the stored pixels
         self.real, self.test = dataset.train, dataset.test
-        self.compute = compute
+        self.compute, self.earlier = compute, earlier
         self.matcher = Matcher(
             how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
             factor=o.factor,
@@ -104,16 +112,12 @@ class Job:
     # --- State --------------------------------------------------------------------------------------------------------
 
     def start(self) -> State:
-        """The state to go on from: the last checkpoint's, or the initial one, with its pictures."""
+        """The state to go on from: the last checkpoint's, another run's, or the initial one; these two are saved."""
         o, saved = self.o, self.folder.load_checkpoint()
         if o.tensorboard:
             self.folder.board = Board(self.folder.path, goes_on_after=None if saved is None else saved.get("it"))
-        if saved is None:
-            net = fresh_network(self.spec, draws := self.draws("init"))
-            pixels = initial_pixels(self.context(net, draws), o.init, ipc=o.ipc, factor=o.factor)
-            self.save_pictures("initial", 0, pixels)
-        else:
-            pixels = torch.zeros(self.real.classes, o.ipc, *self.real.images.shape[1:], device=self.device)
+        given = saved is not None or self.earlier is not None
+        pixels = torch.zeros(self.shape, device=self.device) if given else self.initial_pixels()
         lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=self.dataset.side, base_side=self.dataset.base_side)
         net = fresh_network(self.spec, self.draws("network", 0))
         sgd = PixelSGD(pixels, lr=lr, momentum=o.mom_img)
@@ -126,8 +130,20 @@ class Job:
         )
         if saved is not None:
             self.restore(state, saved)
+        elif self.earlier is not None:
+            e = self.earlier
+            state.begin_at(e.pixels, e.velocity, it=e.it, seconds=e.seconds)
+            log.info("beginning with the pixels of %s, after its outer iteration %d", e.source, e.it)
+        self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
+        if saved is None:
+            self.save(state)
+            self.save_pictures("initial", state.it, state.pixels.pixels)
         self.progress.start_at(state.it * o.inner_loop + state.step)
         return state
+
+    def initial_pixels(self) -> Tensor:
+        net = fresh_network(self.spec, draws := self.draws("init"))
+        return initial_pixels(self.context(net, draws), self.o.init, ipc=self.o.ipc, factor=self.o.factor)
 
     def restore(self, state: State, saved: dict[str, Any]) -> None:
         """Take over a checkpoint. Raises UserError when it does not fit."""
@@ -190,7 +206,8 @@ class Job:
         self.steps_here += 1
         if state.step == 0:
             loss, seconds = self.mean_loss(state), self.seconds(state)
-            self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
+            if state.it % -(-o.niter // METRIC_LINES) == 0:
+                self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
         if state.step % o.interval == 0:
             accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
             self.progress.say(f"iteration {state.it}/{o.niter}, loss {self.mean_loss(state):.4g}{accuracy}")
@@ -206,16 +223,24 @@ class Job:
 
     def mean_loss(self, state: State) -> float:
         """Matching distance per class and inner step of this outer iteration. Raises UserError when it is no number."""
-        o = self.o
-        it, steps = (state.it + 1, state.step) if state.step else (state.it, o.inner_loop)  # counted from one
-        if not all(torch.isfinite(x).all() for x in (state.losses, state.pixels.pixels, *state.net.parameters())):
-            bad = [self.dataset.class_names[c] for c in (~torch.isfinite(state.losses)).nonzero().flatten().tolist()]
-            raise UserError(
-                f"the matching loss is not a number in outer iteration {it}, inner step {steps}"
-                f"{', class ' + ', '.join(bad[:5]) if bad else ''}: lower --lr_img ({o.lr_img:g}) or --lr ({o.lr:g}) "
-                "and begin again with --restart; nothing of this state was saved"
-            )
+        it, steps = (state.it + 1, state.step) if state.step else (state.it, self.o.inner_loop)  # counted from one
+        right = torch.isfinite(state.losses) & torch.isfinite(state.pixels.pixels.flatten(1)).all(1)  # (classes,)
+        if not (right.all() and all(torch.isfinite(p).all() for p in state.net.parameters())):
+            raise UserError(self.diverged(it, steps, [c for c, fine in enumerate(right.tolist()) if not fine]))
         return state.losses.mean().item() / steps
+
+    def diverged(self, it: int, steps: int, classes: list[int]) -> str:
+        """The message about numbers that left their range: where, with which settings, and the way on."""
+        o = self.o
+        names = [self.dataset.class_names[c] for c in classes]
+        where = f", class {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else ", in the network"
+        return (
+            f"not a number: matching loss, pixels or network in outer iteration {it}, by inner step {steps}{where}, "
+            f"with --lr_img {o.lr_img:g} --mom_img {o.mom_img:g} --lr {o.lr:g} --precision {o.precision}. Nothing of "
+            "this state was saved. To go on from the last one that was with a lower rate, add --resume_from "
+            f"{self.folder.path} --lr_img {o.lr_img / 2:g} --tag NAME, or name an earlier data_<iteration>.pt "
+            "(--snapshot_every)"
+        )
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -287,7 +312,7 @@ class Job:
             self.folder.save_snapshot(state.it, state.pixels.pixels)
         random = self.evaluate(self.random_real, "evaluating random real images")
         scores = {"accuracy": self.evaluate_at(state.it, state).as_dict(), "random_real": random.as_dict()}
-        files.write_json(self.folder.path / files.CARD, {**self.card(state, finished=True), **scores})
+        self.folder.save_final_card({**self.card(state, finished=True), **scores})
 
 
 def summary(folder: RunFolder) -> str:
@@ -314,25 +339,6 @@ def step_flop(o: CondenseOptions, spec: NetSpec, *, decoded: int, real: int) -> 
     return forward_flop(spec) * (matched + 3 * o.net_epoch * min(o.n_data, real) + selected)
 
 
-def check_sizes(o: CondenseOptions, dataset: Dataset) -> list[str]:
-    """Compare the options with the data, which is read here. Raises UsageError; returns warnings about the rest."""
-    if not len(dataset.test):
-        raise UserError(f"{o.dataset}: has no test images")
-    counts, warnings = dataset.train.counts, []
-    checks.check_ipc(o.ipc, counts, dataset.class_names)
-    have = min(counts)
-    name = dataset.class_names[counts.index(have)]
-    if o.init != "noise" and o.ipc * o.factor**2 > have:
-        warnings.append(
-            f"--ipc times -f squared is {o.ipc * o.factor**2}, class {name} has {have} images: some begin twice"
-        )
-    if o.batch_real > have:
-        warnings.append(f"--batch_real is {o.batch_real}, class {name} has {have} images: all are matched, some twice")
-    if o.n_data > len(dataset.train):
-        warnings.append(f"--n_data is {o.n_data}, there are {len(dataset.train)} training images: all are used")
-    return warnings
-
-
 def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder: RunFolder) -> str:
     """The resolved options, where each comes from, and what derives from them."""
     o = resolved.options
@@ -357,8 +363,16 @@ def main(argv: Sequence[str]) -> int:
     stopper = Stopper(o.max_minutes)
     with messages():
         device = pick_device(o.device)
+        if o.deterministic:
+            be_deterministic(device)
         set_precision(device, o.precision)
-        dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
+        dataset = Dataset(
+            o.dataset,
+            device=device,
+            data_dir=o.data_dir,
+            image_folder=o.image_folder,
+            size=o.size,
+        )
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
         checks.check_matching(o.match, spec)
         checks.check_factor(o.factor, dataset.side)
@@ -370,36 +384,52 @@ def main(argv: Sequence[str]) -> int:
         if o.dry_run:
             print(describe(resolved, dataset, spec, folder))
             return 0
-        status = folder.check(saved, free=options.FREE, restart=o.restart)
-        if status == "finished":
-            log.info("this run is finished; --restart begins it again\n%s", summary(folder))
-            return 0
+        check = partial(folder.check, saved, free=options.FREE, resumable=options.RESUMABLE, restart=o.restart)
+        if check() == "finished":
+            return say_finished(folder)
 
-        warnings = check_sizes(o, dataset)
-        about = runtime.session("condense.py", argv, device)
-        folder.create(saved, about, restart=o.restart)
-        with logged_to(folder.path / "log.txt"), stopper:
-            log.info("%s on %s: %s", about["command"], about["device"], folder.path)
-            for warning in warnings:
-                log.warning("%s", warning)
-            steps = o.niter * o.inner_loop
-            flop = steps * step_flop(o, spec, decoded=decoded, real=len(dataset.train))
-            compute = options.computing(device, o.compile, o.precision, flop)
-            log.info("%.3g TFLOP to go in %s%s", flop / 1e12, o.precision, ", compiled" if compute.compile else "")
-            job = Job(o, dataset, spec, folder, stopper, compute)
-            try:
-                with job.progress:
-                    state = job.start()
-                    condense(job, state)
-                job.finish(state)
-            except Stopped as stop:
-                job.save(state)
-                again = "the same command without --restart" if o.restart else "the same command again"
-                log.info("stopped (%s) and saved in %s; run %s to go on", stop, folder.path, again)
-                return stopper.status
-            finally:
-                folder.board.close()
-            log.info("%s\npeak memory: %.2g GB", summary(folder), peak_memory(device) / 1e9)
+        if not len(dataset.test):
+            raise UserError(f"{o.dataset}: has no test images")
+        shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)
+        earlier = None if o.resume_from is None else begin_from(Path(o.resume_from), saved, folder, shape)
+        asked = {name: getattr(o, name) for name in ("ipc", "factor", "init", "batch_real", "n_data")}
+        warnings = checks.check_sizes(dataset.train.counts, dataset.class_names, **asked)
+        about = runtime.session("condense.py", argv, device, precision=o.precision, deterministic=o.deterministic)
+        with folder.held():
+            if check() == "finished":  # by another process in the meantime
+                return say_finished(folder)
+            folder.create(saved, about, restart=o.restart)
+            with logged_to(folder.path / "log.txt"), stopper:
+                log.info("%s on %s: %s", about["command"], about["device"], folder.path)
+                for warning in [*folder.flaws, *warnings]:
+                    log.warning("%s", warning)
+                flop = o.niter * o.inner_loop * step_flop(o, spec, decoded=decoded, real=len(dataset.train))
+                compute = options.computing(device, o.compile, o.precision, flop)
+                compiled = ", compiled" if compute.compile else ""
+                log.info("%.3g TFLOP to go in %s%s", flop / 1e12, o.precision, compiled)
+                return run(Job(o, dataset, spec, folder, stopper, compute, earlier))
+
+
+def run(job: Job) -> int:
+    """Distil, from wherever the run folder is to the end or a stop. Returns the exit status."""
+    try:
+        with job.progress:
+            state = job.start()
+            condense(job, state)
+        job.finish(state)
+    except Stopped as stop:
+        job.save(state)
+        again = "the same command without --restart" if job.o.restart else "the same command again"
+        log.info("stopped (%s) and saved in %s; run %s to go on", stop, job.folder.path, again)
+        return job.stopper.status
+    finally:
+        job.folder.board.close()
+    log.info("%s\npeak memory: %.2g GB", summary(job.folder), peak_memory(job.device) / 1e9)
+    return 0
+
+
+def say_finished(folder: RunFolder) -> int:
+    log.info("this run is finished; --restart begins it again\n%s", summary(folder))
     return 0
 
 

@@ -31,7 +31,7 @@ from data import Dataset
 from models import NetSpec, forward_flop
 from utils import checks, confusion, exchange, export, files, options, results, runtime
 from utils.board import Board, check_board
-from utils.device import Compute, device_name, peak_memory, pick_device, set_precision
+from utils.device import Compute, be_deterministic, device_name, peak_memory, pick_device, set_precision
 from utils.errors import UsageError, UserError
 from utils.evaluation import Score, evaluate
 from utils.exchange import Stored
@@ -352,6 +352,8 @@ def resolve(given: dict[str, Any]) -> tuple[TrainOptions, Stored | None]:
 def load(o: TrainOptions, card: Mapping[str, Any] | None) -> Dataset:
     """The data set. Raises UserError when its classes are not those of the set's card."""
     device = pick_device(o.device)
+    if o.deterministic:
+        be_deterministic(device)
     set_precision(device, o.precision)
     known = card["normalization"] if card is not None else {}
     dataset = Dataset(
@@ -404,7 +406,10 @@ def main(argv: Sequence[str]) -> int:
             check_board()
         shape = {"channels": dataset.channels, "classes": dataset.classes, "side": dataset.side}
         specs = options.networks(o, given, card, **shape)
-        session = {"dataset": o.dataset, **runtime.session("train.py", argv, dataset.device)}
+        session = {
+            "dataset": o.dataset,
+            **runtime.session("train.py", argv, dataset.device, precision=o.precision, deterministic=o.deterministic),
+        }
         evaluation = Evaluation(o, dataset, specs, session)
         if stored is not None:
             interpreted = interpret(o, stored, dataset)

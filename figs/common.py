@@ -264,7 +264,7 @@ class Run:
             except (ValueError, TypeError):
                 complete = False
             if not complete:
-                raise UserError(f"{file}: line {number} is damaged; remove the line")
+                raise UserError(f"{file}: line {number} is damaged; the folder's condense.py command restores it")
             found.append(event)
         return found
 

@@ -29,8 +29,7 @@ from utils import files
 from utils.augment import Augment
 from utils.compilation import compiler_error
 from utils.device import Compute
-from utils.errors import UsageError, UserError
-from utils.run import RunFolder
+from utils.errors import UsageError
 from utils.runtime import Draws
 from utils.selection import Context, select
 from utils.synthetic import initial_pixels
@@ -53,8 +52,13 @@ def command(results: Path, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "condense.py"), *TINY, "--results_dir", str(results), *more]
 
 
-def metrics(folder: Path) -> list[dict[str, object]]:
+def events(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    """All events but those that say that a session began."""
+    return [event for event in events(folder) if "session" not in event]
 
 
 def without_time(events: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -70,6 +74,7 @@ def test_a_run_leaves_what_the_readme_lists(finished: Path) -> None:
     assert finished.name == "convnet2_f2_ipc2"
     pictures = {f"{what}_{when}.png" for what in ("stored", "decoded") for when in ("initial", "latest", "final")}
     expected = {"options.json", "metrics.jsonl", "log.txt", "checkpoint.pt", "data.pt", "data.json", *pictures}
+    expected |= {"checkpoint_previous.pt"}
     assert {p.name for p in finished.iterdir()} == expected
     for name in pictures:
         with Image.open(finished / name) as image:
@@ -304,24 +309,17 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         files.write_json(file, {"a": 2})
-    assert json.loads(file.read_text()) == {"a": 1}
+    assert files.read_json(file) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_what_a_process_killed_in_a_write_leaves_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "digits" / "convnet2_f2_ipc2"
     folder.mkdir(parents=True)
-    for name in (".probe", ".options.json.part", ".checkpoint.pt.part"):
+    for name in (".lock", ".options.json.part", ".checkpoint.pt.part"):
         (folder / name).write_bytes(b"half a")
     run(tmp_path, "--niter", "1")
     assert not list(folder.glob(".*"))
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half a file")
-    with pytest.raises(UserError, match=r"checkpoint.pt: is truncated or damaged.*--restart"):
-        folder.load_checkpoint()
 
 
 def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
@@ -430,20 +428,65 @@ def test_the_compiler_is_not_asked_where_the_work_is_not_worth_it(
     assert "compiled" not in capsys.readouterr().out
 
 
-def test_a_run_may_go_on_with_another_choice_of_compilation_but_not_in_another_precision(
+def test_a_run_may_go_on_with_another_choice_of_compilation_but_not_of_the_method(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = [*TINY, "--results_dir", str(tmp_path), "--eval_every", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(condense.Job, "after_step", stop_at_once)
         assert condense.main([*argv, "--compile", "off"]) == 128 + signal.SIGTERM
-    with pytest.raises(UsageError, match=r"--precision fp32 there, bf16 here"):
-        condense.main([*argv, "--precision", "bf16"])
     with pytest.raises(UsageError, match=r"--kmeans batched there, sklearn here"):
         condense.main([*argv, "--kmeans", "sklearn"])
     assert condense.main([*argv, "--compile", "auto"]) == 0
     folder = tmp_path / "digits" / finished.name
     assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
+
+
+def test_a_run_may_go_on_in_another_precision_which_is_recorded_until_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*TINY, "--results_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(condense.Job, "after_step", stop_at_once)
+        assert condense.main(argv) == 128 + signal.SIGTERM
+    assert condense.main([*argv, "--precision", "bf16"]) == 0
+    assert "warning: going on with precision bf16 after fp32" in capsys.readouterr().out
+    (folder,) = (tmp_path / "digits").iterdir()
+    begun = [event for event in events(folder) if "session" in event]
+    assert [(e["session"], e["iteration"], e["step"], e["precision"]) for e in begun] == [
+        (1, 0, 0, "fp32"),
+        (2, 0, 1, "bf16"),
+    ]
+    record = json.loads((folder / "options.json").read_text())
+    assert [session["precision"] for session in record["sessions"]] == ["fp32", "bf16"]
+    with pytest.raises(UsageError, match=r"--precision bf16 there, fp32 here"):
+        condense.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("torch", "2.0.0"), ("device", "another GPU"), ("threads", 77), ("deterministic", True)]
+)
+def test_going_on_under_other_conditions_is_allowed_and_recorded(
+    name: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the first session had been one of another PyTorch, device or number of threads."""
+    argv = [*TINY, "--results_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        original = condense.runtime.session
+
+        def session(*words: Any, **more: Any) -> dict[str, Any]:
+            about = original(*words, **more)
+            (about["versions"] if name == "torch" else about)[name] = value
+            return about
+
+        patch.setattr(condense.runtime, "session", session)
+        patch.setattr(condense.Job, "after_step", stop_at_once)
+        assert condense.main(argv) == 128 + signal.SIGTERM
+    assert condense.main(argv) == 0
+    assert f"after {value}: not bit for bit" in capsys.readouterr().out
+    (folder,) = (tmp_path / "digits").iterdir()
+    first, second = (event[name] for event in events(folder) if "session" in event)
+    assert first == value and second != value
 
 
 def stop_at_once(job: condense.Job, state: condense.State) -> None:

@@ -30,6 +30,25 @@ def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
         raise UsageError(f"--ipc {ipc}: class {name} has only {smallest} training images; use --ipc {smallest} or less")
 
 
+def check_sizes(
+    counts: list[int], names: list[str], *, ipc: int, factor: int, init: str, batch_real: int, n_data: int
+) -> list[str]:
+    """Compare condense.py's flags with the training images per class. Raises UsageError where they are impossible;
+    returns warnings where they do not mean what they say."""
+    check_ipc(ipc, counts, names)
+    warnings, have = [], min(counts)
+    name = names[counts.index(have)]
+    if init != "noise" and ipc * factor**2 > have:
+        warnings.append(
+            f"--ipc times -f squared is {ipc * factor**2}, class {name} has {have} images: some begin twice"
+        )
+    if batch_real > have:
+        warnings.append(f"--batch_real is {batch_real}, class {name} has {have} images: all are matched, some twice")
+    if n_data > sum(counts):
+        warnings.append(f"--n_data is {n_data}, there are {sum(counts)} training images: all are used")
+    return warnings
+
+
 def check_factor(factor: int, side: int) -> None:
     """Raises UsageError when cells would be smaller than a pixel."""
     if factor > side:

@@ -21,6 +21,7 @@ from utils.errors import UsageError, first_line
 log = logging.getLogger("dream")
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+LEAST_PIXELS = 2**12  # of images that pass through a network together, however little memory there is
 T = TypeVar("T")
 
 
@@ -54,23 +55,30 @@ class Compute:
 
     def group(self, images: int, side: int) -> int:
         """Classes of so many images each that are matched together: as many as a few gigabytes hold."""
-        return max(1, (2**18 if self.device.type == "cpu" else self.pixels) // (images * side**2))
+        return max(1, (4 if self.device.type == "cpu" else 1) * self.pixels // (images * side**2))
 
     def autocast(self) -> AbstractContextManager[object]:
         """For what autograd does by itself."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def retry(self, function: Callable[[], T]) -> T:
-        """Call it; when the GPU's memory does not suffice, call it again with smaller pieces."""
+        """Call it; when the memory does not suffice, call it again with smaller pieces."""
         while True:
             try:
                 return function()
-            except torch.OutOfMemoryError:
-                if self.pixels <= 2**14:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.pixels <= LEAST_PIXELS:
                     raise
             self.pixels //= 2
-            torch.cuda.empty_cache()
-            log.warning("the GPU's memory is full: going on with pieces half as large")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            log.warning("the memory of the %s is full: going on with pieces half as large", self.device.type.upper())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of a GPU or of the machine is full."""
+    # On a CPU, PyTorch has no class of its own for it.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def pick_device(name: str) -> torch.device:
@@ -138,6 +146,16 @@ def set_precision(device: torch.device, precision: str) -> None:
     short = "ieee" if precision == "fp32" else "tf32"
     torch.backends.cuda.matmul.fp32_precision = short
     torch.backends.cudnn.conv.fp32_precision = short  # type: ignore[attr-defined]  # made at run time
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Have a GPU give the same bytes at every run, at some cost in time; a CPU does so anyway.
+
+    To be called before the device is first used. Operations that cannot be deterministic raise RuntimeError.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+        torch.use_deterministic_algorithms(True)
 
 
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """With control characters and undecodable bytes, as names of files may hold, written as escapes: \\n, \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
     """Something outside the program is wrong: a file, the network, the machine. The message names the remedy."""
 
     status = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(UserError):

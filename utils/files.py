@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import math
 import os
-import pickle
-import warnings
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from utils import tensorfile
 from utils.errors import UserError, first_line
 
 log = logging.getLogger("dream")
@@ -23,71 +26,106 @@ DATA, CARD = "data.pt", "data.json"
 SNAPSHOTS = "data_*.pt"  # the set as it was after so many outer iterations, described by the same data.json
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever the system refuses inside the block is about this file, which its errors often do not say."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_atomically(path: Path, content: bytes, *, previous: Path | None = None) -> None:
     """Replace a file in one step: after a crash at any moment it holds the old content or the new one.
 
-    What a killed process leaves is one hidden file beside it, which the next write takes over.
+    previous: where the old content stays. A crash can leave it there alone, before the new content is at its place.
+    What a killed process leaves is one hidden file beside it, which the next write takes over. Raises OSError, naming
+    the file.
     """
     temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def make_folder(path: Path) -> None:
     """Raises UserError when the folder cannot be made or written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / ".probe", b"")
-        (path / ".probe").unlink()
+        with tempfile.TemporaryFile(dir=path):  # which never has a name that could stay behind
+            pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --results_dir") from error
 
 
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+CHECKSUM = "sha256"  # the last entry of a file: of all others, so that a flipped bit is noticed
+
+
+def checksum(content: Any) -> str:
+    """Of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    """With a checksum. Raises OSError, naming the file."""
+    write_atomically(path, (json.dumps({**content, CHECKSUM: checksum(content)}, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError, naming the file, when it is no JSON object."""
+    """Raises UserError, naming the file, when it is no JSON object or contradicts its checksum, if it has one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or begin again with --restart") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); restore it, or begin again with --restart") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object; restore it, or begin again with --restart")
+    claimed = found.pop(CHECKSUM, None)
+    if claimed is not None and claimed != checksum(found):
+        raise UserError(
+            f"{path}: is damaged, or was changed since it was written (its {CHECKSUM} differs); restore it, or delete "
+            "that entry if the change is meant"
+        )
     return found
 
 
-def write_tensors(path: Path, content: Any) -> None:
-    """torch.save, atomically and with the same bytes for the same content."""
+# --- Tensors ----------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(path: Path, content: Any, *, previous: Path | None = None) -> None:
+    """torch.save, atomically and with the same bytes for the same content; `previous` as in write_atomically."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), previous=previous)
 
 
 def read_tensors(path: Path, remedy: str) -> Any:
-    """torch.load that never runs code from the file. Raises UserError with the remedy for anything unreadable."""
+    """What write_tensors wrote; no code from the file is run, and its checksums are compared. Raises UserError with the
+    remedy for anything unreadable."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickles, which are refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return tensorfile.load(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
-    except pickle.UnpicklingError as error:
+    except tensorfile.Refused as error:
         raise UserError(
-            f"{path}: holds pickled objects other than tensors, which could run code: refused; {remedy}"
+            f"{path}: holds pickled objects other than tensors, which could run code: refused ({error}); {remedy}"
         ) from error
     except Exception as error:  # zip, pickle and storage errors of any kind
         raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error

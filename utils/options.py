@@ -27,8 +27,9 @@ log = logging.getLogger("dream")
 
 RESULTS_DIR = "results"
 PLACES = ("data_dir", "results_dir", "device", "compile")  # where and how to compute, not what
-# What may differ when a run goes on.
-FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce", "snapshot_every", "tensorboard")
+# What may differ when a run goes on, and what may until it is finished.
+FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic")
+RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
 NO_BASELINES, ALL_NETWORKS = "none", "all"
 OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
@@ -72,6 +73,8 @@ class Options:
         help="compile the passes through a ConvNet; auto: when there is a compiler and work enough to earn its time")
     seed: int = _run(0, parse=integer(0), metavar="N",
         help="every random draw derives from it; 0 is a seed like any other")
+    deterministic: bool = _run(False,
+        help="have a GPU give the same bytes at every run, too, which is slower; a CPU always does")
     depth: int | None = _network(None, parse=integer(1), metavar="N",
         help=f"blocks of a ConvNet, layers of the others (default: {per_family('depth')})")
     width: int | None = _network(None, parse=integer(1), metavar="CHANNELS",
@@ -153,6 +156,9 @@ class CondenseOptions(Options):
         help="outer iterations between evaluations, the start included; 0: only at the end")
     snapshot_every: int = _run(0, parse=integer(0), metavar="N",
         help="outer iterations between copies of the set (data_<iteration>.pt), the start included; 0: none")
+    resume_from: str | None = _run(None, metavar="PATH",
+        help="begin from the pixels of another run, at its outer iteration, with this command's settings: a run folder "
+             "or its checkpoint.pt, checkpoint_previous.pt or data_<iteration>.pt; --tag gives this run its own folder")
     restart: bool = _run(False, help="delete what the run folder holds and begin again")
     dry_run: bool = _run(False, help="print the resolved options and the run folder, then stop")
 
@@ -198,11 +204,10 @@ class TrainOptions(Options):
 
 
 def as_saved(options: CondenseOptions) -> dict[str, Any]:
-    """All options as options.json holds them; the folder's path is absolute, so that it can be compared."""
-    found = dataclasses.asdict(options)
-    if options.image_folder is not None:
-        found["image_folder"] = str(Path(options.image_folder).resolve())
-    return found
+    """All options as options.json holds them; paths are absolute, so that they can be compared."""
+    paths = {name: getattr(options, name) for name in ("image_folder", "resume_from")}
+    resolved = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    return {**dataclasses.asdict(options), **resolved}
 
 
 def run_folder(options: CondenseOptions) -> Path:

@@ -6,30 +6,56 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
-from utils.runtime import on_terminal
+from utils.errors import printable
+from utils.runtime import on_terminal, output_failed
 
 log = logging.getLogger("dream")
 
 FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds between progress lines into a file or pipe
 
 
-class _Console(logging.Handler):
-    """Messages on standard output, above a bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            text = f"warning: {text}"
+def show(text: str) -> None:
+    """A line on standard output, above a bar if there is one. A reader that has gone away must not end a run."""
+    try:
         if on_terminal():
             tqdm.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
+    except OSError as error:
+        output_failed(error)
+
+
+def message(record: logging.LogRecord) -> str:
+    """A record's text without anything that would move a terminal's cursor; its own line breaks stay."""
+    return "\n".join(map(printable, record.getMessage().split("\n")))
+
+
+class _Console(logging.Handler):
+    """Messages on standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show(f"warning: {message(record)}" if record.levelno >= logging.WARNING else message(record))
+
+
+class _LogFile(logging.FileHandler):
+    """Messages in a file. A full disk is told by what is written next, the log itself ends no run."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        return f"{when} {record.levelname:7} {message(record)}"
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -47,8 +73,7 @@ def messages() -> Iterator[None]:
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Append the program's messages to a file as well, with the time, and the error that ends the block if one does."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     log.addHandler(handler)
     try:
         yield
@@ -105,10 +130,7 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and now >= self._next_line and self.done < self.total:
             self._next_line = now + LINE_EVERY
-            print(
-                f"{self.what}: {self.done}/{self.total} {self.unit}s, {span(self.seconds_left)} left{self.note}",
-                flush=True,
-            )
+            show(f"{self.what}: {self.done}/{self.total} {self.unit}s, {span(self.seconds_left)} left{self.note}")
 
     def say(self, note: str) -> None:
         """Show a few words beside the counts."""

@@ -17,6 +17,7 @@ from typing import Any
 from utils import files
 from utils.errors import UserError
 from utils.evaluation import Score
+from utils.lock import locked
 from utils.report import span
 
 log = logging.getLogger("dream")
@@ -66,12 +67,13 @@ def find(file: Path, wanted: Mapping[str, Any], *, repeat: int, any_version: boo
 
 
 def keep(file: Path, record: Record) -> None:
-    """Add to eval.json, in place of an earlier record of the same thing."""
-    kept = [other for other in earlier(file) if not same(other, record)]
-    try:
-        files.write_json(file, {"results": [*kept, record]})
-    except OSError as error:
-        log.warning("%s: cannot be written (%s)", file, error.strerror)
+    """Add to eval.json, in place of an earlier record of the same thing; other processes may do the same meanwhile."""
+    with locked(file.with_name(".eval.lock"), doing="train.py", wait=True):
+        kept = [other for other in earlier(file) if not same(other, record)]
+        try:
+            files.write_json(file, {"results": [*kept, record]})
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", file, error.strerror)
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
-"""A run folder: what belongs to one command, from the first option to the last picture."""
+"""A run folder: what belongs to one command, from the first option to the last picture.
+
+What has been computed survives any end of the process, and damage to any one file: the two checkpoints each hold
+options.json and metrics.jsonl as well as the state, and the state is what all other results are made from.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +21,150 @@ from utils import files, pictures
 from utils.board import FOLDER as BOARD
 from utils.board import Board
 from utils.errors import UsageError, UserError
+from utils.lock import locked
 
-OPTIONS, METRICS, LOG, CHECKPOINT = "options.json", "metrics.jsonl", "log.txt", "checkpoint.pt"
+log = logging.getLogger("dream")
+
+OPTIONS, METRICS, LOG, LOCK = "options.json", "metrics.jsonl", "log.txt", ".lock"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints at most, plus one inner step
+OF_METRICS = "metrics_sha256"  # in a finished run's data.json
+CONDITIONS = ("torch", "device", "threads", "precision", "deterministic")  # of a session, on which rounding depends
 
 
 class RunFolder:
-    """Made without touching the disk; `check` reads, `create` is the first to write."""
+    """Made without touching the disk; `check` reads, `held` and `create` are the first to write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.board = Board(None)
+        self.flaws: list[str] = []  # that `check` found, and what is done about them
+        self._record: dict[str, Any] = {}  # the content of options.json, once checked
+        self._metrics = ""  # the content of metrics.jsonl
         self._saved = time.monotonic()
 
-    def check(self, options: dict[str, Any], *, free: Collection[str], restart: bool) -> str:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and keep other processes out of it. Raises UserError, naming the one that works there."""
+        files.make_folder(self.path)
+        refusal = "wait for it or stop it, or keep both runs with --tag NAME"
+        with locked(self.path / LOCK, doing="condense.py", wait=False, refusal=refusal):
+            yield
+
+    # --- What is there ------------------------------------------------------------------------------------------------
+
+    def check(
+        self, options: dict[str, Any], *, free: Collection[str], resumable: Collection[str] = (), restart: bool
+    ) -> str:
         """`new`, `started` or `finished`. Raises UsageError when the folder belongs to another command.
 
-        free: names of the options that may differ from those of the run in the folder.
+        free: names of the options that may differ from those of the run in the folder; resumable: those that may while
+        it is unfinished. A finished run with damaged files counts as started: going on makes them again.
         """
+        self.flaws, self._record = [], {}
         # Hidden files do not count: a process killed before its options.json was complete leaves such.
         if restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*"))):
             return "new"
-        remedy = "--tag NAME keeps both runs, --restart deletes the old one"
-        if not (self.path / OPTIONS).exists():
-            raise UsageError(f"{self.path}: is not empty and no run folder; {remedy}")
-        there = files.read_json(self.path / OPTIONS).get("options")
-        if not isinstance(there, dict):
-            raise UserError(f"{self.path / OPTIONS}: holds no options; {remedy}")
+        record = self._found_record()
+        if record is None:
+            return "new"
+        self._record, finished = record, self._finished()
         differ = [
-            f"--{k} {there.get(k)} there, {v} here"
+            f"--{k} {record['options'].get(k)} there, {v} here"
             for k, v in json.loads(json.dumps(options)).items()
-            if k not in free and there.get(k) != v
+            if k not in free and not (k in resumable and not finished) and record["options"].get(k) != v
         ]
         if differ:
+            remedy = "--tag NAME keeps both runs, --restart deletes the old one"
             raise UsageError(f"{self.path}: belongs to another command ({'; '.join(differ)}); {remedy}")
+        return "finished" if finished and not self.flaws else "started"
+
+    def _found_record(self) -> dict[str, Any] | None:
+        """What options.json says, or in its place the checkpoint; None where neither was ever complete."""
+        file = self.path / OPTIONS
+        try:
+            if file.exists():
+                return _valid_record(files.read_json(file), str(file))
+            flaw = f"{file}: is missing"
+        except UserError as error:
+            flaw = str(error)
+        saved = self.newest()
+        if saved is not None:
+            self.flaws.append(f"{flaw.split(';')[0]}; made again from the checkpoint")
+            return saved["record"]
+        if not file.exists():
+            raise UsageError(
+                f"{self.path}: is not empty and no run folder; --tag NAME uses another, --restart this one"
+            )
+        if (self.path / files.DATA).exists():
+            raise UserError(f"{flaw}; --tag NAME uses another folder, --restart deletes the results in this one")
+        self.flaws.append(f"{flaw.split(';')[0]}; nothing had been saved yet, so the run begins again")
+        return None
+
+    def _finished(self) -> bool:
+        """Whether the results are complete; what is wrong with them otherwise is a flaw."""
         card = self.path / files.CARD
-        return "finished" if card.exists() and files.read_json(card).get("finished") else "started"
+        if not card.exists():
+            return False
+        again = "made again from the checkpoint"
+        try:
+            about = files.read_json(card)
+            if not about.get("finished"):
+                return False
+            files.read_tensors(self.path / files.DATA, again)
+        except UserError as error:
+            self.flaws.append(f"{str(error).split(';')[0]}; {again}")
+            return True
+        if about.get(OF_METRICS) not in (None, files.checksum(self._metrics_there())):
+            self.flaws.append(f"{self.path / METRICS}: is damaged; {again}")
+        return True
+
+    def newest(self, on_flaw: str = "not used") -> dict[str, Any] | None:
+        """The content of the newest checkpoint that is whole, or None if there never was one. The others become flaws.
+
+        Raises UserError when there are checkpoints and none is whole.
+        """
+        missing = 0
+        for file in (self.path / CHECKPOINT, self.path / PREVIOUS):
+            if not file.exists():
+                missing += 1
+                continue
+            try:
+                return valid_checkpoint(file)
+            except UserError as error:
+                self.flaws.append(f"{str(error).split(';')[0]}; {on_flaw}")
+        if missing < 2:
+            raise UserError(
+                f"{self.flaws.pop().split(';')[0]}, and there is no other checkpoint; --restart begins again"
+            )
+        return None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are checkpoints, whole or not."""
+        return any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+    # --- Beginning ----------------------------------------------------------------------------------------------------
 
     def create(self, options: dict[str, Any], session: dict[str, Any], *, restart: bool) -> None:
-        """Make the folder and options.json, which lists every session. Raises UserError when it cannot be written."""
-        files.make_folder(self.path)
+        """Make options.json, which lists every session; after `check`. Raises OSError, naming the file."""
         if restart:
-            for name in (OPTIONS, METRICS, LOG, CHECKPOINT, files.DATA, files.CARD, "eval.json"):
-                (self.path / name).unlink(missing_ok=True)
-            for pattern in ("stored_*.png", "decoded_*.png", files.SNAPSHOTS):
-                for old in self.path.glob(pattern):
-                    old.unlink()
-            shutil.rmtree(self.path / BOARD, ignore_errors=True)
-        file = self.path / OPTIONS
-        sessions = files.read_json(file).get("sessions", []) if file.exists() else []
-        files.write_json(file, {"options": options, "sessions": [*sessions, session]})
+            self._delete_results()
+        sessions = self._record.get("sessions", [])
+        if sessions and (changed := _differences(sessions[-1], session)):
+            self.flaws.append(f"going on with {changed}: not bit for bit what an uninterrupted run gives")
+        self._record = {"options": options, "sessions": [*sessions, session]}
+        files.write_json(self.path / OPTIONS, self._record)
+
+    def _delete_results(self) -> None:
+        """The checkpoints first and options.json last: a process killed in between leaves nothing to go on from."""
+        for name in (CHECKPOINT, PREVIOUS, METRICS, LOG, files.DATA, files.CARD, "eval.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for pattern in ("stored_*.png", "decoded_*.png", files.SNAPSHOTS):
+            for old in self.path.glob(pattern):
+                old.unlink()
+        shutil.rmtree(self.path / BOARD, ignore_errors=True)
+        (self.path / OPTIONS).unlink(missing_ok=True)
 
     # --- Checkpoints and metrics --------------------------------------------------------------------------------------
 
@@ -73,33 +172,53 @@ class RunFolder:
         return time.monotonic() - self._saved >= CHECKPOINT_SECONDS
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        files.write_tensors(self.path / CHECKPOINT, {**state, "metrics_bytes": self._metrics_size()})
+        """In place of the last but one. Raises OSError; both are still there then."""
+        content = {**state, "record": json.dumps(self._record), "metrics": self._metrics}
+        files.write_tensors(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS)
         self._saved = time.monotonic()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last state, or None before the first. What metrics.jsonl says of later moments is cut off."""
-        if not (self.path / CHECKPOINT).exists():
-            self._cut_metrics(0)
-            return None
-        state = files.read_tensors(self.path / CHECKPOINT, "begin again with --restart")
-        if not isinstance(state, dict) or not isinstance(state.get("metrics_bytes"), int):
-            raise UserError(f"{self.path / CHECKPOINT}: is no checkpoint; begin again with --restart")
-        self._cut_metrics(state["metrics_bytes"])
-        return state
+        """The last state, or None before the first. What metrics.jsonl says of later moments is cut off.
+
+        Raises UserError when no checkpoint is whole.
+        """
+        self.flaws = []
+        saved = self.newest("going on from the one before")
+        for flaw in self.flaws:
+            log.warning("%s", flaw)
+        if self.flaws:  # so that the next checkpoint does not take the place of the one that is whole
+            (self.path / CHECKPOINT).unlink()
+        elif saved is not None and not (self.path / CHECKPOINT).exists():
+            log.info("%s: is missing; going on from the one before", self.path / CHECKPOINT)
+        if saved is None and (self.path / files.DATA).exists():
+            raise UserError(
+                f"{self.path}: has a {files.DATA}, but no checkpoint to go on from; --tag NAME keeps it, --restart "
+                "begins again"
+            )
+        self._metrics = "" if saved is None else saved["metrics"]
+        there = self._metrics_there()
+        if not there.startswith(self._metrics):
+            log.warning("%s: is damaged; made again from the checkpoint", self.path / METRICS)
+        if there != self._metrics:
+            files.write_atomically(self.path / METRICS, self._metrics.encode())
+        return saved
 
     def metric(self, **event: object) -> None:
-        """Append one event to metrics.jsonl, and show it on the board."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        """Append one event to metrics.jsonl, and show it on the board. Raises OSError, naming the file."""
+        line = json.dumps(event) + "\n"
+        self._metrics += line
+        with files.naming(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(line)
         self.board.event(event)
 
-    def _metrics_size(self) -> int:
-        file = self.path / METRICS
-        return file.stat().st_size if file.exists() else 0
+    def session_metric(self, **position: float) -> None:
+        """Under which conditions the events that follow were computed."""
+        sessions = self._record["sessions"]
+        self.metric(session=len(sessions), **position, **_conditions(sessions[-1]))
 
-    def _cut_metrics(self, size: int) -> None:
-        if self._metrics_size() > size:
-            os.truncate(self.path / METRICS, size)
+    def _metrics_there(self) -> str:
+        file = self.path / METRICS
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
     # --- Results ------------------------------------------------------------------------------------------------------
 
@@ -107,6 +226,10 @@ class RunFolder:
         """data.pt and data.json. pixels: (classes, ipc, C, H, W)."""
         files.save_set(self.path / files.DATA, pixels)
         files.write_json(self.path / files.CARD, card)
+
+    def save_final_card(self, card: dict[str, Any]) -> None:
+        """data.json of a finished run, the last file to be written."""
+        files.write_json(self.path / files.CARD, {**card, OF_METRICS: files.checksum(self._metrics)})
 
     def save_snapshot(self, it: int, pixels: Tensor) -> None:
         """data_<it>.pt, which stays when the run goes on."""
@@ -117,3 +240,39 @@ class RunFolder:
         self.board.images(it, stored=stored, decoded=decoded)
         files.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
         files.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))
+
+
+def _valid_record(record: Any, file: str) -> dict[str, Any]:
+    """options.json's content. Raises UserError unless it has what `check` and `create` look at."""
+    known = record if isinstance(record, dict) else {}
+    sessions = known.get("sessions")
+    if not isinstance(known.get("options"), dict) or not isinstance(sessions, list):
+        raise UserError(f"{file}: holds no options; restore it, or begin again with --restart")
+    if not all(isinstance(session, dict) for session in sessions):
+        raise UserError(f"{file}: holds no sessions; restore it, or begin again with --restart")
+    return known
+
+
+def valid_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint's content, its `record` unpacked. Raises UserError when it is damaged or none."""
+    saved = files.read_tensors(file, "")
+    try:
+        record = _valid_record(json.loads(saved["record"]), str(file))
+        if not isinstance(saved["metrics"], str):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{file}: is no checkpoint; begin again with --restart") from error
+    return {**saved, "record": record}
+
+
+def _conditions(session: dict[str, Any]) -> dict[str, Any]:
+    """What a session's rounding depends on, and the code's commit."""
+    versions = session.get("versions")
+    known = {**session, **(versions if isinstance(versions, dict) else {})}
+    return {name: known.get(name) for name in (*CONDITIONS, "git_commit")}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """For people: the conditions that changed between two sessions."""
+    old, new = _conditions(before), _conditions(now)
+    return ", ".join(f"{name} {new[name]} after {old[name]}" for name in CONDITIONS if new[name] != old[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import platform
 import random
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -20,45 +22,74 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from utils.device import device_name, keep_freed_memory
-from utils.errors import UserError, first_line
+from utils.device import device_name, keep_freed_memory, out_of_memory
+from utils.errors import UserError, first_line, printable
+
+OUT_OF_MEMORY = (
+    "error: the memory is full ({}); lower --batch_real, --batch_syn_max, --batch_size, --width or --size, or use a "
+    "--device that has more; what was saved last is as it was"
+)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Call a script's main as a program: mistakes become one line on standard error, results the exit status."""
     keep_freed_memory()
+    prepare_output()
     name = Path(sys.argv[0]).name
+    status, message = 1, None
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        status = error.status
-    except torch.OutOfMemoryError:
-        print(
-            f"{name}: error: the GPU's memory is full; lower --batch_real, --batch_syn_max or --batch_size, "
-            "or use --device cpu",
-            file=sys.stderr,
-        )
-        status = 1
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        print(
-            f"{name}: error: the memory is full ({first_line(error)}); lower --width, --size or batches",
-            file=sys.stderr,
-        )
-        status = 1
+        status, message = error.status, f"error: {error}"
     except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        pass
     except OSError as error:
-        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        print(f"{name}: error: {error.filename or 'a file'}: {error.strerror or error}{hint}", file=sys.stderr)
-        status = 1
+        hint = "; make room for it and run the same command again" if error.errno in NO_ROOM else ""
+        message = f"error: {error.filename or 'a file'}: {error.strerror or error}{hint}"
     except KeyboardInterrupt as stop:
-        print(f"{name}: stopped {stop}".rstrip(), file=sys.stderr)
-        status = 130
+        status, message = 130, f"stopped {stop}".rstrip()
+    except (RuntimeError, MemoryError) as error:
+        if "does not have a deterministic implementation" in str(error):
+            message = f"error: --deterministic: {first_line(error)}"
+        elif not out_of_memory(error):
+            raise
+        else:
+            message = OUT_OF_MEMORY.format(first_line(error))
+    if message is not None:
+        with suppress(OSError):
+            print(f"{name}: {printable(message)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        discard_output()
     sys.exit(status)
+
+
+def prepare_output() -> None:
+    """Nothing that is printed may do harm: neither for characters that the terminal lacks, nor for a closed stream,
+    whose number the system would give to the next file that is opened."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a closed one is None
+            stream.reconfigure(errors="backslashreplace")
+
+
+def output_failed(error: OSError) -> None:
+    """What to do when something could not be printed. With a Stopper on watch, which the system has told as well, the
+    program will end where it is fit to, and the rest goes nowhere; otherwise the error is raised again."""
+    if not callable(signal.getsignal(signal.SIGPIPE)):
+        raise error
+    discard_output()
+
+
+def discard_output() -> None:
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Draws:
@@ -97,10 +128,13 @@ class Stopped(Exception):
 
 
 class Stopper:
-    """Turns Ctrl-C, SIGTERM and a time limit into a question that the main loop asks between two steps.
+    """Turns Ctrl-C, SIGTERM, a closed terminal or pipe, and a time limit into a question that the main loop asks
+    between two steps.
 
     A second Ctrl-C stops at once.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.signal: signal.Signals | None = None
@@ -109,7 +143,9 @@ class Stopper:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Stopper:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run is meant to outlive the terminal
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -121,9 +157,11 @@ class Stopper:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt("at once; the same command goes on from what was saved last")
         self.signal = signal.Signals(number)
-        again = "; again to stop at once" if number == signal.SIGINT else ""
-        # Not print: the signal may have come in the middle of one, which must not be entered twice.
-        os.write(2, f"{self.signal.name}: finishing this step and saving{again}\n".encode())
+        if number in (signal.SIGINT, signal.SIGTERM):  # after the others nobody reads it
+            again = "; again to stop at once" if number == signal.SIGINT else ""
+            # Not print: the signal may have come in the middle of one, which must not be entered twice.
+            with suppress(OSError):
+                os.write(2, f"{self.signal.name}: finishing this step and saving{again}\n".encode())
 
     def check(self, *, signals_only: bool = False) -> None:
         """Raise Stopped if there is a reason; with `signals_only` the time limit is none."""
@@ -138,12 +176,17 @@ class Stopper:
         return 0 if self.signal is None else 128 + self.signal.value
 
 
-def session(program: str, argv: Sequence[str], device: torch.device) -> dict[str, Any]:
+def session(
+    program: str, argv: Sequence[str], device: torch.device, *, precision: str, deterministic: bool
+) -> dict[str, Any]:
     """What ran, when, on what, for the files that it leaves."""
     return {
         "command": shlex.join([program, *argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "deterministic": deterministic,
         "versions": versions(),
     }
 
@@ -177,4 +220,4 @@ def versions() -> dict[str, str]:
 
 def on_terminal() -> bool:
     """Whether a person sees the progress as it is drawn."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()

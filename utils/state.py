@@ -38,6 +38,13 @@ class State:
         self.pixels.clamp()
         self.losses.zero_()
 
+    def begin_at(self, pixels: Tensor, velocity: Tensor, *, it: int, seconds: float) -> None:
+        """Take over pixels and velocity, (classes, ipc, C, H, W), at the beginning of outer iteration `it`."""
+        with torch.no_grad():
+            self.pixels.pixels.copy_(pixels)
+            self.pixels.velocity.copy_(velocity)
+        self.it, self.seconds = it, seconds
+
     def advance(self, inner_loop: int) -> None:
         """On to the next inner step."""
         self.step += 1
@@ -61,12 +68,9 @@ class State:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over a checkpoint. Raises KeyError or RuntimeError when it does not fit this run."""
-        with torch.no_grad():
-            self.pixels.pixels.copy_(saved["pixels"])
-            self.pixels.velocity.copy_(saved["velocity"])
+        self.begin_at(saved["pixels"], saved["velocity"], it=saved["it"], seconds=saved["seconds"])
         self.net.load_state_dict(saved["net"])
         self.trainer.sgd.load_state_dict(saved["sgd"])
         self.picks.copy_(saved["picks"])
         self.losses.copy_(saved["losses"])
-        self.it, self.step = saved["it"], saved["step"]
-        self.seconds, self.accuracy = saved["seconds"], saved["accuracy"]
+        self.step, self.accuracy = saved["step"], saved["accuracy"]

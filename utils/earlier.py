@@ -1,0 +1,121 @@
+"""An earlier state of another run, from which a run with other settings begins (--resume_from)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import files
+from utils.errors import UsageError, UserError
+from utils.run import RunFolder, valid_checkpoint
+
+log = logging.getLogger("dream")
+
+REMEDY = "--resume_from takes a run folder, or its checkpoint.pt, checkpoint_previous.pt or data_<iteration>.pt"
+MUST_AGREE = ("dataset", "ipc", "factor", "decode_type")  # without which the pixels would mean something else
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Where another run was. The outer iteration that it was in begins anew, since the network is another one here."""
+
+    source: Path
+    pixels: Tensor  # (classes, ipc, C, H, W)
+    velocity: Tensor  # like pixels; zero from a snapshot, which does not hold it
+    it: int  # outer iterations that were finished
+    seconds: float  # of distilling that it took, 0 where that is unknown
+
+    def must_fit(self, shape: tuple[int, ...], niter: int) -> None:
+        """Raises UsageError unless pixels of this shape can go on from here, up to outer iteration `niter`."""
+        if self.pixels.shape != shape:
+            raise UsageError(
+                f"--resume_from {self.source}: holds pixels of {tuple(self.pixels.shape)}, this run has {shape} "
+                "(classes, images per class, channels, height, width); use the same -d, --ipc and --size"
+            )
+        if self.it >= niter:
+            raise UsageError(
+                f"--resume_from {self.source}: is after outer iteration {self.it} already; use --niter {self.it + 1} "
+                "or more"
+            )
+
+
+def begin_from(path: Path, options: Mapping[str, Any], folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
+    """What a run with these options and pixels of this shape begins from; None once it has checkpoints of its own.
+
+    Raises UserError or UsageError as below, and when the state lies where it would be overwritten.
+    """
+    if folder.begun and not options["restart"]:
+        return None
+    if folder.path.resolve() in (path.resolve(), *path.resolve().parents):
+        raise UsageError(f"--resume_from {path}: is in this run's own folder; use --tag NAME for another")
+    earlier = read_earlier(path, options)
+    earlier.must_fit(shape, options["niter"])
+    return earlier
+
+
+def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
+    """The state in a run folder (its newest), checkpoint or snapshot, for a run with these options.
+
+    Raises UserError or UsageError, naming the file, when there is none, or when it says that it is of another kind.
+    """
+    if path.is_dir():
+        folder = RunFolder(path)
+        saved = folder.newest()
+        for flaw in folder.flaws:
+            log.warning("%s", flaw)
+        if saved is None:
+            raise UserError(f"{path}: holds no checkpoint; {REMEDY}")
+        return _of_checkpoint(path, saved, options)
+    found = files.read_tensors(path, REMEDY)
+    if isinstance(found, dict):
+        return _of_checkpoint(path, valid_checkpoint(path), options)
+    return _of_snapshot(path, found, options)
+
+
+def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]) -> Earlier:
+    _must_agree(path, saved["record"]["options"], options)
+    pixels, velocity, it, seconds = (saved.get(name, 0) for name in ("pixels", "velocity", "it", "seconds"))
+    if not (_are_pixels(pixels) and _are_pixels(velocity) and pixels.shape == velocity.shape):
+        raise UserError(f"{path}: holds no pixels; {REMEDY}")
+    if not isinstance(it, int) or it < 0 or not isinstance(seconds, float):
+        raise UserError(f"{path}: does not say where it was; {REMEDY}")
+    return Earlier(path, pixels, velocity, it, seconds)
+
+
+def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
+    number = re.fullmatch(r"data_([0-9]{1,9})\.pt", path.name)
+    if number is None:
+        raise UserError(f"{path}: is neither a checkpoint nor named data_<iteration>.pt; {REMEDY}")
+    if not isinstance(found, list) or len(found) != 2 or not isinstance(found[1], Tensor) or not found[1].numel():
+        raise UserError(f"{path}: holds no images and labels; {REMEDY}")
+    images, labels = found
+    classes, ipc = int(labels.max()) + 1, len(labels) // max(int(labels.max()) + 1, 1)
+    if labels.tolist() != [c for c in range(classes) for _ in range(ipc)] or not isinstance(images, Tensor):
+        raise UserError(f"{path}: its classes do not have equally many images, one class after the other; {REMEDY}")
+    if (card := path.with_name(files.CARD)).exists():
+        _must_agree(path, files.read_card(card), options)
+    pixels = images.unflatten(0, (classes, ipc)) if len(images) == len(labels) else images
+    if not _are_pixels(pixels):
+        raise UserError(f"{path}: holds no images; {REMEDY}")
+    return Earlier(path, pixels, torch.zeros_like(pixels), int(number[1]), 0.0)
+
+
+def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differ = [
+        f"--{name} {there.get(name)} there, {here[name]} here" for name in MUST_AGREE if there.get(name) != here[name]
+    ]
+    if differ:
+        raise UsageError(f"--resume_from {path}: is of another kind of set ({'; '.join(differ)})")
+
+
+def _are_pixels(x: Any) -> bool:
+    """Whether it is a plain float32 tensor (classes, ipc, C, H, W) of numbers."""
+    plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.layout == torch.strided and x.device.type == "cpu"
+    return plain and x.dim() == 5 and bool(x.isfinite().all())

@@ -1,0 +1,83 @@
+"""Locks between processes that share a folder. They end with the process that holds them, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.errors import UserError
+
+log = logging.getLogger("dream")
+
+
+@contextmanager
+def locked(file: Path, *, doing: str, wait: bool, refusal: str = "") -> Iterator[None]:
+    """Hold the lock while the block runs. The file says who holds it, and is gone afterwards.
+
+    doing: what the block does, for others to read. wait: until another process is done, saying so once; otherwise
+    UserError, with that process's host and number and `refusal`, when there is one. Where the folder cannot be written
+    or knows no locks, the block runs without.
+    """
+    handle = _acquired(file, wait=wait, refusal=refusal)
+    if handle is None:
+        yield
+        return
+    try:
+        os.ftruncate(handle, 0)
+        about = {"host": platform.node(), "pid": os.getpid(), "doing": doing, "since": time.strftime("%F %T %z")}
+        os.write(handle, (json.dumps(about) + "\n").encode())
+    except OSError:  # a full disk: the lock holds without
+        pass
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
+    said = False
+    while True:
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(handle)
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            if not wait:
+                raise UserError(f"{file.parent}: in use by {holder}; {refusal}") from error
+            if not said:
+                log.info("%s: waiting for %s", file.parent, holder)
+            said = True
+            time.sleep(0.2)
+            continue
+        # The one who held it may have removed the file in between; then this is a lock on nothing.
+        try:
+            same = os.fstat(handle).st_ino == os.stat(file).st_ino
+        except FileNotFoundError:
+            same = False
+        if same:
+            return handle
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """Who holds a lock, as far as the file says it yet."""
+    try:
+        about = json.loads(os.pread(handle, 4096, 0))
+        return f"process {about['pid']} on {about['host']} ({about['doing']}, since {about['since']})"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
