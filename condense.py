@@ -27,7 +27,7 @@ from utils.augment import Augment
 from utils.board import Board, check_board
 from utils.device import Compute, be_deterministic, peak_memory, pick_device, set_precision
 from utils.earlier import Earlier, begin_from
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, printable
 from utils.evaluation import Score, evaluate
 from utils.flags import make_parser
 from utils.formation import decode, decoded_count
@@ -88,6 +88,7 @@ class Job:
         self.shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)  # of the stored pixels
         self.real, self.test = dataset.train, dataset.test
         self.compute, self.earlier = compute, earlier
+        self.selecting = compute.cheapest()
         self.matcher = Matcher(
             how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
             factor=o.factor,
@@ -107,7 +108,7 @@ class Job:
 
     def context(self, net: Network, draws: Draws) -> Context:
         """What representatives are selected from."""
-        return Context(net, self.real, draws, self.compute.cheapest(), raw=self.o.cluster_raw, kmeans=self.o.kmeans)
+        return Context(net, self.real, draws, self.selecting, raw=self.o.cluster_raw, kmeans=self.o.kmeans)
 
     # --- State --------------------------------------------------------------------------------------------------------
 
@@ -343,14 +344,16 @@ def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder
     """The resolved options, where each comes from, and what derives from them."""
     o = resolved.options
     lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=dataset.side, base_side=dataset.base_side)
-    lines = [f"{name:16}{value!s:28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()]
+    lines = [
+        f"{name:16}{printable(str(value)):28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
+    ]
     derived = {
         "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
         "pixel learning rate": f"{lr:g}",
         "network update": options.update_augmentation(o),
         "evaluation": options.evaluation_augmentation(o, flip=dataset.flip),
         "decoded per class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
-        "run folder": folder.path,
+        "run folder": printable(str(folder.path)),
     }
     return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])
 
@@ -372,6 +375,7 @@ def main(argv: Sequence[str]) -> int:
             data_dir=o.data_dir,
             image_folder=o.image_folder,
             size=o.size,
+            threads=o.data_threads,
         )
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
         checks.check_matching(o.match, spec)

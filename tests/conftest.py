@@ -5,3 +5,35 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch, and for child processes
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import faults
+from tests.killing import FOLDER, Server, tiny
+from tests.outcome import Outcome, outcome
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tally of faults, for those who asked for faults."""
+    if faults.TALLY and "faults" in terminalreporter.config.option.markexpr:
+        terminalreporter.section("injected faults")
+        for line in faults.table():
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """For runs of condense.py that do not pay for the import of PyTorch."""
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What `tiny` computes when nothing happens to it."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    ended = server.run(tiny(results))
+    assert (ended.status, ended.err) == (0, ""), ended
+    return outcome(results / FOLDER)

@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,15 +70,15 @@ class Compute:
                 if not out_of_memory(error) or self.pixels <= LEAST_PIXELS:
                     raise
             self.pixels //= 2
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            return_freed_memory(self.device)
             log.warning("the memory of the %s is full: going on with pieces half as large", self.device.type.upper())
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of a GPU or of the machine is full."""
-    # On a CPU, PyTorch has no class of its own for it.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    text = str(error)  # on a CPU, neither PyTorch nor the oneDNN below it has a class of its own for it
+    words = ("allocate memory", "bad_alloc", "could not create a primitive", "failed to map segment")
+    return any(word in text for word in words) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def pick_device(name: str) -> torch.device:
@@ -115,12 +115,20 @@ def keep_freed_memory() -> None:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError):  # another C library than glibc
         return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**28)
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Give back to the system what is free, so that others than PyTorch's tensors, such as libraries, can have it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -49,7 +49,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         message = f"error: {error.filename or 'a file'}: {error.strerror or error}{hint}"
     except KeyboardInterrupt as stop:
         status, message = 130, f"stopped {stop}".rstrip()
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ImportError) as error:
         if "does not have a deterministic implementation" in str(error):
             message = f"error: --deterministic: {first_line(error)}"
         elif not out_of_memory(error):

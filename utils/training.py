@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -212,5 +213,6 @@ def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
     counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
     for index in torch.arange(len(test), device=test.device).split(max(512, compute.images(test.side))):
         x, y = test.batch(index)
-        counts += torch.bincount(y * test.classes + forms.predict(net, x, compute), minlength=test.classes**2)
+        found = compute.retry(partial(forms.predict, net, x, compute))
+        counts += torch.bincount(y * test.classes + found, minlength=test.classes**2)
     return counts.view(test.classes, test.classes)
