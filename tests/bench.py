@@ -6,8 +6,9 @@
 
 Every variant runs in a process of its own, one after the other, so that its peak memory is its own: the published form
 as it comes; the same with the C allocator kept from returning memory, so that no ratio is one of page faults alone;
-ours in every precision of the machine. Medians after a warm-up. Images are random unless a folder is given:
-their content matters for the inertia only. Keep the machine otherwise idle.
+ours in every precision of the machine, on a GPU also with --deterministic, so that its cost can be read off. Medians
+after a warm-up. Images are random unless a folder is given: their content matters for the inertia only. Keep the
+machine otherwise idle.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from utils.runtime import Draws
 from utils.selection import KMEANS_ITERATIONS, batched_kmeans, embed
 from utils.training import Recipe, Trainer, fresh_network, update_network
 
+DETERMINISTIC = ", deterministic"  # at the end of a variant's name
 INTERVAL, BATCH, STEPS = 10, 128, 2000 * 100
 
 
@@ -290,15 +292,22 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         return {p: peaks(timer, p) for p in given.precisions}
     if given.variant != "published":
         machine.keep_freed_memory()
+    if given.variant.endswith(DETERMINISTIC):
+        machine.be_deterministic(device)
     real = real_images(work, device, given.image_folder if given.work[0] == "headline" else None)
     if given.variant == "inertia":
         return dict(inertia(work, real, timer))
     found = (
         run_published(work, real, timer)
         if given.variant.startswith("published")
-        else run_ours(work, real, timer, given.variant.removeprefix("ours "))
+        else run_ours(work, real, timer, precision_of(given.variant))
     )
     return {**found, "peak memory": machine.peak_memory(device)}
+
+
+def precision_of(variant: str) -> str:
+    """`ours bf16, deterministic` -> bf16."""
+    return variant.removeprefix("ours ").removesuffix(DETERMINISTIC)
 
 
 def table(name: str, results: dict[str, dict[str, Any]], top: dict[str, dict[str, float]]) -> str:
@@ -330,7 +339,7 @@ def table(name: str, results: dict[str, dict[str, Any]], top: dict[str, dict[str
                 cell += f", {first:.2f} x / {second:.2f} x"
                 if part in ("matching", "network update"):
                     rate = gflop[part] / value
-                    peak = top[variant.removeprefix("ours ")]["convolution"]
+                    peak = top[precision_of(variant)]["convolution"]
                     cell += f", {rate:.0f}, {100 * rate / peak:.0f} %"
             cells.append(cell)
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
@@ -379,6 +388,7 @@ def main(argv: Sequence[str]) -> int:
     print(json.dumps({**about, "peaks in GFLOP/s": report["peaks"]}))
     for work in given.work:
         variants = ["published", "published, allocator kept", *(f"ours {p}" for p in given.precisions)]
+        variants += [f"ours {p}{DETERMINISTIC}" for p in given.precisions if device.type == "cuda"]
         report["works"][work] = {variant: apart(variant, work) for variant in variants}
         print("\n" + table(work, report["works"][work], report["peaks"]))
         if given.image_folder and work == "headline":
