@@ -207,7 +207,7 @@ class Job:
         self.steps_here += 1
         if state.step == 0:
             loss, seconds = self.mean_loss(state), self.seconds(state)
-            if state.it % -(-o.niter // METRIC_LINES) == 0:
+            if state.it % -(-o.niter // METRIC_LINES) == 0 or state.it == o.niter:
                 self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
         if state.step % o.interval == 0:
             accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"

@@ -1,0 +1,365 @@
+"""The test split says how good a set is, and nothing else: it has no part in pixels, selection, length of training or
+the choice of a number that is reported. Shown by other test splits in its place, by one that cannot be read outside of
+a test, and by made-up results of tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import condense
+import data
+import train
+from data import Dataset, Split
+from models import NetSpec, Network
+from tests.faults import injected
+from tests.files import noise, quick, save, tree
+from tests.outcome import metrics, outcome
+from utils import evaluation, files
+from utils.device import Compute
+from utils.images import ImageSet
+from utils.runtime import Draws
+from utils.selection import STRATEGIES, Context
+from utils.training import Recipe, Trainer
+
+pytestmark = pytest.mark.faults
+
+CPU = torch.device("cpu")
+SMALL = shlex.split(
+    "--niter 2 --inner_loop 2 --batch_real 4 --ipc 2 -f 2 --epochs 2 --repeat 2 --eval_every 1 --snapshot_every 1"
+)
+
+
+def distil(results: Path, *flags: str) -> Path:
+    """condense.py in this process, evaluating and copying the set after every outer iteration; the run folder."""
+    assert condense.main(quick(results, *SMALL, *flags)) == 0
+    return next(results.glob("*/*"))
+
+
+def replace_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test split for digits: noise, other labels, another number of images."""
+    info = data.DATASETS["digits"]
+
+    def load(data_dir: Path, train: bool) -> Split:
+        images, labels, names = info.load(data_dir, train)
+        if not train:
+            images = torch.from_numpy(noise(123, *images.shape[1:], seed=9))
+            labels = torch.from_numpy(np.random.default_rng(9).permutation(123) % len(names))
+        return images, labels, names
+
+    monkeypatch.setitem(data.DATASETS, "digits", dataclasses.replace(info, load=load))
+
+
+# --- Another test split -----------------------------------------------------------------------------------------------
+
+
+def recorded_picks(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """Takes up every selection of condense.py from now on."""
+    picks: list[list[list[int]]] = []
+    select = condense.select
+
+    def recorded(context: Context, count: int, *, strategy: str) -> Tensor:
+        found = select(context, count, strategy=strategy)
+        picks.append(found.tolist())
+        return found
+
+    monkeypatch.setattr(condense, "select", recorded)
+    return picks
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_another_test_split_changes_accuracies_and_nothing_else_of_a_distillation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    picks = recorded_picks(monkeypatch)
+    expected = outcome(distil(tmp_path / "real", "--select", strategy))
+    right = picks.copy()
+    picks.clear()
+    with injected("test split replaced by noise") as fault:
+        replace_digits(monkeypatch)
+        found = outcome(distil(tmp_path / "noise", "--select", strategy))
+        assert fault.kept((found.distilled, picks) == (expected.distilled, right)) and len(right) == 4
+        assert {"data.pt", "data_000000.pt", "data_000001.pt", "data_000002.pt"} <= expected.files.keys()
+        for ours, other in zip(found.accuracies, expected.accuracies, strict=True):
+            assert ours != other
+
+
+def folder_with_test(root: Path, brightness: tuple[int, int], count: int) -> Path:
+    """Dark training images, always the same, and `count` test images per class within the given brightness."""
+    shutil.rmtree(root, ignore_errors=True)
+    for c, name in enumerate(("cat", "dog")):
+        for i in range(6):
+            save(root / "train" / name / f"{i}.png", noise(8, 8, 3, seed=100 * c + i) // 4)
+        for i in range(count):
+            pixels = np.random.default_rng(1000 * c + i).integers(*brightness, (8, 8, 3), dtype=np.uint8)
+            save(root / "test" / name / f"{i}.png", pixels)
+    return root
+
+
+def test_another_test_folder_changes_no_statistics_and_nothing_else_of_a_distillation(tmp_path: Path) -> None:
+    outcomes, cards = [], []
+
+    def distilled(brightness: tuple[int, int], count: int) -> None:
+        root = folder_with_test(tmp_path / "images", brightness, count)
+        folder = distil(tmp_path / f"results_{count}", "--image_folder", str(root))
+        outcomes.append(outcome(folder))
+        cards.append(json.loads((folder / "data.json").read_text()))
+
+    distilled((0, 64), 5)
+    with injected("test split replaced by noise") as fault:
+        distilled((128, 256), 9)
+        assert fault.kept(outcomes[0].distilled == outcomes[1].distilled)
+        assert outcomes[0].accuracies != outcomes[1].accuracies
+    x = np.stack([noise(8, 8, 3, seed=100 * c + i) // 4 for c in range(2) for i in range(6)]) / 255
+    statistics_of_training = {"mean": x.mean((0, 1, 2)).tolist(), "std": x.std((0, 1, 2)).tolist()}
+    for card in cards:
+        assert card["normalization"] == {k: pytest.approx(v) for k, v in statistics_of_training.items()}
+
+
+def recorded_coresets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """Takes up all real images that train.py chooses from now on, and checks what they are chosen from."""
+    found: list[tuple[str, bytes]] = []
+    coreset = train.coreset
+    everything = Dataset("digits", device=CPU).train.images
+
+    def recorded(context: Context, strategy: str, *, ipc: int) -> ImageSet:
+        assert torch.equal(context.real.images, everything)
+        chosen = coreset(context, strategy, ipc=ipc)
+        found.append((strategy, chosen.images.numpy().tobytes()))
+        return chosen
+
+    monkeypatch.setattr(train, "coreset", recorded)
+    return found
+
+
+def test_another_test_split_changes_no_real_image_beside_a_set_and_no_exported_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    folder = str(distil(results, "--eval_every", "0"))
+    argv = ["--device", "cpu", "--results_dir", str(results)]
+    beside = [*argv, folder, "--baselines", *STRATEGIES, "--retrain", "--epochs", "1", "--width", "4"]
+    alone = [*argv, "--coreset", "kmeans", "--ipc", "3", "--epochs", "1", "--repeat", "1", "--width", "4"]
+
+    def chosen(export: str) -> tuple[list[tuple[str, bytes]], dict[str, bytes | None]]:
+        with monkeypatch.context() as patch:
+            coresets = recorded_coresets(patch)
+            assert train.main(beside) == 0 and train.main(alone) == 0
+        assert train.main([*argv, folder, "--export", str(tmp_path / export)]) == 0
+        return coresets, tree(tmp_path / export)
+
+    expected = chosen("of_real")
+    assert {strategy for strategy, _ in expected[0]} == set(STRATEGIES)
+    with injected("test split replaced by noise") as fault:
+        replace_digits(monkeypatch)
+        assert fault.kept(chosen("of_noise") == expected)
+
+
+# --- A sealed test split ----------------------------------------------------------------------------------------------
+
+
+class Sealed:
+    """A test split of which, outside of a test, only size and shape can be read."""
+
+    tests_under_way = 0
+
+    def __init__(self, whole: ImageSet) -> None:
+        self.whole = whole
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getattr__(self, name: str) -> Any:
+        if Sealed.tests_under_way or name in ("classes", "side", "device"):
+            return getattr(self.whole, name)
+        raise AssertionError(f"{name} of the test split was read, and no network is being tested")
+
+
+def seal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Dataset's test split is sealed from now on but for the time of a confusion matrix."""
+    whole = Dataset.__dict__["test"].func
+    confusion_matrix = evaluation.confusion_matrix
+
+    def unsealed(net: Network, test: ImageSet, compute: Compute) -> Tensor:
+        Sealed.tests_under_way += 1
+        try:
+            return confusion_matrix(net, test, compute)
+        finally:
+            Sealed.tests_under_way -= 1
+
+    monkeypatch.setattr(Dataset, "test", property(lambda dataset: Sealed(whole(dataset))))
+    monkeypatch.setattr(evaluation, "confusion_matrix", unsealed)
+
+
+def test_the_test_split_is_read_while_a_trained_network_is_tested_and_at_no_other_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outcome(distil(tmp_path / "open"))
+    with injected("test split sealed outside of tests") as fault:
+        seal(monkeypatch)
+        with pytest.raises(AssertionError, match="labels of the test split was read"):
+            _ = Dataset("digits", device=CPU).test.labels
+        folder = distil(tmp_path / "sealed")
+        assert fault.kept(outcome(folder) == expected)
+        argv = ["--device", "cpu", "--epochs", "1", "--results_dir", str(tmp_path), "--width", "4"]
+        assert train.main([*argv, str(folder), "--baselines", *STRATEGIES, "--real"]) == 0
+
+
+def test_a_selection_sees_the_training_split_a_network_and_random_numbers_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {field.name for field in dataclasses.fields(Context)} == {
+        "net", "real", "draws", "compute", "raw", "kmeans",
+    }  # fmt: skip
+    jobs: list[condense.Job] = []
+    seen: list[ImageSet] = []
+    context_of = condense.Job.context
+
+    def context(job: condense.Job, net: Network, draws: Draws) -> Context:
+        jobs.append(job)
+        found = context_of(job, net, draws)
+        seen.append(found.real)
+        return found
+
+    monkeypatch.setattr(condense.Job, "context", context)
+    distil(tmp_path)
+    assert len(seen) == 1 + 4 + 2  # the beginning, each inner step, and twice random real images
+    assert all(real is job.dataset.train for job, real in zip(jobs, seen, strict=True))
+
+
+# --- Made-up results --------------------------------------------------------------------------------------------------
+
+
+class Examiner:
+    """Stands in for the test of networks: makes up how many images each gets right, and takes notes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, right: Iterable[int]) -> None:
+        self.right = iter(right)
+        self.epochs = 0
+        self.trained: list[Network] = []
+        self.results: list[float] = []  # in per cent
+        self._train_networks = evaluation.train_networks
+        monkeypatch.setattr(evaluation, "train_networks", self.train)
+        monkeypatch.setattr(evaluation, "confusion_matrix", self.test)
+
+    def train(
+        self,
+        spec: NetSpec,
+        sets: list[ImageSet],
+        recipe: Recipe,
+        draws: list[Draws],
+        compute: Compute,
+        on_epoch: Callable[[int, Trainer], None],
+    ) -> list[Network]:
+        before = self.epochs
+
+        def after(epoch: int, trainer: Trainer) -> None:
+            self.epochs += 1
+            on_epoch(epoch, trainer)
+
+        nets = self._train_networks(spec, sets, recipe, draws, compute, after)
+        assert self.epochs - before == recipe.epochs
+        self.trained += nets
+        return nets
+
+    def test(self, net: Network, test: ImageSet, compute: Compute) -> Tensor:
+        """Every network once, in the order of their trainings, after all of its epochs."""
+        assert net is self.trained[len(self.results)], "a network is tested twice, or before its training is over"
+        right, classes = next(self.right), test.classes
+        self.results.append(round(100 * right / len(test), 4))
+        matrix = torch.zeros(classes, classes, dtype=torch.int64)
+        matrix[0, 0], matrix[0, 1] = right, len(test) - right
+        return matrix
+
+    def groups(self, repeat: int) -> list[list[float]]:
+        """The results by evaluation, after checking that every network that was trained was tested."""
+        assert len(self.results) == len(self.trained)
+        return [self.results[i : i + repeat] for i in range(0, len(self.results), repeat)]
+
+
+FALLING, RISING = range(440, 0, -7), range(1, 450, 7)  # of 450 images
+
+
+def matches(record: dict[str, Any], accuracies: list[float]) -> bool:
+    """Whether a record reports exactly these, and their mean and spread, rounded to four places."""
+    spread = (record["accuracy_mean"], record["accuracy_std"])
+    expected = (statistics.fmean(accuracies), statistics.stdev(accuracies))
+    return (record["accuracies"], record["n"]) == (accuracies, len(accuracies)) and spread == pytest.approx(
+        expected, abs=2e-4
+    )
+
+
+def test_every_network_is_tested_once_after_its_last_epoch_and_all_of_them_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether results get worse or better on the way, what is reported is the mean over the last evaluation."""
+    runs = []
+    for right in (FALLING, RISING):
+        with monkeypatch.context() as patch, injected("made-up test results") as fault:
+            examiner = Examiner(patch, right)
+            folder = distil(tmp_path / str(right.step), "--repeat", "3")
+            start, middle, random, end = examiner.groups(3)
+            card = json.loads((folder / "data.json").read_text())
+            events = [event for event in metrics(folder) if "accuracy_mean" in event]
+            assert fault.kept(matches(card["accuracy"], end) and matches(card["random_real"], random))
+            assert all(matches(event, group) for event, group in zip(events, (start, middle, end), strict=True))
+            runs.append((outcome(folder).distilled, examiner.epochs))
+    assert runs[0] == runs[1]
+
+
+def test_a_table_holds_all_trainings_of_every_row_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = distil(tmp_path / "results", "--eval_every", "0")
+    epochs = []
+    for right in (FALLING, RISING):
+        with monkeypatch.context() as patch, injected("made-up test results") as fault:
+            examiner = Examiner(patch, right)
+            argv = ["--device", "cpu", str(folder), "--epochs", "2", "--repeat", "3", "--retrain", "--width", "4"]
+            assert train.main([*argv, "-n", "convnet", "alexnet"]) == 0
+            records = files.read_json(folder / "eval.json")["results"]
+            rows = zip(records, examiner.groups(3), strict=True)
+            assert fault.kept(all(matches(record, group) for record, group in rows)) and len(records) == 10
+            epochs.append(examiner.epochs)
+    assert epochs[0] == epochs[1]
+
+
+def test_the_set_that_is_evaluated_is_the_newest_one_whatever_its_accuracy(tmp_path: Path) -> None:
+    old = distil(tmp_path / "results", "--eval_every", "0", "--tag", "old")
+    new = old.with_name("new")
+    shutil.copytree(old, new)
+    os.utime(old / "data.pt", (1e9, 1e9))
+    for accuracies in ((99.0, 1.0), (1.0, 99.0)):
+        for folder, accuracy in zip((old, new), accuracies, strict=True):
+            card = files.read_json(folder / "data.json")
+            files.write_json(folder / "data.json", {**card, "accuracy": {"accuracy_mean": accuracy}})
+        assert train.newest({"results_dir": str(tmp_path / "results")}) == new
+
+
+def test_fewer_trainings_than_are_known_are_the_first_ones_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = distil(tmp_path / "results", "--eval_every", "0")
+    versions = {**train.runtime.versions(), "git_commit": "0123456789abcdef"}
+    monkeypatch.setattr(train.runtime, "versions", lambda: versions)
+    for right in (FALLING, RISING):
+        argv = ["--device", "cpu", str(folder), "--baselines", "none", "--epochs", "1"]
+        with monkeypatch.context() as patch:
+            examiner = Examiner(patch, right)
+            assert train.main([*argv, "--repeat", "3", "--retrain"]) == 0
+        known = train.results.find(
+            folder / "eval.json", files.read_json(folder / "eval.json")["results"][0], repeat=2, any_version=False
+        )
+        assert known is not None and matches(known, examiner.results[:2])
