@@ -9,31 +9,33 @@ of `DATASET_SETTINGS` in utils/presets.py, which may be empty.
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from torchvision.datasets.utils import check_integrity
 
 from utils.device import free_memory
-from utils.errors import UsageError, UserError, first_line
-from utils.imagefiles import is_grey, mode_and_size, read_image
+from utils.errors import UsageError, UserError, first_line, printable
+from utils.files import write_atomically
+from utils.imagefiles import EXTENSIONS, for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.images import ImageSet, Normalize
-from utils.report import Progress
+from utils.lock import locked
 
 log = logging.getLogger("dream")
-T = TypeVar("T")
 
 DIGITS_SPLIT = 0  # scikit-learn's random_state of the digits' train/test split, whatever --seed says
-BLOCK = 512  # image files read at a time
+CHUNK = 1024 * 3 * 32 * 32  # numbers that are converted at a time
 SPARE_MEMORY = 0.5  # of what is free; the other half is for networks and gradients
 
 Split = tuple[Tensor, Tensor, list[str]]  # images (N, C, H, W) uint8, labels (N,) int64, class names
@@ -42,17 +44,20 @@ Split = tuple[Tensor, Tensor, list[str]]  # images (N, C, H, W) uint8, labels (N
 def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Path, train: bool) -> Split:
     """A torchvision data set as tensors; downloaded unless its files lie in data_dir, and then used without network.
 
-    Raises UserError saying which files to put where.
+    Of several processes one downloads, the others wait for it. Raises UserError saying which files to put where.
     """
-    make = getattr(torchvision.datasets, kind)
-    split = {"split": "train" if train else "test"} if kind == "SVHN" else {"train": train}
+    read = partial(_read, kind, data_dir, train)
+    with suppress(Exception):  # pickle, struct, scipy ...: each has errors of its own for "not there" and for halves
+        return read()  # without the lock: where everything is there, nothing is written
     try:
-        try:
-            found = make(data_dir, download=False, **split)
-        except RuntimeError:  # torchvision's word for "not there, or not with the right checksum"
-            log.info("%s is not ready in %s: unpacking or downloading it", kind, data_dir)
-            found = make(data_dir, download=True, **split)
-    except Exception as error:  # urllib, http, tarfile, gzip, scipy: each has errors of its own
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with locked(data_dir / f".{kind}.lock", doing=f"downloading {kind}", wait=True):
+            with suppress(Exception):  # by now another process may be done
+                return read()
+            log.info("%s is not ready in %s: unpacking or downloading it", kind, printable(str(data_dir)))
+            _unpack(kind, data_dir / folder)
+            return read(download=True)
+    except Exception as error:  # also urllib, http, tarfile, gzip
         candidates = [name.removesuffix(".gz") for name in files if name.endswith("ubyte.gz")] + list(files)
         there = [name for name in candidates if (data_dir / folder / name).exists()]
         broken = f"; {', '.join(there)} is there but may be damaged: delete it first" if there else ""
@@ -60,14 +65,32 @@ def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Pat
             f"{kind} can be neither read nor downloaded ({first_line(error)}). "
             f"Without network, put {', '.join(files)} into {data_dir / folder} by hand{broken} (--data_dir)"
         ) from error
+
+
+def _read(kind: str, data_dir: Path, train: bool, *, download: bool = False) -> Split:
+    """Raises whatever torchvision and its libraries raise."""
+    split = {"split": "train" if train else "test"} if kind == "SVHN" else {"train": train}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's about the pickles of CIFAR
+        found = getattr(torchvision.datasets, kind)(data_dir, download=download, **split)
     images = torch.as_tensor(found.data)
     if images.dim() == 3:  # (N, H, W), grey
         images = images[:, None]
     elif images.shape[-1] == 3:  # (N, H, W, C)
         images = images.permute(0, 3, 1, 2)
     labels = torch.as_tensor(found.labels if kind == "SVHN" else found.targets).long()
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images have {len(labels)} labels")
     names = getattr(found, "classes", [str(c) for c in range(10)])
     return images.contiguous(), labels, [str(name) for name in names]
+
+
+def _unpack(kind: str, folder: Path) -> None:
+    """MNIST's archives as far as they are whole: torchvision takes any unpacked file that is there, halves as well."""
+    for name, md5 in getattr(getattr(torchvision.datasets, kind), "resources", ()):
+        archive = folder / name
+        if check_integrity(archive, md5):
+            write_atomically(archive.with_suffix(""), gzip.decompress(archive.read_bytes()))
 
 
 def load_digits(data_dir: Path, train: bool) -> Split:
@@ -125,6 +148,7 @@ class Dataset:
     """A data set's properties at once, its images when they are first asked for.
 
     mean, std: for a folder whose statistics are known already; otherwise they come from its training images.
+    threads: that read image files, as many as the machine suggests unless given.
     Raises UsageError or UserError, naming the flag or the file, for whatever is wrong with a folder.
     """
 
@@ -138,11 +162,12 @@ class Dataset:
         size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        threads: int | None = None,
     ) -> None:
         self.name = name
         self.device = device
-        self.data_dir = Path(data_dir)
-        self.folder = None if image_folder is None else Folder(Path(image_folder))
+        self.data_dir = Path(os.path.expanduser(data_dir))
+        self.folder = None if image_folder is None else Folder(Path(os.path.expanduser(image_folder)), threads)
         info = DATASETS.get(name)
         if info is not None:
             self.classes, self.channels, self.side, self.flip = info.classes, info.channels, info.side, info.flip
@@ -207,6 +232,12 @@ class Dataset:
         if self.folder is not None:
             return self.folder.load(train, self.channels, self.side, self.device)
         images, labels, names = DATASETS[self.name].load(self.data_dir, train)
+        shape, expected = tuple(images.shape[1:]), (self.channels, self.side, self.side)
+        if shape != expected or not 0 <= labels.min() <= labels.max() < self.classes:
+            raise UserError(
+                f"--data_dir {self.data_dir}: {self.name} has images of {expected} and labels below {self.classes}, "
+                f"but its files hold images of {shape} and labels from {labels.min()} to {labels.max()}; delete them"
+            )
         self._names = names
         return images, labels, names
 
@@ -218,7 +249,7 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of [0, 1]."""
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for chunk in images.split(1024):
+    for chunk in images.split(max(1, CHUNK // images[0].numel())):
         unit = chunk.double() / 255
         total += unit.sum((0, 2, 3))
         squares += unit.square().sum((0, 2, 3))
@@ -231,39 +262,52 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 class Folder:
     """Images in DIR/train/CLASS/* and DIR/test/CLASS/*. Class numbers follow the alphabetical order of the folders."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, threads: int | None = None) -> None:
         self.root = root
+        self.threads = threads
         self.samples: dict[bool, list[tuple[str, int]]] = {}
         for train, split in ((True, "train"), (False, "test")):
             try:
-                found = torchvision.datasets.ImageFolder(str(root / split))
+                classes, self.samples[train] = self._listed(str(root / split))
             except OSError as error:
                 raise UserError(
-                    f"--image_folder {root}: cannot use {root / split} ({error.strerror or first_line(error)}); "
-                    "expected images in DIR/train/CLASS/* and DIR/test/CLASS/*"
+                    f"--image_folder {root}: cannot use {error.filename or root / split} "
+                    f"({error.strerror or first_line(error)}); expected images in DIR/train/CLASS/* and "
+                    "DIR/test/CLASS/*"
                 ) from error
-            self.samples[train] = found.samples
-            self._name_the_ignored(root / split, {path for path, _ in found.samples})
             if train:
-                self.classes: list[str] = found.classes
-            elif found.classes != self.classes:
-                odd = sorted(set(found.classes) ^ set(self.classes))
+                self.classes = classes
+            elif classes != self.classes:
+                odd = sorted(set(classes) ^ set(self.classes))
                 raise UserError(
                     f"--image_folder {root}: train and test have different classes: only one has {', '.join(odd[:5])}"
                 )
         if len(self.classes) < 2:
             raise UserError(f"--image_folder {root}: needs two classes or more, has {len(self.classes)}")
 
-    def _name_the_ignored(self, where: Path, used: set[str]) -> None:
-        names = (os.path.join(top, name) for top, _, files in os.walk(where, followlinks=True) for name in files)
-        ignored = [name for name in names if name not in used and not os.path.basename(name).startswith(".")]
+    def _listed(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
+        """Classes, and the images with their class numbers. Raises OSError."""
+        classes, stray = inside(split)
+        ignored = [os.path.join(split, name) for name in stray]
+        samples: list[tuple[str, int]] = []
+        for c, name in enumerate(classes):
+            folder = os.path.join(split, name)
+            images, others = image_files(folder)
+            if not images:
+                raise FileNotFoundError(0, f"no file is a {', '.join(EXTENSIONS)}", folder)
+            samples += [(path, c) for path in images]
+            ignored += others
+        if not classes:
+            raise FileNotFoundError(0, "no class folder in it", split)
         if ignored:
-            log.warning("ignored, being no image file in a class folder: %s (%d such files)", ignored[0], len(ignored))
+            some = printable(ignored[0])
+            log.warning("ignored, being no image file in a class folder: %s (%d such files)", some, len(ignored))
+        return classes, samples
 
     def shape(self, size: int | None) -> tuple[int, int]:
         """Channels (1 when every image is grey) and side. Without a size, all images must be squares of one size."""
-        samples = self.samples[True] + self.samples[False]
-        heads = [head for block in self._in_blocks(samples, mode_and_size, "looking at") for head in block]
+        paths = [path for split in (True, False) for path, _ in self.samples[split]]
+        heads = for_each(paths, mode_and_size, what=f"looking at {printable(str(self.root))}", threads=self.threads)
         modes, sizes = {mode for mode, _ in heads}, {size for _, size in heads}
         if size is None:
             if len(sizes) > 1:
@@ -277,14 +321,6 @@ class Folder:
             size = width
         return 1 if all(map(is_grey, modes)) else 3, size
 
-    def _in_blocks(self, samples: list[tuple[str, int]], read: Callable[[str], T], what: str) -> Iterator[list[T]]:
-        """Read files in threads, a block at a time, so that a bad one is reported before all the others are read."""
-        with ThreadPoolExecutor() as pool, Progress(len(samples), f"{what} {self.root}", "image") as progress:
-            for first in range(0, len(samples), BLOCK):
-                paths = [path for path, _ in samples[first : first + BLOCK]]
-                yield list(pool.map(read, paths))
-                progress.advance(len(paths))
-
     def load(self, train: bool, channels: int, side: int, device: torch.device) -> Split:
         """All images of a split as uint8, resized and centre-cropped to the side."""
         samples = self.samples[train]
@@ -296,7 +332,10 @@ class Folder:
                 "Give a smaller --size, or a folder with fewer images or classes"
             )
         images = torch.empty(len(samples), channels, side, side, dtype=torch.uint8)
-        read = partial(read_image, channels=channels, side=side)
-        for i, block in enumerate(self._in_blocks(samples, read, "reading")):
-            images[i * BLOCK : i * BLOCK + len(block)] = torch.stack(block)
+
+        def read(i: int) -> None:  # into its place: a second copy might not fit
+            images[i] = read_image(samples[i][0], channels=channels, side=side)
+
+        what = f"reading {printable(str(self.root))}"
+        for_each(range(len(samples)), read, what=what, threads=self.threads)
         return images, torch.tensor([label for _, label in samples]), self.classes

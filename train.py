@@ -36,6 +36,7 @@ from utils.errors import UsageError, UserError
 from utils.evaluation import Score, evaluate
 from utils.exchange import Stored
 from utils.flags import make_parser
+from utils.formation import decoded_count
 from utils.images import ImageSet, to_unit
 from utils.layout import factor_warning
 from utils.options import TrainOptions
@@ -364,6 +365,7 @@ def load(o: TrainOptions, card: Mapping[str, Any] | None) -> Dataset:
         size=o.size,
         mean=known.get("mean"),
         std=known.get("std"),
+        threads=o.data_threads,
     )
     if card is not None and o.dataset == "folder" and card.get("class_names") != dataset.class_names:
         raise UserError(f"--image_folder {o.image_folder}: has other classes than the set, {card.get('class_names')}")
@@ -374,9 +376,11 @@ def interpret(o: TrainOptions, stored: Stored, dataset: Dataset) -> tuple[Tensor
     """Images, labels and soft labels of a set, as exchange.interpret gives them. Raises UserError when set and data set
     do not fit; a factor that a person said is compared with what the pixels look like."""
     found = exchange.interpret(stored, dataset, normalized=o.normalized)
-    checks.check_factor(o.factor or 1, dataset.side)
+    checks.check_factor(factor := o.factor or 1, dataset.side)
+    decoded = decoded_count(len(found[0]), factor=factor, decode_type=o.decode_type or "single")
+    exchange.must_fit(stored.file, decoded * found[0][0].numel(), f" (decoded with -f {factor})")
     if stored.card is None:
-        warning = factor_warning(stored.file, found[0], dataset.train.images.cpu(), factor=o.factor or 1)
+        warning = factor_warning(stored.file, found[0], dataset.train.images.cpu(), factor=factor)
         if warning is not None:
             log.warning("%s", warning)
     return found

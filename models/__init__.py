@@ -31,6 +31,7 @@ __all__ = [
     "Network",
     "build",
     "forward_flop",
+    "outline",
     "resolve",
     "second_derivative_error",
     "smallest_batch",
@@ -58,6 +59,8 @@ FAMILIES = {
     "vgg": Family(VGG, 11, 64, "batch", vgg.LAYOUTS),
     "alexnet": Family(AlexNet, 5, 128, "batch", alexnet.LAYOUTS),
 }
+
+MOST_WIDTH = 2**16  # beyond which sizes of weights are no numbers any more
 
 # A table across architectures: how far a set that one network distilled serves others.
 PAPER_TABLE = ("convnet", "resnet10", "resnet18", "densenet", "vgg11", "alexnet")
@@ -142,6 +145,17 @@ def resolve(
     )
 
 
+def outline(spec: NetSpec) -> Network:
+    """The network as far as it needs no memory: shapes without numbers, on PyTorch's `meta` device.
+
+    torchvision's have their numbers, since some compute with them while they are built. Raises ValueError like `build`.
+    """
+    if spec.family not in FAMILIES:
+        return build(spec)
+    with torch.device("meta"):
+        return build(spec)
+
+
 def build(spec: NetSpec) -> Network:
     """A freshly initialised network, on the CPU; the weights come from the global generator.
 
@@ -150,6 +164,8 @@ def build(spec: NetSpec) -> Network:
     """
     if spec.family not in FAMILIES:
         return zoo.ZooNetwork(spec.family, channels=spec.channels, classes=spec.classes, side=spec.side)
+    if spec.width > MOST_WIDTH:
+        raise ValueError(f"width {spec.width} is beyond all measure: use at most {MOST_WIDTH}")
     if spec.norm == "group" and spec.width % 4:
         raise ValueError(f"norm group needs a width that 4 divides, not {spec.width}")
     return FAMILIES[spec.family].make(
@@ -166,17 +182,22 @@ def forward_flop(spec: NetSpec) -> int:
     """Floating-point operations of one image's forward pass, two per multiplication and addition."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = build(spec).eval()  # outside: building may pass images through the network as well
+    net = outline(spec).eval()  # outside: building may pass images through the network as well
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, spec.channels, spec.side, spec.side))
+        net(an_image(net, spec))
     return int(counter.get_total_flops())
+
+
+def an_image(net: Network, spec: NetSpec) -> torch.Tensor:
+    """A batch of one, where the network is."""
+    return torch.zeros(1, spec.channels, spec.side, spec.side, device=net.classifier.weight.device)
 
 
 def smallest_batch(spec: NetSpec) -> int:
     """Images that one training step needs: 2 where batch norm meets maps of a single pixel, otherwise 1."""
-    net = build(spec).train()
+    net = outline(spec).train()
     try:
-        net(torch.zeros(1, spec.channels, spec.side, spec.side))
+        net(an_image(net, spec))
     except ValueError:  # PyTorch's "expected more than 1 value per channel"
         return 2
     return 1

@@ -113,13 +113,62 @@ def test_dependencies_have_one_direction() -> None:
         graph = {module: uses - leaves for module, uses in graph.items() if module not in leaves}
 
 
+# --- Nothing is unpickled ---------------------------------------------------------------------------------------------
+
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+CONTROL = "tests/test_bad_input.py"  # where a test shows that its malicious file would do harm if it were unpickled
+
+
+def unpickles(call: ast.Call, *, imported: set[str]) -> bool:
+    """Whether a call loads objects in any other way than torch.load with weights_only=True, or runs text as code."""
+    function = ast.unparse(call.func)
+    module, _, member = function.rpartition(".")
+    literal = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    if function == "torch.load":
+        return literal.get("weights_only") != "True"
+    if member in ("load", "loads", "Unpickler", "open") and module.split(".")[0] in UNPICKLERS:
+        return True
+    if module in ("np", "numpy") and member in ("load", "fromfile"):
+        return literal.get("allow_pickle", "False") != "False"
+    forbidden = ("torch.jit.load", "torch.hub.", "torch.package.", "torch.serialization.", "pd.read_pickle")
+    return function in {"eval", "exec", "__import__"} | imported or function.startswith(forbidden)
+
+
+def unpicklers_by_name(tree: ast.Module) -> set[str]:
+    """What `from pickle import loads as x` and the like make callable under another name."""
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNPICKLERS
+        for alias in node.names
+    }
+
+
+EVERYTHING = [p for p in ROOT.rglob("*.py") if not {"data", "results"} & set(p.relative_to(ROOT).parts[:1])]
+EVERYTHING = [p for p in EVERYTHING if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=name)
+def test_nothing_is_loaded_but_tensors(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    imported = unpicklers_by_name(tree)
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and unpickles(n, imported=imported)]
+    assert bool(found) == (str(path.relative_to(ROOT)) == CONTROL), [ast.unparse(call) for call in found]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_torch_load_is_called_with_weights_only_and_nothing_else_unpickles(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            assert "weights_only=True" in ast.unparse(node)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "loads"):
-            assert ast.unparse(node.func.value) not in ("pickle", "dill", "joblib", "np", "numpy")
+def test_files_of_tensors_are_read_in_one_place(path: Path) -> None:
+    assert "torch.load(" not in path.read_text() or name(path) == "utils.tensorfile"
+    assert not UNPICKLERS & {module.split(".")[0] for module in imports(path)}
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["torch.load(f)", "torch.load(f, weights_only=w)", "pickle.loads(b)", "np.load(f, allow_pickle=True)", "eval(t)"],
+)
+def test_the_scan_finds_what_it_looks_for(call: str) -> None:
+    (node,) = (n for n in ast.walk(ast.parse(call)) if isinstance(n, ast.Call))
+    assert unpickles(node, imported=set())
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

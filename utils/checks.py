@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 import models
+from utils.device import free_memory
 from utils.errors import UsageError
+
+COPIES = 4  # of a network's weights, at least: themselves, their gradients, their momentum, and one under way
 
 
 def check_alone(given: Mapping[str, Any]) -> None:
@@ -62,6 +67,16 @@ def check_batches(spec: models.NetSpec, *sizes: int) -> None:
             f"{spec.name}, which has batch norm, cannot train on a batch of one image of this size; use more images "
             "(--ipc, -f, --batch_real, --batch_size, --batch_syn_max, --n_data)"
             + (" or --norm_type instance" if spec.norm else "")
+        )
+
+
+def check_weights(net: models.Network, name: str) -> None:
+    """Raises UsageError when the weights of a network, of which there are several copies at work, are beyond memory."""
+    need, free = 4 * sum(p.numel() for p in net.parameters()), free_memory(torch.device("cpu"))
+    if COPIES * need > free:
+        raise UsageError(
+            f"--net_type {name} (--depth, --width, --size): its weights take {need / 1e9:.1f} GB, {COPIES} times, and "
+            f"{free / 1e9:.1f} GB of memory are free"
         )
 
 

@@ -117,5 +117,5 @@ def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
 
 def _are_pixels(x: Any) -> bool:
     """Whether it is a plain float32 tensor (classes, ipc, C, H, W) of numbers."""
-    plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.layout == torch.strided and x.device.type == "cpu"
+    plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.layout == torch.strided and x.is_contiguous()
     return plain and x.dim() == 5 and bool(x.isfinite().all())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from utils.device import free_memory
 from utils.errors import UserError, first_line
-from utils.files import CARD, DATA, check_card, read_card, read_tensors
+from utils.files import CARD, CARD_BYTES, DATA, check_card, read_card, read_tensors
 from utils.imagefiles import EXTENSIONS, is_grey, mode_and_size, read_image
 from utils.images import Normalize, to_unit
 
@@ -84,11 +84,19 @@ class RealData(Protocol):
 
 def read(path: Path) -> Stored:
     """A set in any of the forms above. Raises UserError for everything that is none."""
-    if path.suffix.lower() == SAFETENSORS and not path.is_dir():
-        return _read_safetensors(path)
-    file = path / DATA if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        return _read_folder(path)
+    try:
+        if path.suffix.lower() == SAFETENSORS and not path.is_dir():
+            return _read_safetensors(path)
+        if path.is_dir() and not (path / DATA).exists():
+            return _read_folder(path)
+        return _read_pt(path / DATA if path.is_dir() else path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {REMEDY}") from error
+
+
+def _read_pt(file: Path) -> Stored:
+    if file.exists():
+        must_fit(file, file.stat().st_size // 4)
     found = read_tensors(file, REMEDY)
     if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
         raise _refusal(file, "is not a list of two tensors")
@@ -110,7 +118,7 @@ def _checked(file: Path, images: Tensor, labels: Tensor, *, card: dict[str, Any]
         if not plain or x.device.type != "cpu":
             raise _refusal(file, f"holds a tensor of an unusual kind ({type(x).__name__}, {x.layout}, {x.device})")
     images, labels = images.detach(), labels.detach()
-    _must_fit(file, images.numel() + labels.numel())
+    must_fit(file, images.numel() + labels.numel())
     if images.dim() != 4 or images.dtype not in (*FLOATS, torch.uint8) or not images.numel():
         raise _refusal(file, f"images are {images.dtype} of shape {tuple(images.shape)}")
     if images.dtype != torch.uint8:
@@ -126,12 +134,12 @@ def _checked(file: Path, images: Tensor, labels: Tensor, *, card: dict[str, Any]
     return Stored(file, images, labels.argmax(1), soft=labels, card=card)
 
 
-def _must_fit(file: Path, numbers: int) -> None:
-    """Raises UserError when so many numbers are too many: a small file can declare a tensor of any size."""
+def must_fit(file: Path, numbers: int, why: str = "") -> None:
+    """Raises UserError when so many numbers are too many. why: what makes them so many, besides the file's size."""
     need, free = 4 * numbers, free_memory(torch.device("cpu"))
     if need > SPARE_MEMORY * free:
         raise UserError(
-            f"{file}: needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; it is damaged, no "
+            f"{file}: needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}; it is damaged, no "
             "distilled set, or one for a larger machine"
         )
 
@@ -141,6 +149,8 @@ def _read_safetensors(file: Path) -> Stored:
         from safetensors import safe_open
     except ImportError as error:
         raise UserError(f"{file}: cannot be read without safetensors; pip install safetensors") from error
+    if file.exists() and not file.is_file():  # a pipe would have us wait
+        raise UserError(f"{file}: is no regular file; {REMEDY}")
     try:
         with safe_open(file, framework="pt", device="cpu") as content:
             names, header = list(content.keys()), content.metadata() or {}
@@ -159,6 +169,8 @@ def _card_in(header: dict[str, str], file: Path) -> dict[str, Any] | None:
     if "card" not in header:
         return None
     try:
+        if len(header["card"]) > CARD_BYTES:
+            raise ValueError
         return check_card(json.loads(header["card"]), file)
     except (ValueError, RecursionError):
         log.warning("%s: the card in its header is no JSON, and is not used", file)
@@ -193,7 +205,7 @@ def _read_folder(folder: Path) -> Stored:
             )
         grey = grey and is_grey(mode)
     channels = 1 if grey else 3
-    _must_fit(folder, len(files) * channels * side**2)
+    must_fit(folder, len(files) * channels * side**2)
     labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(images) for images in paths.values()]))
     return Stored(
         folder, torch.stack([read_image(path, channels=channels) for path in files]), labels, names=list(paths)

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -91,6 +90,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError, naming the file, when it is no JSON object or contradicts its checksum, if it has one."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would have us wait
+            raise OSError("no regular file")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = first_line(error)
@@ -141,6 +142,8 @@ def save_set(file: Path, pixels: Tensor) -> None:
     write_tensors(file, [images, labels])
 
 
+CARD_BYTES = 2**24  # at most: a larger data.json is none, and would take many times its size in memory
+LARGE = 1e6  # beyond what mean and standard deviation of pixels are
 # What data.json must hold for train.py, and of what type.
 CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "dataset": str,
@@ -155,6 +158,8 @@ CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
 
 def read_card(file: Path) -> dict[str, Any]:
     """data.json's content. Raises UserError when something that evaluation needs is missing."""
+    if file.stat().st_size > CARD_BYTES:
+        raise UserError(f"{file}: is too large to describe a set; move it away and describe the set with -d and -f")
     return check_card(read_json(file), file)
 
 
@@ -164,7 +169,7 @@ def check_card(card: Any, file: Path) -> dict[str, Any]:
     wrong = [name for name, kind in CARD_FIELDS.items() if not isinstance(known.get(name), kind)]
     if not wrong:
         mean, std = known["normalization"].get("mean"), known["normalization"].get("std")
-        if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and min(std) > 0):
+        if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and min(std) > 1 / LARGE):
             wrong = ["normalization"]
         elif not isinstance(known.get("normalized", False), bool):
             wrong = ["normalized"]
@@ -177,7 +182,7 @@ def _numbers(values: object) -> bool:
     return (
         isinstance(values, list)
         and len(values) > 0
-        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        and all(type(v) in (int, float) and abs(v) <= LARGE for v in values)
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,14 +23,15 @@ GROUPS = (
 )  # fmt: skip
 
 
-def integer(least: int) -> Callable[[str], int]:
+def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        if not least <= value <= most:
+            high = "or more" if value < least else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} {high}")
         return value
 
     return parse
@@ -78,7 +81,7 @@ def tag(text: str) -> str:
 def table_file(text: str) -> str:
     if Path(text).suffix not in (".md", ".csv", ".json"):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .md nor in .csv nor in .json")
-    if not Path(text).parent.is_dir():
+    if not os.path.isdir(Path(text).parent):
         raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {Path(text).parent}")
     return text
 
@@ -106,12 +109,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Only what the user gave."""
-        words = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
-        given, unknown = self.parse_known_args(words)
+        flags = list(itertools.takewhile(lambda word: word != "--", argv))  # what follows is a name, as it stands
+        words = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in flags]
+        given, unknown = self.parse_known_args([*words, *argv[len(flags) :]])
         for word in unknown:
-            name = word.split("=")[0]
+            if not word.startswith("-"):
+                self.error(f"{word[:100]!r} belongs to no flag; all begin with a dash")
+            name = word.split("=")[0][:100]
             close = difflib.get_close_matches(name, self._option_string_actions, 1)
             self.error(f"unknown option {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+        for name, value in vars(given).items():
+            if value == []:  # what argparse makes of --flag=--
+                self.error(f"--{name}: '--' is no value")
         return vars(given)
 
 

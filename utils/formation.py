@@ -31,7 +31,7 @@ def decode(stored: Tensor, *, factor: int, decode_type: str = "single") -> Tenso
 
 def decoded_count(ipc: int, *, factor: int, decode_type: str = "single") -> int:
     """Training images per class that `decode` makes of `ipc` stored ones."""
-    return len(decoded_sources(ipc, factor=factor, decode_type=decode_type))
+    return sum(len(range(ipc)[images]) * f * f for images, f in _portions(ipc, factor, decode_type))
 
 
 def decoded_sources(ipc: int, *, factor: int, decode_type: str = "single") -> list[int]:

@@ -17,6 +17,7 @@ import torch
 
 import models
 from utils import augment, formation, objectives, selection, training
+from utils.checks import check_weights
 from utils.compilation import compiler_error
 from utils.device import PRECISIONS, Compute
 from utils.errors import UsageError, UserError
@@ -26,7 +27,7 @@ from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, 
 log = logging.getLogger("dream")
 
 RESULTS_DIR = "results"
-PLACES = ("data_dir", "results_dir", "device", "compile")  # where and how to compute, not what
+PLACES = ("data_dir", "data_threads", "results_dir", "device", "compile")  # where and how to compute, not what
 # What may differ when a run goes on, and what may until it is finished.
 FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic")
 RESUMABLE = ("precision",)
@@ -64,9 +65,11 @@ class Options:
     image_folder: str | None = _data(None, metavar="DIR",
         help="images in DIR/train/CLASS/* and DIR/test/CLASS/*; with -d cifar10 and the like, that data set's "
              "normalisation and settings apply to them")
-    size: int | None = _data(None, parse=integer(8), metavar="PIXELS",
+    size: int | None = _data(None, parse=integer(8, 2**14), metavar="PIXELS",
         help="resize and centre-crop the images of a folder to this side (default: their own)")
     data_dir: str = _data("data", metavar="DIR", help="where data sets are downloaded to and looked for")
+    data_threads: int | None = _data(None, parse=integer(1, 512), metavar="N",
+        help="threads that read image files (default: as many as the machine suggests)")
     results_dir: str = _run(RESULTS_DIR, metavar="DIR", help="where run folders lie")
     device: str = _run("auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     compile: str = _run("auto", choices=("auto", "on", "off"),
@@ -317,14 +320,19 @@ def real_epochs(given: Mapping[str, Any]) -> int:
 def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """The settings in a data.json, which may be anybody's: checked as if they were flags."""
     known = {**card["settings"], **{name: card[name] for name in OF_THE_SET}}
+    # How the set was computed says nothing of how it is to be evaluated, and what only train.py has, such as the
+    # names of files to write, is not for a set to say.
+    names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, "precision"}
     words = [
         f"--{field.name}={known[field.name]}"
         for field in dataclasses.fields(TrainOptions)
-        # How the set was computed says nothing of how it is to be evaluated.
-        if known.get(field.name) is not None and field.name not in (*FREE, "precision")
+        if field.name in names and known.get(field.name) is not None
     ]
     try:
-        return make_parser(TrainOptions, "").parse_given(words)
+        found = make_parser(TrainOptions, "").parse_given(words)
+        for name in found.get("net_type", []):
+            split_name(name)
+        return found
     except UsageError as error:
         reason = str(error).rsplit("; see", 1)[0]
         raise UserError(
@@ -442,7 +450,8 @@ def network(options: Options, name: str, *, channels: int, classes: int, side: i
             width=options.width,
             norm=options.norm_type,
         )
-        models.build(spec)
+        net = models.outline(spec)
     except ValueError as error:
         raise UsageError(f"--net_type {name} (--depth, --width, --norm_type): {error}") from None
+    check_weights(net, name)
     return spec

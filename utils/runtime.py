@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from torch import Tensor
@@ -59,10 +59,12 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     if message is not None:
         with suppress(OSError):
             print(f"{name}: {printable(message)}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except (OSError, AttributeError):
-        discard_output()
+    for stream in (sys.stdout, sys.stderr):  # here, since the interpreter would change the status if it cannot
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            discard(stream)
     sys.exit(status)
 
 
@@ -84,12 +86,12 @@ def output_failed(error: OSError) -> None:
     program will end where it is fit to, and the rest goes nowhere; otherwise the error is raised again."""
     if not callable(signal.getsignal(signal.SIGPIPE)):
         raise error
-    discard_output()
+    discard(sys.stdout)
 
 
-def discard_output() -> None:
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard(stream: TextIO) -> None:
+    """Whatever is and will be written to a stream goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Draws:

@@ -56,7 +56,7 @@ class State:
         return {
             "pixels": self.pixels.pixels,
             "velocity": self.pixels.velocity,
-            "net": self.net.state_dict(),
+            "net": dict(self.net.state_dict()),  # plain, so that nothing but tensors is in the file
             "sgd": self.trainer.sgd.state_dict(),
             "picks": self.picks,
             "losses": self.losses,

@@ -1,0 +1,79 @@
+"""Files of torch.save, read without trust: torch.load with weights_only=True, after what it does not look at.
+
+    content = load(Path("data.pt"))     # tensors, numbers, texts, and lists, tuples and dicts of them
+
+torch.load compares none of the checksums that torch.save writes. And a pickle is a program: weights_only=True runs no
+code of the file's, but some of PyTorch's and Python's with whatever arguments the file says, such as bytearray(2**40).
+"""
+
+from __future__ import annotations
+
+import pickletools
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ORDERED = "collections OrderedDict"
+STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+NAMES = {  # all that plain tensors need
+    ORDERED,
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in STORAGES),
+}
+PUT, GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
+NEVER = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4", "MEMOIZE", "PUT", "GET")
+
+
+class Refused(ValueError):
+    """The file has objects other than tensors, numbers, texts, lists, tuples and dicts; says which."""
+
+
+def load(path: Path) -> Any:
+    """Raises Refused, OSError, or what zipfile, pickletools and PyTorch say of damage: any Exception."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would have us wait
+        raise ValueError("no regular file")
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            raise ValueError("no zip archive, as torch.save makes since PyTorch 1.6; bare pickles are refused")
+    verify_program(verified_program(path))
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def verified_program(path: Path) -> bytes:
+    """The pickle in a file of torch.save. Raises ValueError and zipfile's errors unless the archive is whole."""
+    with zipfile.ZipFile(path) as archive:
+        inside = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in inside):
+            raise ValueError("its entries are compressed, which torch.save never does")
+        if len({entry.filename for entry in inside}) < len(inside):
+            raise ValueError("two of its entries have the same name")
+        if sum(entry.file_size for entry in inside) > path.stat().st_size:
+            raise ValueError("its entries overlap")
+        if (bad := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {bad} differs")
+        programs = [entry for entry in inside if entry.filename.endswith("data.pkl")]
+        if len(programs) != 1:
+            raise ValueError("it has no data.pkl, or several")
+        return archive.read(programs[0])
+
+
+def verify_program(program: bytes) -> None:
+    """Raises Refused when a pickle names anything else than plain tensors and empty ordered dictionaries."""
+    named, kept = False, set()  # whether OrderedDict has just been named, and where else that name is kept
+    for instruction, argument, _ in pickletools.genops(program):
+        what = instruction.name
+        if what in NEVER:
+            raise Refused(f"instruction {what}")
+        if what == "GLOBAL" and argument not in NAMES:
+            raise Refused(str(argument).replace(" ", ".")[:100])
+        if named and what in PUT:
+            kept.add(argument)
+        elif named and what != "EMPTY_TUPLE":  # of a tensor with a row for every second of the universe, say
+            raise Refused("an ordered dictionary of something")
+        else:
+            kept -= {argument} if what in PUT else set()
+            named = argument in kept if what in GET else (what, argument) == ("GLOBAL", ORDERED)
