@@ -25,6 +25,7 @@ from models import NetSpec, Network, forward_flop
 from utils import checks, files, options, runtime
 from utils.augment import Augment
 from utils.board import Board, check_board
+from utils.compilation import computing
 from utils.device import Compute, be_deterministic, peak_memory, pick_device, set_precision
 from utils.earlier import Earlier, begin_from
 from utils.errors import UserError, first_line, printable
@@ -408,7 +409,7 @@ def main(argv: Sequence[str]) -> int:
                 for warning in [*folder.flaws, *warnings]:
                     log.warning("%s", warning)
                 flop = o.niter * o.inner_loop * step_flop(o, spec, decoded=decoded, real=len(dataset.train))
-                compute = options.computing(device, o.compile, o.precision, flop)
+                compute = computing(device, o.compile, o.precision, flop)
                 compiled = ", compiled" if compute.compile else ""
                 log.info("%.3g TFLOP to go in %s%s", flop / 1e12, o.precision, compiled)
                 return run(Job(o, dataset, spec, folder, stopper, compute, earlier))

@@ -31,6 +31,7 @@ from data import Dataset
 from models import NetSpec, forward_flop
 from utils import checks, confusion, exchange, export, files, options, results, runtime
 from utils.board import Board, check_board
+from utils.compilation import computing
 from utils.device import Compute, be_deterministic, device_name, peak_memory, pick_device, set_precision
 from utils.errors import UsageError, UserError
 from utils.evaluation import Score, evaluate
@@ -264,7 +265,7 @@ class Evaluation:
                 recipe,
                 repeat=o.repeat,
                 seed=o.seed,
-                compute=options.computing(self.device, o.compile, o.precision, flop),
+                compute=computing(self.device, o.compile, o.precision, flop),
                 on_epoch=progress.advance,
                 on_loss=partial(self.show_loss, title) if self.board.on else None,
             )
@@ -287,23 +288,6 @@ class Evaluation:
         self.board.scalar(f"training loss/{title}, training {r}", loss, epoch)
 
     # --- Looking at the results ---------------------------------------------------------------------------------------
-
-    def warn_of_low_accuracies(self) -> None:
-        """A set that is worse than it should be at all was most likely not read as it was meant."""
-        chance = 100 / self.dataset.classes
-        for spec in self.specs:
-            mine = {r["trained_on"]: r["accuracy_mean"] for r in reversed(self.records) if r["net"] == spec.name}
-            ours, random = mine[DISTILLED], mine.get(RANDOM, 1.5 * chance)
-            if ours <= random:
-                other = "as many random real images" if RANDOM in mine else "1.5 times chance"
-                log.warning(
-                    "%s: the distilled set gives %.1f %%, no more than %s (%.1f %%); if that is unexpected, check the "
-                    "data set (-d), the factor (-f) and --normalized",
-                    spec.name,
-                    ours,
-                    other,
-                    random,
-                )
 
     def show_confusion(self, subjects: Sequence[Subject]) -> None:
         """Per-class accuracy and confusion matrix of every row as CSV and picture, those of the first subject printed
@@ -442,7 +426,8 @@ def main(argv: Sequence[str]) -> int:
         evaluation.run(subjects)
         records = evaluation.records
         if stored is not None:
-            evaluation.warn_of_low_accuracies()
+            for text in results.low_accuracies(records, DISTILLED, RANDOM, chance=100 / dataset.classes):
+                log.warning("%s", text)
         evaluation.board.close()
         if o.confusion:
             evaluation.show_confusion(subjects)

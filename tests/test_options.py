@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import options
+from utils import compilation, options
 from utils.errors import UsageError
 from utils.flags import make_parser
 from utils.options import CondenseOptions, TrainOptions, pixel_lr, resolve
@@ -109,16 +109,18 @@ def test_published_flag_names_and_short_forms_parse_with_either_dash() -> None:
 
 
 def test_compilation_follows_from_the_work_the_flag_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, worth = torch.device("cpu"), options.WORTH_COMPILING["cpu"]
-    monkeypatch.setattr(options, "compiler_error", lambda device: None)
+    cpu, worth = torch.device("cpu"), compilation.WORTH_COMPILING["cpu"]
+    monkeypatch.setattr(compilation, "compiler_error", lambda device: None)
     found = [
-        options.computing(cpu, choice, "fp32", f * worth).compile for choice in ("auto", "on", "off") for f in (0.5, 2)
+        compilation.computing(cpu, choice, "fp32", f * worth).compile
+        for choice in ("auto", "on", "off")
+        for f in (0.5, 2)
     ]
     assert found == [False, True, True, True, False, False]
-    monkeypatch.setattr(options, "compiler_error", lambda device: "no compiler")
-    assert not options.computing(cpu, "auto", "bf16", 2 * worth).compile
+    monkeypatch.setattr(compilation, "compiler_error", lambda device: "no compiler")
+    assert not compilation.computing(cpu, "auto", "bf16", 2 * worth).compile
     with pytest.raises(UsageError, match="--compile on: no compiler"):
-        options.computing(cpu, "on", "fp32", 0)
+        compilation.computing(cpu, "on", "fp32", 0)
 
 
 def test_where_and_how_to_compute_is_no_part_of_a_set_but_its_precision_is() -> None:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from utils import stages
-from utils.errors import first_line
+from utils.device import Compute
+from utils.errors import UsageError, first_line
 from utils.stages import Stages
 
+log = logging.getLogger("dream")
 T = TypeVar("T")
 
 
@@ -150,3 +152,22 @@ def _dense(x: Tensor) -> Tensor:
 def _pooled(a: Tensor) -> Tensor:
     n, c, h, w = a.shape
     return torch.empty((n, c, h // 2, w // 2), dtype=a.dtype, memory_format=torch.channels_last)
+
+
+# --- Whether to compile -----------------------------------------------------------------------------------------------
+
+WORTH_COMPILING = {"cpu": 1e12, "cuda": 2e15}  # operations that save the 5 s and the half minute that compiling takes
+
+
+def computing(device: torch.device, compile: str, precision: str, flop: float) -> Compute:
+    """Whether to compile follows from the amount of work, so that a resumed run goes on in the same way.
+
+    Raises UsageError when compilation is asked for and fails.
+    """
+    wanted = compile == "on" or (compile == "auto" and flop >= WORTH_COMPILING[device.type])
+    problem = compiler_error(device) if wanted else None
+    if problem and compile == "on":
+        raise UsageError(f"--compile on: {problem}; install a C++ compiler (g++ or clang++), or use --compile auto")
+    if problem:
+        log.info("not compiled (%s): slower, with the same results up to rounding", problem)
+    return Compute(device, precision, compile=wanted and problem is None)

@@ -13,13 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import models
 from utils import augment, formation, objectives, selection, training
 from utils.checks import check_weights
-from utils.compilation import compiler_error
-from utils.device import PRECISIONS, Compute
+from utils.device import PRECISIONS
 from utils.errors import UsageError, UserError
 from utils.flags import augmentation, flag, initialisation, integer, make_parser, number, table_file, tag
 from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions
@@ -397,23 +394,6 @@ def evaluation_recipe(options: Options, *, flip: bool) -> training.Recipe:
         weight_decay=options.weight_decay,
         epochs=options.epochs,
     )
-
-
-WORTH_COMPILING = {"cpu": 1e12, "cuda": 2e15}  # operations that save the 5 s and the half minute that compiling takes
-
-
-def computing(device: torch.device, compile: str, precision: str, flop: float) -> Compute:
-    """Whether to compile follows from the amount of work, so that a resumed run goes on in the same way.
-
-    Raises UsageError when compilation is asked for and fails.
-    """
-    wanted = compile == "on" or (compile == "auto" and flop >= WORTH_COMPILING[device.type])
-    problem = compiler_error(device) if wanted else None
-    if problem and compile == "on":
-        raise UsageError(f"--compile on: {problem}; install a C++ compiler (g++ or clang++), or use --compile auto")
-    if problem:
-        log.info("not compiled (%s): slower, with the same results up to rounding", problem)
-    return Compute(device, precision, compile=wanted and problem is None)
 
 
 def networks(

@@ -76,6 +76,24 @@ def keep(file: Path, record: Record) -> None:
             log.warning("%s: cannot be written (%s)", file, error.strerror)
 
 
+def low_accuracies(records: Sequence[Record], ours: str, random: str, *, chance: float) -> list[str]:
+    """Warnings about a set that is worse than it should be at all: most likely it was not read as it was meant.
+
+    ours, random: what the set and as many random real images are called in the records; chance: in per cent.
+    """
+    found = []
+    for net in dict.fromkeys(r["net"] for r in records):
+        mine = {r["trained_on"]: r["accuracy_mean"] for r in reversed(records) if r["net"] == net}
+        least = mine.get(random, 1.5 * chance)
+        if mine[ours] <= least:
+            other = "as many random real images" if random in mine else "1.5 times chance"
+            found.append(
+                f"{net}: the distilled set gives {mine[ours]:.1f} %, no more than {other} ({least:.1f} %); if that is "
+                "unexpected, check the data set (-d), the factor (-f) and --normalized"
+            )
+    return found
+
+
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
