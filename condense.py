@@ -151,7 +151,7 @@ class Job:
         """Take over a checkpoint. Raises UserError when it does not fit."""
         try:
             state.restore(saved)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = first_line(error)
             raise UserError(
                 f"{self.folder.path}: the checkpoint does not fit this run ({reason}); --restart"

@@ -32,7 +32,7 @@ class Outcome:
 def outcome(folder: Path) -> Outcome:
     events, card = metrics(folder), json.loads((folder / "data.json").read_text())
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state = {name: saved[name] for name in ("pixels", "velocity", "net", "sgd", "picks", "losses", "it", "step")}
+    state = {name: saved[name] for name in ("pixels", "velocity", "net", "momentum", "picks", "losses", "it", "step")}
     final = {name: card.get(name) for name in ("accuracy", "random_real")}
     return Outcome(
         {p.name: digest(p.read_bytes()) for pattern in ("data*.pt", "*.png") for p in folder.glob(pattern)},

@@ -57,7 +57,7 @@ class State:
             "pixels": self.pixels.pixels,
             "velocity": self.pixels.velocity,
             "net": dict(self.net.state_dict()),  # plain, so that nothing but tensors is in the file
-            "sgd": self.trainer.sgd.state_dict(),
+            "momentum": self.trainer.momentum,
             "picks": self.picks,
             "losses": self.losses,
             "it": self.it,
@@ -70,7 +70,8 @@ class State:
         """Take over a checkpoint. Raises KeyError or RuntimeError when it does not fit this run."""
         self.begin_at(saved["pixels"], saved["velocity"], it=saved["it"], seconds=saved["seconds"])
         self.net.load_state_dict(saved["net"])
-        self.trainer.sgd.load_state_dict(saved["sgd"])
+        for own, then in zip(self.trainer.momentum, saved["momentum"], strict=True):
+            own.copy_(then)
         self.picks.copy_(saved["picks"])
         self.losses.copy_(saved["losses"])
         self.step, self.accuracy = saved["step"], saved["accuracy"]

@@ -95,11 +95,16 @@ class Trainer:
             self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.step = Captured(self._step, compute.device)
 
+    @property
+    def momentum(self) -> list[Tensor]:
+        """Of every parameter, where the optimiser has it."""
+        return [self.sgd.state[p]["momentum_buffer"] for p in self.parameters]
+
     def restart(self, net: Network) -> None:
         """Begin again with the weights of `net`, at the same addresses, and without momentum. For a single network."""
         self.nets[0].load_state_dict(net.state_dict())
-        for p in self.parameters:
-            self.sgd.state[p]["momentum_buffer"].zero_()
+        for velocity in self.momentum:
+            velocity.zero_()
 
     def set_lr(self, lr: float) -> None:
         group = self.sgd.param_groups[0]
