@@ -138,8 +138,8 @@ class Job:
             log.info("beginning with the pixels of %s, after its outer iteration %d", e.source, e.it)
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
         if saved is None:
-            self.save(state)
             self.save_pictures("initial", state.it, state.pixels.pixels)
+            self.save(state)
         self.progress.start_at(state.it * o.inner_loop + state.step)
         return state
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import faults
-from tests.killing import FOLDER, Server, tiny
+from tests.killing import FOLDER, Operation, Server, recorded, tiny
 from tests.outcome import Outcome, outcome
 
 
@@ -37,3 +37,10 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Out
     ended = server.run(tiny(results))
     assert (ended.status, ended.err) == (0, ""), ended
     return outcome(results / FOLDER)
+
+
+@pytest.fixture(scope="session")
+def operations(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[Operation]:
+    """Of such a run, on its files."""
+    results = tmp_path_factory.mktemp("recorded") / "results"
+    return recorded(server, results, tiny(results))

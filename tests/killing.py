@@ -19,6 +19,7 @@ import os
 import resource
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,12 +33,16 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from tests import sabotage
+from tests.faults import Fault
+from tests.outcome import Outcome, metrics, outcome
+from utils import files
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(
     "--device cpu --ipc 2 -f 2 --niter 3 --inner_loop 2 --interval 2 --batch_real 8 --n_data 16 --width 8 --epochs 1 "
     "--repeat 1 --eval_every 2 --snapshot_every 2"
 )
+CHECKPOINT_WRITE = "write", ".checkpoint.pt.part"
 FOLDER = Path("digits", "convnet2_f2_ipc2")  # of such a run, below the results folder
 
 
@@ -182,6 +187,33 @@ def one_of_each_kind(operations: Sequence[Operation]) -> list[Operation]:
     for operation in operations:
         kinds.setdefault((operation.what, operation.file), []).append(operation)
     return [same[len(same) // 2] for same in kinds.values()]
+
+
+# --- What a run leaves ------------------------------------------------------------------------------------------------
+
+
+def goes_on(server: Server, results: Path, undisturbed: Outcome, fault: Fault, *flags: str) -> None:
+    """The same command ends as it does when nothing happens, and nothing is left that does not belong there."""
+    must_be(undisturbed, server.run(tiny(results, *flags)), results / FOLDER, fault)
+    shutil.rmtree(results)
+
+
+def must_be(undisturbed: Outcome, ended: Ended, folder: Path, fault: Fault) -> None:
+    """A run that has ended well, with its expected result and files that are whole."""
+    there = outcome(folder) if ended.status == 0 else None
+    if there != undisturbed:
+        print(ended, there, undisturbed, sep="\n")
+    fault.kept(there == undisturbed)
+    assert ended.err == ""
+    assert not list(folder.glob(".*")) and not list(folder.parent.parent.glob(".*"))
+    files.read_json(folder / "options.json")
+    sessions = [event["session"] for event in metrics(folder) if "session" in event]
+    assert sessions == sorted(set(sessions))
+
+
+def the(operations: list[Operation], what: str, file: str) -> Operation:
+    """One operation of this kind."""
+    return next(o for o in one_of_each_kind(operations) if (o.what, o.file) == (what, file))
 
 
 # --- The server's side ------------------------------------------------------------------------------------------------

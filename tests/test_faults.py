@@ -21,9 +21,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, injected
-from tests.killing import FOLDER, ROOT, Ended, Operation, Server, one_of_each_kind, recorded, tiny, two_at_a_time
-from tests.outcome import Outcome, metrics, outcome
+from tests.faults import injected
+from tests.killing import (
+    CHECKPOINT_WRITE,
+    FOLDER,
+    ROOT,
+    Ended,
+    Operation,
+    Server,
+    goes_on,
+    must_be,
+    one_of_each_kind,
+    recorded,
+    the,
+    tiny,
+    two_at_a_time,
+)
+from tests.outcome import Outcome, outcome
 from utils import files
 
 pytestmark = pytest.mark.faults
@@ -31,38 +45,6 @@ pytestmark = pytest.mark.faults
 SIGNALS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 LONGER = ["--niter", "8"]
 KILLS = {"kill": "kill -9 between two file operations", "halfway": "kill -9 halfway through a write"}
-CHECKPOINT_WRITE = "write", ".checkpoint.pt.part"
-
-
-def goes_on(server: Server, results: Path, undisturbed: Outcome, fault: Fault, *flags: str) -> None:
-    """The same command ends as it does when nothing happens, and nothing is left that does not belong there."""
-    must_be(undisturbed, server.run(tiny(results, *flags)), results / FOLDER, fault)
-    shutil.rmtree(results)
-
-
-def must_be(undisturbed: Outcome, ended: Ended, folder: Path, fault: Fault) -> None:
-    """A run that has ended well, with its expected result and files that are whole."""
-    there = outcome(folder) if ended.status == 0 else None
-    if there != undisturbed:
-        print(ended, there, undisturbed, sep="\n")
-    fault.kept(there == undisturbed)
-    assert ended.err == ""
-    assert not list(folder.glob(".*")) and not list(folder.parent.parent.glob(".*"))
-    files.read_json(folder / "options.json")
-    sessions = [event["session"] for event in metrics(folder) if "session" in event]
-    assert sessions == sorted(set(sessions))
-
-
-def the(operations: list[Operation], what: str, file: str) -> Operation:
-    """One operation of this kind."""
-    return next(o for o in one_of_each_kind(operations) if (o.what, o.file) == (what, file))
-
-
-@pytest.fixture(scope="module")
-def operations(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[Operation]:
-    """Of a run to which nothing happens."""
-    results = tmp_path_factory.mktemp("recorded") / "results"
-    return recorded(server, results, tiny(results))
 
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def write_atomically(path: Path, content: bytes, *, previous: Path | None = None
                 os.replace(path, previous)
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # of the two errors the first one counts
+                temporary.unlink()
             raise
         directory = os.open(path.parent, os.O_RDONLY)
         try:

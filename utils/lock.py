@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import UserError
@@ -30,16 +30,15 @@ def locked(file: Path, *, doing: str, wait: bool, refusal: str = "") -> Iterator
     if handle is None:
         yield
         return
-    try:
+    about = {"host": platform.node(), "pid": os.getpid(), "doing": doing, "since": time.strftime("%F %T %z")}
+    with suppress(OSError):  # on a full disk the lock holds without
         os.ftruncate(handle, 0)
-        about = {"host": platform.node(), "pid": os.getpid(), "doing": doing, "since": time.strftime("%F %T %z")}
         os.write(handle, (json.dumps(about) + "\n").encode())
-    except OSError:  # a full disk: the lock holds without
-        pass
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that has become read-only: a file that nobody holds does not matter
+            file.unlink()
         os.close(handle)
 
 
