@@ -9,6 +9,12 @@ Run the same command again to go on after a stop. `python3 train.py` evaluates t
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # So that Ctrl-C shows no traceback while PyTorch is loaded; run_main takes it back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import logging
 import time

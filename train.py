@@ -12,6 +12,12 @@ The accuracy is that of the last epoch. A set's own settings apply unless a flag
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # So that Ctrl-C shows no traceback while PyTorch is loaded; run_main takes it back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import hashlib
 import itertools

@@ -34,6 +34,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Call a script's main as a program: mistakes become one line on standard error, results the exit status."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # which scripts set while they load
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
     prepare_output()
     name = Path(sys.argv[0]).name
@@ -146,8 +148,9 @@ class Stopper:
 
     def __enter__(self) -> Stopper:
         for number in self.SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup: the run is meant to outlive the terminal
+            # As under nohup: the run is meant to outlive the terminal. (Python itself ignores SIGPIPE.)
+            if number != signal.SIGPIPE and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._note)
         return self
 
