@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background, where child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +30,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """For runs of condense.py that do not pay for the import of PyTorch."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux's /proc and pidfd")
     with Server() as server:
         yield server
 

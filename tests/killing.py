@@ -301,6 +301,7 @@ def arrange(plan: Plan, writers: list[int | None]) -> None:
     sys.stdout = standard_stream(1, line_buffering=bool(plan.terminal))
     sys.stderr = standard_stream(2, line_buffering=True)
     sys.argv = ["condense.py", *plan.argv]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     for number in plan.ignored:
         signal.signal(number, signal.SIG_IGN)
     if plan.file_bytes is not None:

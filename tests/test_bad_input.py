@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,12 +23,14 @@ from torch import Tensor
 import condense
 import train
 from models import FAMILIES
+from tests.faults import injected
 from tests.files import Payload, image_folder, noise, quick, refused, tree
 from utils import run as run_module
 from utils.errors import UserError
 from utils.files import read_tensors
 from utils.objectives import METRICS
 from utils.options import DATASET_SETTINGS
+from utils.state import State
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["--epochs", "1", "--repeat", "1", "--device", "cpu"]
@@ -594,16 +595,42 @@ def test_a_loss_that_is_no_number_names_iteration_class_and_settings_and_the_sta
     assert json.loads(next(tmp_path.rglob("data.json")).read_text())["outer_iterations"] == 0
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+POISON: dict[str, Callable[[State], Tensor]] = {
+    "loss": lambda state: state.losses[3:5],
+    "pixel": lambda state: state.pixels.pixels[3:5, 0, 0, 0, :1],
+    "weight": lambda state: state.net.classifier.weight[:1],
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", POISON)
+def test_numbers_that_are_none_stop_the_run_before_anything_is_overwritten(
+    what: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
-    with pytest.raises(UserError, match="--lr_img"):
-        condense.main(quick(tmp_path, *RUN_AWAY))
-    (folder,) = {path.parent for path in tmp_path.rglob("checkpoint.pt")}
-    state = read_tensors(folder / "checkpoint.pt", "")
-    images, _ = read_tensors(folder / "data.pt", "")
-    for tensor in (state["pixels"], state["velocity"], state["losses"], *state["net"].values(), images):
-        assert torch.isfinite(tensor).all()
-    assert json.loads((folder / "data.json").read_text())["finished"] is False
-    assert np.isfinite(state["seconds"])
+    argv = quick(tmp_path, "--inner_loop", "4", "--interval", "2")
+    folder, before, steps = tmp_path / "digits" / "convnet2_f1_ipc1", {}, 0
+    original = condense.Job.after_step
+
+    def after_step(job: condense.Job, state: State) -> None:
+        nonlocal steps
+        if (steps := steps + 1) == 3:
+            before.update({name: (folder / name).read_bytes() for name in ("checkpoint.pt", "data.pt", "data.json")})
+            with torch.no_grad():
+                POISON[what](state).fill_(value)
+        original(job, state)
+
+    where = "in the network" if what == "weight" else "class 3, 4,"
+    with injected("a number that is none, in loss, pixels or network") as fault:
+        with monkeypatch.context() as patch:
+            patch.setattr(condense.Job, "after_step", after_step)
+            says = rf"iteration 1, by inner step 3, {where}.*--lr_img 0.005 .*--lr 0.01 .*--resume_from {folder}"
+            with pytest.raises(UserError, match=says) as caught:
+                condense.main(argv)
+        assert caught.value.status == 1 and "\n" not in str(caught.value)
+        assert before == {name: (folder / name).read_bytes() for name in before}
+        assert condense.main(argv) == 0
+        assert condense.main([*argv, "--tag", "undisturbed"]) == 0
+        undisturbed = folder.with_name("convnet2_f1_ipc1_undisturbed")
+        fault.kept((folder / "data.pt").read_bytes() == (undisturbed / "data.pt").read_bytes())
