@@ -320,8 +320,6 @@ def test_the_first_picture_of_every_kind_of_file_is_read_as_it_is_meant(kind: st
     assert found.dtype == torch.uint8 and found.shape == (3, 16, 24)
     if format in LOSSY or "jpeg" in settings.values():
         assert (found.float().mean((1, 2)) - meant.float().mean((1, 2))).abs().max() < 20
-    elif kind == "TIFF YCbCr":
-        assert (found.int() - meant.int()).abs().max() <= 2
     else:
         assert torch.equal(found, meant)
     assert read_image(str(file), channels=1).shape == (1, 16, 24)
