@@ -411,7 +411,8 @@ def main(argv: Sequence[str]) -> int:
                 return say_finished(folder)
             folder.create(saved, about, restart=o.restart)
             with logged_to(folder.path / "log.txt"), stopper:
-                log.info("%s on %s: %s", about["command"], about["device"], folder.path)
+                shown = printable(f"{about['command']} on {about['device']}: {folder.path}")
+                log.info("%s", shown)
                 for warning in [*folder.flaws, *warnings]:
                     log.warning("%s", warning)
                 flop = o.niter * o.inner_loop * step_flop(o, spec, decoded=decoded, real=len(dataset.train))

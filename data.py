@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 from utils.device import free_memory
 from utils.errors import UsageError, UserError, first_line, printable
@@ -86,11 +86,17 @@ def _read(kind: str, data_dir: Path, train: bool, *, download: bool = False) -> 
 
 
 def _unpack(kind: str, folder: Path) -> None:
-    """MNIST's archives as far as they are whole: torchvision takes any unpacked file that is there, halves as well."""
-    for name, md5 in getattr(getattr(torchvision.datasets, kind), "resources", ()):
+    """The archives, as far as they are whole: for torchvision, MNIST's unpacked files and CIFAR's list of classes are
+    whole if they exist."""
+    found = getattr(torchvision.datasets, kind)
+    for name, md5 in getattr(found, "resources", ()):
         archive = folder / name
         if check_integrity(archive, md5):
             write_atomically(archive.with_suffix(""), gzip.decompress(archive.read_bytes()))
+    if hasattr(found, "tgz_md5") and check_integrity(folder / found.filename, found.tgz_md5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, that extracting will change
+            extract_archive(str(folder / found.filename))
 
 
 def load_digits(data_dir: Path, train: bool) -> Split:
@@ -269,11 +275,11 @@ class Folder:
         for train, split in ((True, "train"), (False, "test")):
             try:
                 classes, self.samples[train] = self._listed(str(root / split))
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: no system has such a name, but a data.json may
+                where, reason = getattr(error, "filename", None) or root / split, getattr(error, "strerror", None)
                 raise UserError(
-                    f"--image_folder {root}: cannot use {error.filename or root / split} "
-                    f"({error.strerror or first_line(error)}); expected images in DIR/train/CLASS/* and "
-                    "DIR/test/CLASS/*"
+                    f"--image_folder {root}: cannot use {where} ({reason or first_line(error)}); expected images in "
+                    "DIR/train/CLASS/* and DIR/test/CLASS/*"
                 ) from error
             if train:
                 self.classes = classes

@@ -22,7 +22,9 @@ from data import Dataset
 from tests.archives import (
     CIFAR10_NAMES,
     FASHION_NAMES,
+    TRAIN,
     Halves,
+    idx,
     write_cifar10,
     write_cifar10_archive,
     write_cifar100,
@@ -146,6 +148,65 @@ def test_a_damaged_extracted_file_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError) as caught:
         _ = Dataset("mnist", device=CPU, data_dir=tmp_path).train
     assert re.search(r"train-images-idx3-ubyte(?!\.gz).*damaged", str(caught.value))
+
+
+def test_an_unpacking_that_was_cut_short_is_mended_from_its_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    """torchvision asks no more of MNIST's unpacked files than that they exist; those of CIFAR have checksums."""
+    images = {
+        True: write_mnist(tmp_path, monkeypatch)[True][0],
+        False: write_cifar10_archive(tmp_path, monkeypatch)[True][0],
+    }
+    raw, batches = tmp_path / "MNIST" / "raw", tmp_path / "cifar-10-batches-py"
+    for name, expected in (("mnist", images[True]), ("cifar10", images[False])):
+        whole = Dataset(name, device=CPU, data_dir=tmp_path).train.images
+        assert len(whole) == len(expected)
+        halves = [raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"]
+        for file in halves if name == "mnist" else [batches / "data_batch_3", batches / "batches.meta"]:
+            for kept in (0, 1, file.stat().st_size // 2):
+                file.write_bytes(file.read_bytes()[:kept])
+                assert torch.equal(Dataset(name, device=CPU, data_dir=tmp_path).train.images, whole)
+    assert asked == [] and not list(tmp_path.rglob(".*"))
+
+
+def test_an_unpacked_half_whose_archive_is_damaged_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path, monkeypatch)
+    _ = Dataset("mnist", device=CPU, data_dir=tmp_path).train
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    half = file.read_bytes()[:1000]
+    for damaged in (file, file.with_suffix(".gz")):
+        damaged.write_bytes(half)
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte, .*damaged"):
+        _ = Dataset("mnist", device=CPU, data_dir=tmp_path).train
+    assert file.read_bytes() == half
+
+
+@pytest.mark.parametrize("what", ["shape", "label", "number"])
+def test_files_of_another_data_set_are_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist_extracted(tmp_path, monkeypatch)
+    raw = tmp_path / "MNIST" / "raw"
+    images, labels = raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"
+    if what == "shape":
+        images.write_bytes(idx(noise(TRAIN, 14, 56)))
+    elif what == "label":
+        labels.write_bytes(idx(np.full(TRAIN, 10, np.uint8)))
+    else:
+        labels.write_bytes(idx(np.zeros(TRAIN - 1, np.uint8)))
+    says = "25 images have 24 labels.*damaged" if what == "number" else "hold images of .*labels from"
+    with pytest.raises(UserError, match=f"{says}.*") as caught:
+        _ = Dataset("mnist", device=CPU, data_dir=tmp_path).train
+    assert "--data_dir" in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_data_dir_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_svhn(tmp_path, monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(Dataset("svhn", device=CPU, data_dir="~").train) == TRAIN
+    image_folder(tmp_path / "photos", {"a": 1, "b": 1})
+    assert len(folder_set(Path("~/photos")).train) == 2
 
 
 def test_a_data_dir_that_is_a_file_is_named(tmp_path: Path) -> None:
@@ -299,6 +360,15 @@ def test_statistics_of_many_images_are_exact_and_of_equal_images_finite() -> Non
     assert mean == pytest.approx(unit.mean((0, 2, 3)).tolist(), abs=1e-12)
     assert std[0] == pytest.approx(unit[:, 0].std(), abs=1e-12)
     assert 0 < std[1] <= 1e-3
+
+
+def test_statistics_take_little_memory_however_large_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.from_numpy(noise(8, 1, 64, 64))
+    whole = data.channel_statistics(images)
+    for chunk in (1, 64 * 64, 3 * 64 * 64):
+        monkeypatch.setattr(data, "CHUNK", chunk)
+        split = data.channel_statistics(images)
+        assert split[0] == pytest.approx(whole[0], abs=1e-12) and split[1] == pytest.approx(whole[1], abs=1e-12)
 
 
 def test_statistics_that_are_known_are_used(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from tests.faults import injected
 from tests.files import image_folder, noise, quick, save
 from tests.fuzz import Property
 from utils import exchange, imagefiles
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.imagefiles import EXTENSIONS, MAX_PIXELS, mode_and_size, read_image
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def images_or_refusal(root: Path, size: int | None, *, meanwhile: Callable[[], o
             meanwhile()
             found = dataset.train.images
         except UserError as error:
-            assert str(error).isprintable() and str(root) in str(error)
+            assert str(error).isprintable() and printable(str(root)) in str(error)
             return None
         finally:
             assert not shown, [str(warning.message) for warning in shown]
@@ -73,11 +73,14 @@ def images_or_refusal(root: Path, size: int | None, *, meanwhile: Callable[[], o
 
 def set_or_refusal(folder: Path) -> None:
     """The same for class folders that are a distilled set."""
-    try:
-        stored = exchange.read(folder)
-    except UserError as error:
-        assert str(error).isprintable() and str(folder) in str(error)
-        return
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        try:
+            stored = exchange.read(folder)
+        except UserError as error:
+            assert str(error).isprintable() and str(folder) in str(error)
+            return
+    assert not shown
     assert stored.images.dtype == torch.uint8 and stored.images.shape[2] == stored.images.shape[3]
 
 
@@ -110,31 +113,24 @@ def few_pixels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 SIZES: list[Size] = [(8, 8), (8, 8), (16, 16), (8, 12), (12, 8), (3, 3), (1, 1), (1, 600), (600, 1)]
 NUMBERS = [0, 1, 2, 255, 256, 2**15, 2**16 - 1, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
-Change = tuple[str, float, int]  # what, where (as a share of the file, squared: most often in the header), how much
-CHANGES = st.tuples(
-    st.sampled_from(["flip", "flip", "number", "short", "byte", "insert", "remove", "repeat", "cut"]),
-    st.floats(0, 1),
-    st.integers(0, 2**16),
-)
+DAMAGE: dict[str, Callable[[bytes, int, int], bytes]] = {  # to a file, at a place, with a number of any kind
+    "flip": lambda x, at, n: x[:at] + bytes(b ^ 1 << n % 8 for b in x[at : at + 1]) + x[at + 1 :],
+    "byte": lambda x, at, n: x[:at] + bytes([n % 256]) + x[at + 1 :],
+    "number": lambda x, at, n: x[:at] + struct.pack("<>"[n % 2] + "I", NUMBERS[n % len(NUMBERS)]) + x[at + 4 :],
+    "short": lambda x, at, n: x[:at] + struct.pack("<>"[n % 2] + "H", NUMBERS[n % len(NUMBERS)] % 2**16) + x[at + 2 :],
+    "insert": lambda x, at, n: x[:at] + random.Random(n).randbytes(1 + n % 40) + x[at:],
+    "remove": lambda x, at, n: x[:at] + x[at + 1 + n % 40 :],
+    "repeat": lambda x, at, n: x[:at] + x[at : at + 500] * (1 + n % 3) + x[at:],
+    "cut": lambda x, at, n: x[:at],
+}
+Change = tuple[str, float, int]  # what, where, how
+CHANGES = st.tuples(st.sampled_from([*DAMAGE]), st.floats(0, 1), st.integers(0, 2**16))
 
 
 def changed(content: bytes, changes: list[Change], *, believable: bool) -> bytes:
-    """A damaged file, with PNG's checksums made right again if it is to be believable."""
+    """A damaged file, with PNG's checksums made right again if it is to be believable. Most damage is in the header."""
     for what, where, how in changes:
-        at = int(where**2 * max(len(content) - 1, 0))
-        value = NUMBERS[how % len(NUMBERS)]
-        before, here, after = content[:at], content[at : at + 1], content[at + 1 :]
-        length = 1 + how % 40
-        content = {
-            "flip": lambda: before + bytes(b ^ 1 << how % 8 for b in here) + after,  # noqa: B023
-            "number": lambda: before + struct.pack(">I" if how % 2 else "<I", value) + after[3:],  # noqa: B023
-            "short": lambda: before + struct.pack(">H" if how % 2 else "<H", value % 2**16) + after[1:],  # noqa: B023
-            "byte": lambda: before + bytes([how % 256]) + after,  # noqa: B023
-            "insert": lambda: before + random.Random(how).randbytes(length) + here + after,  # noqa: B023
-            "remove": lambda: before + after[length:],  # noqa: B023
-            "repeat": lambda: before + content[at : at + 500] * (1 + how % 3) + here + after,  # noqa: B023
-            "cut": lambda: before,  # noqa: B023
-        }[what]()
+        content = DAMAGE[what](content, int(where**2 * len(content)), how)
     return checked(content) if believable else content
 
 
@@ -568,6 +564,11 @@ def test_classes_may_have_any_name(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "\x1b[31m\nphotos", dict.fromkeys(ODD_NAMES, 1))
     dataset = Dataset("folder", device=CPU, image_folder=root)
     assert dataset.class_names == sorted(ODD_NAMES) and len(dataset.train) == len(ODD_NAMES)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "n" * 300, "a/" * 3000])
+def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    assert images_or_refusal(tmp_path / name, None) is None
 
 
 # --- Threads ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.device import free_memory
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, printable
 from utils.files import CARD, CARD_BYTES, DATA, check_card, read_card, read_tensors
-from utils.imagefiles import EXTENSIONS, is_grey, mode_and_size, read_image
+from utils.imagefiles import EXTENSIONS, for_each, is_grey, mode_and_size, read_image
 from utils.images import Normalize, to_unit
 
 log = logging.getLogger("dream")
@@ -193,10 +194,10 @@ def _read_folder(folder: Path) -> Stored:
     if not files:
         raise UserError(f"{folder / DATA}: no such file, nor are there images in {folder}/CLASS/*; {REMEDY}")
     if ignored:
-        log.warning("ignored, being no image file: %s (%d such files)", ignored[0], len(ignored))
-    grey, side = True, 0
-    for path in files:
-        mode, size = mode_and_size(path)
+        log.warning("ignored, being no image file: %s (%d such files)", printable(str(ignored[0])), len(ignored))
+    grey, side, shown = True, 0, printable(str(folder))
+    heads = for_each(files, mode_and_size, what=f"looking at {shown}")
+    for path, (mode, size) in zip(files, heads, strict=True):
         side = side or size[0]
         if size != (side, side):
             raise UserError(
@@ -207,9 +208,8 @@ def _read_folder(folder: Path) -> Stored:
     channels = 1 if grey else 3
     must_fit(folder, len(files) * channels * side**2)
     labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(images) for images in paths.values()]))
-    return Stored(
-        folder, torch.stack([read_image(path, channels=channels) for path in files]), labels, names=list(paths)
-    )
+    pixels = for_each(files, partial(read_image, channels=channels), what=f"reading {shown}")
+    return Stored(folder, torch.stack(pixels), labels, names=list(paths))
 
 
 # --- Interpreting -----------------------------------------------------------------------------------------------------

@@ -186,9 +186,8 @@ def image_files(folder: str) -> tuple[list[str], list[str]]:
         waiting += [os.path.join(top, name) for name in reversed(folders)]
         found += [(top, name) for name in files]
     paths = [os.path.join(top, name) for top, name in sorted(found)]
-    return [p for p in paths if p.lower().endswith(EXTENSIONS)], [
-        p for p in paths if not p.lower().endswith(EXTENSIONS)
-    ]
+    images = [path for path in paths if path.lower().endswith(EXTENSIONS)]
+    return images, [path for path in paths if not path.lower().endswith(EXTENSIONS)]
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:

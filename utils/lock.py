@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 
 log = logging.getLogger("dream")
 
@@ -59,7 +59,7 @@ def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
             if not wait:
                 raise UserError(f"{file.parent}: in use by {holder}; {refusal}") from error
             if not said:
-                log.info("%s: waiting for %s", file.parent, holder)
+                log.info("%s: waiting for %s", printable(str(file.parent)), holder)
             said = True
             time.sleep(0.2)
             continue
