@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import random
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.faults import injected
-from tests.killing import FOLDER, Ended, Operation, Server, goes_on, must_be, one_of_each_kind, tiny, two_at_a_time
+from tests.killing import (
+    FOLDER,
+    Child,
+    Ended,
+    Operation,
+    Server,
+    goes_on,
+    must_be,
+    one_of_each_kind,
+    recorded,
+    tiny,
+    two_at_a_time,
+)
 from tests.outcome import Outcome
 from utils.run import CHECKPOINT, PREVIOUS, valid_checkpoint
 
@@ -41,6 +55,18 @@ def must_say(ended: Ended, reason: str, results: Path) -> None:
         if (file := results / FOLDER / name).exists():
             valid_checkpoint(file)
     assert reason in ("EROFS", "EIO") or not list((results / FOLDER).glob(".*.part"))  # where it can be removed
+
+
+def need_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("TensorBoard is not installed")
+
+
+def let_stop(child: Child) -> None:
+    """Wait until a run has stopped itself by SIGSTOP."""
+    deadline = time.monotonic() + 30
+    while not child.paused and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +97,48 @@ def test_a_write_that_fails_ends_in_one_line_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reason", ["ENOSPC", "EROFS"])
 def test_a_disk_that_fails_at_any_kind_of_file_operation_loses_nothing(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path, reason: str
+    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
 ) -> None:
-    def check(operation: Operation) -> None:
-        results = tmp_path / str(operation.at)
+    saved = next(o.at for o in operations if (o.what, o.file) == ("rename", CHECKPOINT))
+    kinds = one_of_each_kind(operations)
+    others = zip(kinds[::3], itertools.cycle(["EROFS", "EDQUOT", "EIO"]))  # one is endless
+
+    def check(case: tuple[Operation, str]) -> None:
+        operation, reason = case
+        results = tmp_path / f"{reason}_{operation.at}"
         with injected("full or failing disk at a file operation") as fault:
             ended = server.run(tiny(results), root=str(results), at=operation.at, then=reason)
             if ended.status:  # after the last result, neither the log nor the lock is worth an error
                 must_say(ended, reason, results)
+            assert operation.at <= saved or any((results / FOLDER / name).exists() for name in (CHECKPOINT, PREVIOUS))
             results.mkdir(exist_ok=True)
             goes_on(server, results, undisturbed, fault)
 
-    two_at_a_time(check, one_of_each_kind(operations))
+    two_at_a_time(check, [*((operation, "ENOSPC") for operation in kinds), *others])
+
+
+@pytest.mark.slow
+def test_a_tensorboard_file_that_cannot_be_written_ends_in_one_line(
+    server: Server, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    """Whatever TensorBoard's own threads would print of it."""
+    need_tensorboard()
+    there = recorded(server, tmp_path / "recorded", tiny(tmp_path / "recorded", "--tensorboard"))
+    events = [o for o in there if o.file.startswith("events")]
+    folder = next(o for o in there if (o.what, o.file) == ("mkdir", "tensorboard"))
+    some = [folder, events[0], events[1], events[len(events) // 2], events[-1]]
+
+    def check(case: tuple[Operation, str]) -> None:
+        operation, reason = case
+        results = tmp_path / f"{reason}_{operation.at}"
+        with injected("full or failing disk at a file of TensorBoard") as fault:
+            ended = server.run(tiny(results, "--tensorboard"), root=str(results), at=operation.at, then=reason)
+            must_say(ended, reason, results)
+            assert f" {results / FOLDER / 'tensorboard'}" in ended.err, (operation, ended)
+            goes_on(server, results, undisturbed, fault, "--tensorboard")
+
+    two_at_a_time(check, [*((operation, "ENOSPC") for operation in some), (some[1], "EROFS"), (some[3], "EIO")])
 
 
 @pytest.mark.slow
@@ -107,17 +161,22 @@ def test_a_limit_of_a_file_s_size_ends_in_one_line(server: Server, undisturbed: 
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes; the test is skipped where none can be mounted."""
-    place = tmp_path / "disk"
+def on_disk(server: Server, tmp_path: Path) -> Iterator[tuple[Server, Path]]:
+    """A file system of four megabytes, and a server whose runs see it; skipped where none can be mounted."""
+    place, alone = tmp_path / "disk", ["unshare", "-Urm"]
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            yield server, place
+        finally:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+        return
+    mounted = subprocess.run([*alone, *mount], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    with Server(*alone, "sh", "-c", f'{shlex.join(mount)} && exec "$@"', "sh") as apart:  # and gone with it
+        yield apart, Path(f"/proc/{apart.pid}/root{place}")
 
 
 def fill(disk: Path) -> Path:
@@ -133,7 +192,10 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_at_random_moments_loses_nothing(server: Server, undisturbed: Outcome, disk: Path) -> None:
+def test_a_disk_that_fills_up_at_random_moments_loses_nothing(
+    on_disk: tuple[Server, Path], undisturbed: Outcome
+) -> None:
+    server, disk = on_disk
     draw, failed = random.Random(0), 0
     for turn in range(14):
         results = disk / f"results {turn}"
@@ -155,20 +217,40 @@ def test_a_disk_that_fills_up_at_random_moments_loses_nothing(server: Server, un
     assert failed > 5
 
 
+def test_a_disk_that_is_full_when_a_signal_asks_to_save_is_told_in_one_line(
+    on_disk: tuple[Server, Path], operations: list[Operation], undisturbed: Outcome
+) -> None:
+    server, disk = on_disk
+    results = disk / "results"
+    at = [o.at for o in operations if (o.what, o.file) == ("write", "metrics.jsonl")][2]
+    with injected("full disk (tmpfs), and a signal") as fault:
+        child = server.start(tiny(results), root=str(results), at=at, then="SIGSTOP")
+        let_stop(child)
+        ballast = fill(disk)
+        child.send(signal.SIGTERM)
+        child.send(signal.SIGCONT)
+        ended = child.wait()
+        notice = "SIGTERM: finishing this step and saving\n"
+        assert ended.err.startswith(notice), ended
+        must_say(replace(ended, err=ended.err.removeprefix(notice)), "ENOSPC", results)
+        ballast.unlink()
+        goes_on(server, results, undisturbed, fault)
+
+
 @pytest.mark.slow
-def test_a_full_disk_ends_a_run_with_tensorboard_in_one_line(server: Server, disk: Path) -> None:
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("TensorBoard is not installed")
+def test_a_full_disk_ends_a_run_with_tensorboard_in_one_line(
+    on_disk: tuple[Server, Path], undisturbed: Outcome
+) -> None:
+    need_tensorboard()
+    server, disk = on_disk
     for kilobytes in (40, 120, 200):
-        with injected("full disk (tmpfs), with TensorBoard"):
-            fill(disk)
-            os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 1024 * kilobytes)
-            argv = tiny(disk / str(kilobytes), "--tensorboard", "--niter", "40")
-            ended = server.run(argv)
-            assert ended.status == 1 and re.fullmatch(CANNOT.format(REASONS["ENOSPC"]), ended.err), ended
-            (disk / "ballast").unlink()
-            assert server.run(argv).status == 0
-            shutil.rmtree(disk / str(kilobytes))
+        results = disk / str(kilobytes)
+        with injected("full disk (tmpfs), with TensorBoard") as fault:
+            ballast = fill(disk)
+            os.truncate(ballast, ballast.stat().st_size - 1024 * kilobytes)
+            must_say(server.run(tiny(results, "--tensorboard")), "ENOSPC", results)
+            ballast.unlink()
+            goes_on(server, results, undisturbed, fault, "--tensorboard")
 
 
 # --- No right to write ------------------------------------------------------------------------------------------------
@@ -196,9 +278,7 @@ def test_a_run_folder_that_turns_read_only_ends_the_run_in_one_line(
     at = next(o.at for o in operations if (o.what, o.file) == ("write", "metrics.jsonl"))
     with injected("read-only results folder") as fault:
         child = server.start(tiny(results), root=str(results), at=at, then="SIGSTOP", plain_user=True)
-        deadline = time.monotonic() + 30
-        while not child.paused and time.monotonic() < deadline:
-            time.sleep(0.01)
+        let_stop(child)
         (results / FOLDER).chmod(0o555)
         child.send(signal.SIGCONT)
         must_say(child.wait(), "EACCES", results)
