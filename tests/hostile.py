@@ -75,6 +75,32 @@ def directory_says(content: bytes, which: int, what: str, value: int) -> bytes:
     return content[:at] + (value % 2 ** (8 * size)).to_bytes(size, "little") + content[at + size :]
 
 
+def with_two_directories(shown: bytes, hidden: bytes) -> bytes:
+    """Both files of torch.save in one: Python's reader of zip archives finds the first, PyTorch's the second.
+
+    The record of a directory for archives beyond 4 GB stands before the end, and once more wherever the end says; one
+    reader looks here, the other there.
+    """
+    record, locator, end = (shown.rfind(mark) for mark in (b"PK\6\6", b"PK\6\7", b"PK\5\6"))
+    size, start = struct.unpack("<QQ", shown[record + 40 : record + 56])
+    other = zipped(entries(hidden))
+    count, other_size, other_start = struct.unpack("<HII", other[-12:-2])
+    directory, at = bytearray(other[other_start : other_start + other_size]), 0
+    while at < other_size:  # entries lie further back than they did
+        lengths, (offset,) = (
+            struct.unpack("<HHH", directory[at + 28 : at + 34]),
+            struct.unpack_from("<I", directory, at + 42),
+        )
+        struct.pack_into("<I", directory, at + 42, offset + record)
+        at += 46 + sum(lengths)
+    both = shown[:record] + other[:other_start] + directory
+    place = len(both)
+    both += struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, other_size, record + other_start)
+    first = len(both)
+    both += shown[start : start + size] + shown[record : record + 48] + struct.pack("<Q", first)
+    return both + shown[locator : locator + 8] + struct.pack("<Q", place) + shown[locator + 16 : end] + shown[end:]
+
+
 # --- Pickles ----------------------------------------------------------------------------------------------------------
 
 

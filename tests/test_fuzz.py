@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import math
 import os
 import pickle
 import string
@@ -25,6 +27,7 @@ from tests.faults import injected
 from tests.files import Payload, noise
 from tests.fuzz import Property, little_memory
 from utils import exchange, files, options
+from utils.earlier import read_earlier
 from utils.errors import UserError, printable
 from utils.export import card_without_run
 from utils.images import Normalize
@@ -129,7 +132,7 @@ def check_damage(place: Path, wounds: list[tuple[str, float, int]]) -> None:
 
 ENTRIES = hostile.entries(SOUND)
 WHICH = st.integers(0, len(ENTRIES) - 1)
-ENTRY_NAMES = ["x/data/0", "data.pkl", "archive/data.pkl", "../x", "/", "a/b"]
+ENTRY_NAMES = ["x/data/0", "data.pkl", "archive/data.pkl", "archive/DATA.PKL", "ARCHIVE/data/0", "../x", "/", "a/b"]
 PACKED = [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 ZIPS = st.tuples(
     st.lists(
@@ -229,7 +232,7 @@ LIES = st.fixed_dictionaries(
         "key": st.sampled_from(["1", "2", "../0"]),
         "count": st.sampled_from([6, 0, 1, 192, 768, 1536, 10**9, 2**62, -1]),
         "offset": st.sampled_from([1, -1, 383, 2**40]),
-        "shape": st.sampled_from([(3, 1, 8, 8), (10**4, 1, 8, 8), (10**5, 1, 8, 8), (6, 1, 8), (12, 1, 8, 4)])
+        "shape": st.sampled_from([(3, 1, 8, 8), (10**4, 1, 8, 8), (10**7, 1, 8, 8), (6, 1, 8), (12, 1, 8, 4)])
         | EXTENTS,
         "stride": st.sampled_from([(0, 0, 0, 0), (1, 1, 1, 1), (0, 64, 8, 1), (32, 64, 4, 1)]) | EXTENTS,
     },
@@ -290,7 +293,7 @@ def odd(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> st.
         st.sampled_from(dtypes),
         st.sampled_from(spans),
         st.sampled_from(firsts),
-        st.sampled_from(["plain"] * 9 + list(DRESSES)),
+        st.sampled_from(["plain"] * 9 + ["negated when read"] * 2 + list(DRESSES)),
     )
 
 
@@ -414,6 +417,55 @@ def check_safetensors(place: Path, example: tuple[tuple[Any, int | None, Any], s
     resolve_set(file, {**said, "dataset": "digits", "factor": 1})
 
 
+# --- A state to begin from, with --resume_from ------------------------------------------------------------------------
+
+PIXELS = IMAGES[:, None]  # (classes, ipc, C, H, W)
+OPTIONS = {"dataset": "digits", "ipc": 1, "factor": 1, "decode_type": "single"}
+STATE: dict[str, Any] = {
+    "pixels": PIXELS, "velocity": torch.zeros_like(PIXELS), "it": 3, "seconds": 1.5, "metrics": "",
+    "record": json.dumps({"options": OPTIONS, "sessions": []}),
+}  # fmt: skip
+NUMBERED = [torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 2]), *(torch.full((6,), x) for x in (-1, 10**12, 2**62))]
+NUMBERED += [torch.arange(6.0), torch.full((6,), torch.nan), torch.tensor(5), torch.arange(6)[:, None], torch.arange(0)]
+LIKE_PIXELS = LIKE_IMAGES | odd([(6, 1, 1, 8, 8), (3, 2, 1, 8, 8), ()], [*FLOATS, *WHOLE])
+RECORDS = JSON.map(json.dumps) | st.integers(1, 3000).map(lambda n: "[" * n + "]" * n) | JSON
+STATES = st.one_of(
+    st.tuples(LIKE_PIXELS | st.just(IMAGES), st.sampled_from(NUMBERED) | LIKE_LABELS).map(list),
+    CONTENTS,
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "pixels": LIKE_PIXELS,
+            "velocity": LIKE_PIXELS,
+            "it": VALUES,
+            "seconds": VALUES,
+            "metrics": JSON,
+            "record": RECORDS,
+        },
+    ).map(lambda new: {**STATE, **new}),
+)
+
+
+def check_state(place: Path, example: tuple[Any, str]) -> None:
+    content, name = example
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about nested tensors
+            raw = hostile.saved(made(content))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return
+    file = written(place, name, raw)
+    try:
+        found = read_earlier(file, OPTIONS)
+    except UserError as error:
+        assert printable(str(file)) in in_one_line(error)
+        return
+    assert found.pixels.shape == found.velocity.shape and found.pixels.dim() == 5
+    assert found.pixels.dtype == found.velocity.dtype == torch.float32
+    assert found.pixels.isfinite().all() and found.velocity.isfinite().all()
+    assert found.it >= 0 and 0 <= found.seconds < math.inf
+
+
 # --- All of them ------------------------------------------------------------------------------------------------------
 
 PROPERTIES = {
@@ -425,6 +477,9 @@ PROPERTIES = {
     "tensors that lie": Property(check_lies, LIES, few=15, many=1000),
     "tensors of any kind": Property(check_content, st.tuples(CONTENTS, st.booleans()), few=25, many=2000),
     "data.json": Property(check_card, st.tuples(CARDS, st.sampled_from(SAID), st.booleans()), few=20, many=1500),
+    "state": Property(
+        check_state, st.tuples(STATES, st.sampled_from(["data_000003.pt", "checkpoint.pt"])), few=25, many=2000
+    ),
     "safetensors": Property(
         check_safetensors,
         st.tuples(SAFES, st.sampled_from(SAFE_NAMES), st.sampled_from(SAID)),
@@ -470,6 +525,23 @@ def test_a_call_that_tensors_do_not_need_is_refused(what: str, place: Path) -> N
     file = written(place, "x.pt", hostile.with_program(SOUND, program))
     with little_memory(), pytest.raises(UserError, match="which could run code: refused"):
         exchange.read(file)
+
+
+@pytest.mark.parametrize("name", ["archive/DATA.PKL", "Archive/data.pkl"])
+def test_a_second_pickle_under_nearly_the_same_name_is_refused(name: str, place: Path) -> None:
+    second = hostile.program(hostile.FORBIDDEN["much memory"], PLAIN_LABELS)
+    for at in range(len(ENTRIES) + 1):
+        file = written(place, "x.pt", hostile.zipped([*ENTRIES[:at], (name, second, 0), *ENTRIES[at:]]))
+        with pytest.raises(UserError, match="the same name"):
+            exchange.read(file)
+
+
+def test_pytorch_sees_no_other_entries_than_those_that_were_looked_at(place: Path) -> None:
+    other = hostile.program(hostile.FORBIDDEN["a tensor's attribute"], PLAIN_LABELS)
+    both = hostile.with_two_directories(SOUND, hostile.with_program(SOUND, other))
+    file = written(place, "x.pt", both)
+    assert torch._C.PyTorchFileReader(str(file)).get_record("data.pkl") == other
+    as_saved_or_refused(file)
 
 
 SPECIAL: dict[str, Callable[[Path], object]] = {

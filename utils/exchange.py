@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.device import free_memory
 from utils.errors import UserError, first_line, printable
 from utils.files import CARD, CARD_BYTES, DATA, check_card, read_card, read_tensors
 from utils.imagefiles import EXTENSIONS, for_each, is_grey, mode_and_size, read_image
 from utils.images import Normalize, to_unit
+from utils.tensorfile import is_plain
 
 log = logging.getLogger("dream")
 
@@ -97,7 +98,7 @@ def read(path: Path) -> Stored:
 
 def _read_pt(file: Path) -> Stored:
     if file.exists():
-        must_fit(file, file.stat().st_size // 4)
+        must_fit(file, file.stat().st_size)  # as it is, copied, and in numbers
     found = read_tensors(file, REMEDY)
     if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
         raise _refusal(file, "is not a list of two tensors")
@@ -114,12 +115,12 @@ def _refusal(file: Path, what: str) -> UserError:
 
 def _checked(file: Path, images: Tensor, labels: Tensor, *, card: dict[str, Any] | None) -> Stored:
     """Two tensors of any kind as a set. Raises UserError unless they are one."""
-    for x in (images, labels):
-        plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
-        if not plain or x.device.type != "cpu":
-            raise _refusal(file, f"holds a tensor of an unusual kind ({type(x).__name__}, {x.layout}, {x.device})")
-    images, labels = images.detach(), labels.detach()
     must_fit(file, images.numel() + labels.numel())
+    for x in (images, labels):
+        if not is_plain(x):
+            what = f"{type(x).__name__}, {x.layout}, {x.device}, {x.numel()} numbers"
+            raise _refusal(file, f"holds a tensor of an unusual kind ({what})")
+    images, labels = images.detach(), labels.detach()
     if images.dim() != 4 or images.dtype not in (*FLOATS, torch.uint8) or not images.numel():
         raise _refusal(file, f"images are {images.dtype} of shape {tuple(images.shape)}")
     if images.dtype != torch.uint8:

@@ -8,6 +8,7 @@ code of the file's, but some of PyTorch's and Python's with whatever arguments t
 
 from __future__ import annotations
 
+import io
 import pickletools
 import stat
 import zipfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 ORDERED = "collections OrderedDict"
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -24,6 +26,7 @@ NAMES = {  # all that plain tensors need
     "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in STORAGES),
 }
+EXPANDED, SMALL = 4, 2**22  # so many times its file's bytes may a tensor have, as grey images that show as colour
 PUT, GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 NEVER = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4", "MEMOIZE", "PUT", "GET")
 
@@ -39,26 +42,36 @@ def load(path: Path) -> Any:
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
             raise ValueError("no zip archive, as torch.save makes since PyTorch 1.6; bare pickles are refused")
-    verify_program(verified_program(path))
-    return torch.load(path, map_location="cpu", weights_only=True)
+    copy, program = verified(path)
+    verify_program(program)
+    return torch.load(copy, map_location="cpu", weights_only=True)
 
 
-def verified_program(path: Path) -> bytes:
-    """The pickle in a file of torch.save. Raises ValueError and zipfile's errors unless the archive is whole."""
-    with zipfile.ZipFile(path) as archive:
+def verified(path: Path) -> tuple[io.BytesIO, bytes]:
+    """A file of torch.save once more, and the pickle in it. Raises ValueError and zipfile's errors unless it is whole.
+
+    The copy holds what has been looked at and nothing else: PyTorch's own reader may find other entries in the original
+    file than Python's, which takes another of two directories and tells `data.pkl` from `DATA.PKL`.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as whole:
         inside = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in inside):
             raise ValueError("its entries are compressed, which torch.save never does")
-        if len({entry.filename for entry in inside}) < len(inside):
+        if len({entry.filename.lower() for entry in inside}) < len(inside):
             raise ValueError("two of its entries have the same name")
         if sum(entry.file_size for entry in inside) > path.stat().st_size:
             raise ValueError("its entries overlap")
-        if (bad := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {bad} differs")
-        programs = [entry for entry in inside if entry.filename.endswith("data.pkl")]
-        if len(programs) != 1:
-            raise ValueError("it has no data.pkl, or several")
-        return archive.read(programs[0])
+        programs = []
+        for entry in inside:
+            content = archive.read(entry)  # which compares the checksum
+            whole.writestr(entry.filename, content)
+            if entry.filename.endswith("data.pkl"):
+                programs.append(content)
+    if len(programs) != 1:
+        raise ValueError("it has no data.pkl, or several")
+    copy.seek(0)
+    return copy, programs[0]
 
 
 def verify_program(program: bytes) -> None:
@@ -77,3 +90,12 @@ def verify_program(program: bytes) -> None:
         else:
             kept -= {argument} if what in PUT else set()
             named = argument in kept if what in GET else (what, argument) == ("GLOBAL", ORDERED)
+
+
+def is_plain(x: object) -> bool:
+    """Whether it is a dense tensor of numbers that its file really holds, and not a few that stand for any number."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return False
+    assert isinstance(x, Tensor)
+    dense = x.layout == torch.strided and x.device.type == "cpu" and not (x.is_nested or x.is_neg() or x.is_conj())
+    return dense and x.nbytes <= max(EXPANDED * x.untyped_storage().nbytes(), SMALL)
