@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from utils import files
 from utils.errors import UsageError, UserError
 from utils.run import RunFolder, valid_checkpoint
+from utils.tensorfile import is_plain
 
 log = logging.getLogger("dream")
 
@@ -82,9 +84,9 @@ def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
 def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]) -> Earlier:
     _must_agree(path, saved["record"]["options"], options)
     pixels, velocity, it, seconds = (saved.get(name, 0) for name in ("pixels", "velocity", "it", "seconds"))
-    if not (_are_pixels(pixels) and _are_pixels(velocity) and pixels.shape == velocity.shape):
+    if not (_are_numbers(pixels, 5) and _are_numbers(velocity, 5) and pixels.shape == velocity.shape):
         raise UserError(f"{path}: holds no pixels; {REMEDY}")
-    if not isinstance(it, int) or it < 0 or not isinstance(seconds, float):
+    if type(it) is not int or it < 0 or not isinstance(seconds, float) or not 0 <= seconds < math.inf:
         raise UserError(f"{path}: does not say where it was; {REMEDY}")
     return Earlier(path, pixels, velocity, it, seconds)
 
@@ -93,17 +95,16 @@ def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
     number = re.fullmatch(r"data_([0-9]{1,9})\.pt", path.name)
     if number is None:
         raise UserError(f"{path}: is neither a checkpoint nor named data_<iteration>.pt; {REMEDY}")
-    if not isinstance(found, list) or len(found) != 2 or not isinstance(found[1], Tensor) or not found[1].numel():
+    images, labels = found if isinstance(found, list) and len(found) == 2 else [torch.empty(0)] * 2
+    if not _are_numbers(images, 4) or not _are_labels(labels) or len(images) != len(labels):
         raise UserError(f"{path}: holds no images and labels; {REMEDY}")
-    images, labels = found
-    classes, ipc = int(labels.max()) + 1, len(labels) // max(int(labels.max()) + 1, 1)
-    if labels.tolist() != [c for c in range(classes) for _ in range(ipc)] or not isinstance(images, Tensor):
+    classes = len(labels.unique())
+    ipc = len(labels) // classes
+    if not torch.equal(labels, torch.arange(classes).repeat_interleave(ipc)):
         raise UserError(f"{path}: its classes do not have equally many images, one class after the other; {REMEDY}")
     if (card := path.with_name(files.CARD)).exists():
         _must_agree(path, files.read_card(card), options)
-    pixels = images.unflatten(0, (classes, ipc)) if len(images) == len(labels) else images
-    if not _are_pixels(pixels):
-        raise UserError(f"{path}: holds no images; {REMEDY}")
+    pixels = images.unflatten(0, (classes, ipc))
     return Earlier(path, pixels, torch.zeros_like(pixels), int(number[1]), 0.0)
 
 
@@ -115,7 +116,11 @@ def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
         raise UsageError(f"--resume_from {path}: is of another kind of set ({'; '.join(differ)})")
 
 
-def _are_pixels(x: Any) -> bool:
-    """Whether it is a plain float32 tensor (classes, ipc, C, H, W) of numbers."""
-    plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.layout == torch.strided and x.is_contiguous()
-    return plain and x.dim() == 5 and bool(x.isfinite().all())
+def _are_numbers(x: Any, dimensions: int) -> bool:
+    """Whether it is a plain float32 tensor of finite numbers."""
+    plain = is_plain(x) and x.dtype == torch.float32 and x.is_contiguous()
+    return plain and x.dim() == dimensions and bool(x.isfinite().all())
+
+
+def _are_labels(x: Any) -> bool:
+    return is_plain(x) and x.dtype == torch.int64 and x.dim() == 1 and len(x) > 0

@@ -94,13 +94,14 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():  # a pipe would have us wait
             raise OSError("no regular file")
         found = json.loads(path.read_text(encoding="utf-8"))
+        claimed = found.pop(CHECKSUM, None) if isinstance(found, dict) else None
+        right = claimed is None or claimed == checksum(found)
     except (OSError, ValueError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: cannot be read ({reason}); restore it, or begin again with --restart") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object; restore it, or begin again with --restart")
-    claimed = found.pop(CHECKSUM, None)
-    if claimed is not None and claimed != checksum(found):
+    if not right:
         raise UserError(
             f"{path}: is damaged, or was changed since it was written (its {CHECKSUM} differs); restore it, or delete "
             "that entry if the change is meant"

@@ -260,7 +260,7 @@ def valid_checkpoint(file: Path) -> dict[str, Any]:
         record = _valid_record(json.loads(saved["record"]), str(file))
         if not isinstance(saved["metrics"], str):
             raise TypeError
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise UserError(f"{file}: is no checkpoint; begin again with --restart") from error
     return {**saved, "record": record}
 
