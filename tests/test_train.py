@@ -159,6 +159,7 @@ def test_a_damaged_eval_json_is_said_and_begun_again(finished: Path, capsys: pyt
     file = finished / "eval.json"
     good = {"accuracies": [1.0], "seconds": 1.0}
     for damaged in ("{", "[]", '{"results": 3}', *(json.dumps({"results": [r]}) for r in (
+        {"accuracies": [10**400], "seconds": 1},
         7, {**good, "accuracies": ["x"]}, {"accuracies": [1.0]}, {**good, "versions": 5},
     ))):  # fmt: skip
         file.write_text(damaged)

@@ -42,7 +42,7 @@ def earlier(file: Path) -> list[Record]:
             float(record["seconds"])
             dict(record.get("versions", {}))
         return list(found)
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, OverflowError, TypeError, ValueError):
         log.warning("%s: was damaged, and is begun again", file)
         return []
 
