@@ -51,10 +51,10 @@ class Property:
 
         def counted(example: Any) -> None:
             nonlocal tried
-            tried += 1
             began = time.process_time()
             self.check(folder, example)
             assert time.process_time() - began < SECONDS
+            tried += 1
 
         wanted = self.many if many else self.few
         rules = settings(
