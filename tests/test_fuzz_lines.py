@@ -246,6 +246,8 @@ def test_two_dashes_are_no_value(flag: str, kind: type[Any]) -> None:
         flag = "--table=--"
     with pytest.raises(UserError, match="'--' is no value"):
         make_parser(kind, "").parse_given([flag])
+    with pytest.raises(UserError, match="'--' is no value"):  # nor one that a later flag may hide
+        make_parser(kind, "").parse_given(["--dataset=--", "-d", "mnist"])
 
 
 def test_after_two_dashes_a_name_stays_as_it_is() -> None:

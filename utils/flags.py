@@ -111,6 +111,10 @@ class Parser(argparse.ArgumentParser):
         """Only what the user gave."""
         flags = list(itertools.takewhile(lambda word: word != "--", argv))  # what follows is a name, as it stands
         words = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in flags]
+        for word in words:
+            name, _, value = word.partition("=")
+            if name.startswith("-") and value == "--":  # which argparse takes for no value at all
+                self.error(f"{name}: '--' is no value")
         given, unknown = self.parse_known_args([*words, *argv[len(flags) :]])
         for word in unknown:
             if not word.startswith("-"):
@@ -118,9 +122,6 @@ class Parser(argparse.ArgumentParser):
             name = word.split("=")[0][:100]
             close = difflib.get_close_matches(name, self._option_string_actions, 1)
             self.error(f"unknown option {name}" + (f" (did you mean {close[0]}?)" if close else ""))
-        for name, value in vars(given).items():
-            if value == []:  # what argparse makes of --flag=--
-                self.error(f"--{name}: '--' is no value")
         return vars(given)
 
 
