@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from data import Dataset
-from models import NetSpec, Network, forward_flop
-from utils import checks, files, options, runtime
+from models import NetSpec, Network
+from utils import checks, options, overview, recipes, runtime
 from utils.augment import Augment
 from utils.board import Board, check_board
 from utils.compilation import computing
@@ -36,10 +36,13 @@ from utils.device import Compute, be_deterministic, peak_memory, pick_device, se
 from utils.earlier import Earlier, begin_from
 from utils.errors import UserError, first_line, printable
 from utils.evaluation import Score, evaluate
+from utils.expert_runs import experts_for, train_experts
+from utils.experts import Experts
 from utils.flags import make_parser
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
 from utils.matching import Matcher, MatchingStep
+from utils.methods import TRAJECTORY
 from utils.objectives import Comparison
 from utils.options import CondenseOptions
 from utils.pixels import PixelSGD
@@ -47,9 +50,10 @@ from utils.report import Progress, logged_to, messages, span
 from utils.run import RunFolder
 from utils.runtime import Draws, Stopped, Stopper
 from utils.selection import Context, select
-from utils.state import State
+from utils.state import State, Step
 from utils.synthetic import BASELINE, coreset, initial_pixels, training_images
 from utils.training import Trainer, fresh_network, update_network
+from utils.trajectory import TrajectoryStep
 
 log = logging.getLogger("dream")
 
@@ -64,13 +68,16 @@ def condense(job: Job, state: State) -> None:
         if step == 0:
             job.observe(it, state)
             state.begin_iteration(fresh_network(job.spec, job.draws("network", it)))
-        if step % o.interval == 0:
-            context = job.context(state.net, job.draws("select", it, step))
+            for epoch in range(o.pretrain):
+                state.trainer.all_images([job.draws("pretrain", it, epoch)])
+        if job.selects and state.selection_due(o.interval, o.inner_loop):
+            context = job.context(state.net, job.draws("select", it, step), per_cluster=o.per_cluster)
             state.picks.copy_(select(context, o.batch_real, strategy=o.select))  # (classes, batch_real)
 
         # (classes,), on the device: reading them at every step would stall a GPU.
         state.losses += state.match(state.picks, job.draws("match", it, step))
-        update_network(state.trainer, n_data=o.n_data, draws=job.draws("update", it, step))
+        if step + 1 < o.inner_loop:  # after the last one another network comes
+            update_network(state.trainer, n_data=job.n_data, draws=job.draws("update", it, step))
 
         state.advance(o.inner_loop)
         job.after_step(state)
@@ -88,13 +95,17 @@ class Job:
         stopper: Stopper,
         compute: Compute,
         earlier: Earlier | None = None,
+        experts: Experts | None = None,
     ) -> None:
-        """earlier: of another run, what to begin from when there is no checkpoint."""
+        """earlier: of another run, what to begin from when there is no checkpoint. experts: whose trajectories are
+        matched, instead of the effect of real images."""
         self.o, self.dataset, self.spec, self.folder, self.stopper = o, dataset, spec, folder, stopper
         self.device = dataset.device
         self.shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)  # of the stored pixels
         self.real, self.test = dataset.train, dataset.test
-        self.compute, self.earlier = compute, earlier
+        self.compute, self.earlier, self.experts = compute, earlier, experts
+        self.selects = experts is None
+        self.n_data = o.n_data if o.train_on == "real" else None  # None: all there are
         self.selecting = compute.cheapest()
         self.matcher = Matcher(
             how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
@@ -104,8 +115,8 @@ class Job:
             augment=Augment(o.aug_type),
             compute=compute,
         )
-        self.update = options.update_recipe(o)
-        self.protocol = options.evaluation_recipe(o, flip=dataset.flip)
+        self.update = recipes.update_recipe(o)
+        self.protocol = recipes.evaluation_recipe(o, flip=dataset.flip)
         self.progress = Progress(o.niter * o.inner_loop, "distilling", "step", keep=True)
         self.steps_here = 0
         self.first_step = self.started = time.monotonic()
@@ -113,9 +124,10 @@ class Job:
     def draws(self, purpose: str, *position: int) -> Draws:
         return Draws(self.device, self.o.seed, purpose, *position)
 
-    def context(self, net: Network, draws: Draws) -> Context:
+    def context(self, net: Network, draws: Draws, *, per_cluster: int = 1) -> Context:
         """What representatives are selected from."""
-        return Context(net, self.real, draws, self.selecting, raw=self.o.cluster_raw, kmeans=self.o.kmeans)
+        o = self.o
+        return Context(net, self.real, draws, self.selecting, o.cluster_raw, o.kmeans, per_cluster)
 
     # --- State --------------------------------------------------------------------------------------------------------
 
@@ -126,13 +138,14 @@ class Job:
             self.folder.board = Board(self.folder.path, goes_on_after=None if saved is None else saved.get("it"))
         given = saved is not None or self.earlier is not None
         pixels = torch.zeros(self.shape, device=self.device) if given else self.initial_pixels()
-        lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=self.dataset.side, base_side=self.dataset.base_side)
+        rate = recipes.pixel_rate(o, side=self.dataset.side, base_side=self.dataset.base_side)
         net = fresh_network(self.spec, self.draws("network", 0))
-        sgd = PixelSGD(pixels, lr=lr, momentum=o.mom_img)
+        joint = self.real.normalize if o.pixel_step == "joint" else None
+        sgd = PixelSGD(pixels, lr=rate, momentum=o.mom_img, joint=joint)
         state = State(
             pixels=sgd,
-            trainer=Trainer([net], [self.real], self.update, self.compute),
-            match=MatchingStep(self.matcher, net, sgd, self.real),
+            trainer=self.trainer(net, pixels),
+            match=self.step(net, sgd),
             picks=torch.zeros(self.real.classes, o.batch_real, dtype=torch.int64, device=self.device),
             losses=torch.zeros(self.real.classes, device=self.device),
         )
@@ -140,7 +153,7 @@ class Job:
             self.restore(state, saved)
         elif self.earlier is not None:
             e = self.earlier
-            state.begin_at(e.pixels, e.velocity, it=e.it, seconds=e.seconds)
+            state.begin_at(e.pixels, e.velocity, e.learned, it=e.it, seconds=e.seconds)
             log.info("beginning with the pixels of %s, after its outer iteration %d", e.source, e.it)
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
         if saved is None:
@@ -148,6 +161,35 @@ class Job:
             self.save(state)
         self.progress.start_at(state.it * o.inner_loop + state.step)
         return state
+
+    def trainer(self, net: Network, pixels: Tensor) -> Trainer:
+        """Of the network, on real images, or on the synthetic ones as they are whenever it trains."""
+        o = self.o
+        if o.train_on == "real":
+            return Trainer([net], [self.real], self.update, self.compute)
+
+        def current() -> Tensor:
+            return decode(pixels, factor=o.factor, decode_type=o.decode_type).flatten(0, 1)
+
+        return Trainer([net], [self.synthetic(pixels)], self.update, self.compute, current)
+
+    def step(self, net: Network, sgd: PixelSGD) -> Step:
+        """How pixels learn: from the effect of real images on the network, or from experts' trajectories."""
+        o = self.o
+        if self.experts is None:
+            return MatchingStep(self.matcher, net, sgd, self.real)
+        return TrajectoryStep(
+            self.matcher,
+            net,
+            sgd,
+            self.real,
+            self.experts,
+            steps=o.student_steps,
+            epochs=o.match_epochs,
+            max_start=o.max_start,
+            step_size=o.step_size,
+            lr_step=o.lr_step,
+        )
 
     def initial_pixels(self) -> Tensor:
         net = fresh_network(self.spec, draws := self.draws("init"))
@@ -182,28 +224,8 @@ class Job:
         self.folder.save_pictures(when, it, stored, decoded)
 
     def card(self, state: State, *, finished: bool) -> dict[str, object]:
-        """data.json: what the set is and how to use it."""
-        o = self.o
-        return {
-            "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with factor "
-            "and decode_type, then subtract mean and divide by std of normalization, per channel.",
-            "dataset": o.dataset,
-            "image_folder": options.as_saved(o)["image_folder"],
-            "class_names": self.dataset.class_names,
-            "ipc": o.ipc,
-            "factor": o.factor,
-            "decode_type": o.decode_type,
-            "decoded_per_class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
-            "shape": list(state.pixels.pixels.shape[2:]),
-            "value_range": [0.0, 1.0],
-            "normalized": False,
-            "normalization": dict(zip(("mean", "std"), map(list, self.dataset.statistics), strict=True)),
-            "network": dataclasses.asdict(self.spec),
-            "settings": options.remaining_settings(o),
-            "outer_iterations": state.it,
-            "seconds": round(state.seconds, 1),
-            "finished": finished,
-        }
+        of_experts = {} if self.experts is None else {"expert_seconds": round(self.experts.seconds, 1)}
+        return {**overview.card(self.o, self.dataset, self.spec, state, finished=finished), **of_experts}
 
     # --- Around a step ------------------------------------------------------------------------------------------------
 
@@ -212,11 +234,10 @@ class Job:
         o = self.o
         self.progress.advance()
         self.steps_here += 1
-        if state.step == 0:
+        if state.step == 0 and (state.it % -(-o.niter // METRIC_LINES) == 0 or state.it == o.niter):
             loss, seconds = self.mean_loss(state), self.seconds(state)
-            if state.it % -(-o.niter // METRIC_LINES) == 0 or state.it == o.niter:
-                self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
-        if state.step % o.interval == 0:
+            self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
+        if self.steps_here % o.interval == 0:
             accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
             self.progress.say(f"iteration {state.it}/{o.niter}, loss {self.mean_loss(state):.4g}{accuracy}")
         if self.steps_here == 1:
@@ -265,7 +286,8 @@ class Job:
         began = time.monotonic()
         try:
             with self.progress.paused():
-                score = self.evaluate(lambda r: self.distilled(state), f"evaluating iteration {it}")
+                training_set = self.synthetic(state.pixels.pixels.clamp(0, 1))
+                score = self.evaluate(lambda r: training_set, f"evaluating iteration {it}")
         finally:  # also when it is stopped halfway
             elapsed = time.monotonic() - began
             self.started += elapsed
@@ -294,9 +316,8 @@ class Job:
                 on_epoch=on_epoch,
             )
 
-    def distilled(self, state: State) -> ImageSet:
-        """The training images of the current pixels."""
-        pixels = state.pixels.pixels.clamp(0, 1)  # (classes, ipc, C, H, W)
+    def synthetic(self, pixels: Tensor) -> ImageSet:
+        """The training images that pixels (classes, ipc, C, H, W) decode to now."""
         labels = torch.arange(len(pixels), device=self.device).repeat_interleave(self.o.ipc)
         return training_images(
             pixels.flatten(0, 1),
@@ -323,48 +344,6 @@ class Job:
         self.folder.save_final_card({**self.card(state, finished=True), **scores})
 
 
-def summary(folder: RunFolder) -> str:
-    """What a finished run ends with, read from its data.json."""
-    card = files.read_json(folder.path / files.CARD)
-    rows = []
-    for what, key, count in (
-        ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),
-        ("random real images", "random_real", f"{card['ipc']}"),
-    ):
-        rows.append(f"  {what:20}{count:>24}     {Score(tuple(card[key]['accuracies']))}")
-    net = NetSpec(**card["network"]).name
-    head = (
-        f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {card['settings']['epochs']} epochs"
-    )
-    return "\n".join([f"run folder: {folder.path}", head, *rows])
-
-
-def step_flop(o: CondenseOptions, spec: NetSpec, *, decoded: int, real: int) -> float:
-    """Floating-point operations of an average inner step: a forward pass is one, a backward pass two, and the gradient
-    of a distance between gradients seven in all."""
-    matched = spec.classes * (3 * o.batch_real + 7 * min(decoded, o.batch_syn_max)) if o.match == "grad" else 0
-    selected = real / o.interval if o.select != "random" else 0
-    return forward_flop(spec) * (matched + 3 * o.net_epoch * min(o.n_data, real) + selected)
-
-
-def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder: RunFolder) -> str:
-    """The resolved options, where each comes from, and what derives from them."""
-    o = resolved.options
-    lr = options.pixel_lr(o.lr_img, ipc=o.ipc, side=dataset.side, base_side=dataset.base_side)
-    lines = [
-        f"{name:16}{printable(str(value)):28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
-    ]
-    derived = {
-        "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
-        "pixel learning rate": f"{lr:g}",
-        "network update": options.update_augmentation(o),
-        "evaluation": options.evaluation_augmentation(o, flip=dataset.flip),
-        "decoded per class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
-        "run folder": printable(str(folder.path)),
-    }
-    return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])
-
-
 def main(argv: Sequence[str]) -> int:
     """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
     parser = make_parser(CondenseOptions, __doc__ or "")
@@ -385,6 +364,7 @@ def main(argv: Sequence[str]) -> int:
             threads=o.data_threads,
         )
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
+        checks.check_method(dataclasses.asdict(o))
         checks.check_matching(o.match, spec)
         checks.check_factor(o.factor, dataset.side)
         decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
@@ -393,7 +373,7 @@ def main(argv: Sequence[str]) -> int:
         if o.tensorboard:
             check_board()
         if o.dry_run:
-            print(describe(resolved, dataset, spec, folder))
+            print(overview.describe(resolved, dataset, spec, folder))
             return 0
         check = partial(folder.check, saved, free=options.FREE, resumable=options.RESUMABLE, restart=o.restart)
         if check() == "finished":
@@ -401,6 +381,16 @@ def main(argv: Sequence[str]) -> int:
 
         if not len(dataset.test):
             raise UserError(f"{o.dataset}: has no test images")
+        experts = experts_for(o, spec) if o.match == TRAJECTORY else None
+        if experts is not None:
+            try:
+                train_experts(experts, o, dataset, spec, stopper)
+            except Stopped as stop:
+                log.info("stopped (%s), the experts are saved in %s; %s to go on", stop, experts.folder, again(o))
+                return stopper.status
+            if o.experts_only:
+                log.info("the experts are ready in %s", experts.folder)
+                return 0
         shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)
         earlier = None if o.resume_from is None else begin_from(Path(o.resume_from), saved, folder, shape)
         asked = {name: getattr(o, name) for name in ("ipc", "factor", "init", "batch_real", "n_data")}
@@ -415,11 +405,11 @@ def main(argv: Sequence[str]) -> int:
                 log.info("%s", shown)
                 for warning in [*folder.flaws, *warnings]:
                     log.warning("%s", warning)
-                flop = o.niter * o.inner_loop * step_flop(o, spec, decoded=decoded, real=len(dataset.train))
+                flop = o.niter * o.inner_loop * overview.step_flop(o, spec, decoded=decoded, real=len(dataset.train))
                 compute = computing(device, o.compile, o.precision, flop)
                 compiled = ", compiled" if compute.compile else ""
                 log.info("%.3g TFLOP to go in %s%s", flop / 1e12, o.precision, compiled)
-                return run(Job(o, dataset, spec, folder, stopper, compute, earlier))
+                return run(Job(o, dataset, spec, folder, stopper, compute, earlier, experts))
 
 
 def run(job: Job) -> int:
@@ -431,17 +421,20 @@ def run(job: Job) -> int:
         job.finish(state)
     except Stopped as stop:
         job.save(state)
-        again = "the same command without --restart" if job.o.restart else "the same command again"
-        log.info("stopped (%s) and saved in %s; run %s to go on", stop, job.folder.path, again)
+        log.info("stopped (%s) and saved in %s; %s to go on", stop, job.folder.path, again(job.o))
         return job.stopper.status
     finally:
         job.folder.board.close()
-    log.info("%s\npeak memory: %.2g GB", summary(job.folder), peak_memory(job.device) / 1e9)
+    log.info("%s\npeak memory: %.2g GB", overview.summary(job.folder), peak_memory(job.device) / 1e9)
     return 0
 
 
+def again(o: CondenseOptions) -> str:
+    return "run the same command " + ("without --restart" if o.restart else "again")
+
+
 def say_finished(folder: RunFolder) -> int:
-    log.info("this run is finished; --restart begins it again\n%s", summary(folder))
+    log.info("this run is finished; --restart begins it again\n%s", overview.summary(folder))
     return 0
 
 

@@ -31,6 +31,7 @@ from utils.files import write_atomically
 from utils.imagefiles import EXTENSIONS, for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.images import ImageSet, Normalize
 from utils.lock import locked
+from utils.presets import NOT_MIRRORED
 
 log = logging.getLogger("dream")
 
@@ -113,14 +114,13 @@ def load_digits(data_dir: Path, train: bool) -> Split:
 
 @dataclass(frozen=True)
 class Info:
-    """What is fixed about a data set. flip: whether a mirror image belongs to the same class."""
+    """What is fixed about a data set."""
 
     classes: int
     channels: int
     side: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    flip: bool
     load: Callable[[Path, bool], Split]
 
 
@@ -131,21 +131,20 @@ CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
 
 DATASETS = {
-    #              classes, channels, side, mean, std, flip, load
-    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), False, partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES)),
+    #              classes, channels, side, mean, std, load
+    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES)),
     "fashion": Info(
         10,
         1,
         28,
         (0.2861,),
         (0.3530,),
-        True,
         partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
     ),
-    "svhn": Info(10, 3, 32, *SVHN, False, partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"])),
-    "cifar10": Info(10, 3, 32, *CIFAR, True, partial(from_torchvision, "CIFAR10", "", ["cifar-10-python.tar.gz"])),
-    "cifar100": Info(100, 3, 32, *CIFAR, True, partial(from_torchvision, "CIFAR100", "", ["cifar-100-python.tar.gz"])),
-    "digits": Info(10, 1, 8, (0.3053,), (0.3758,), False, load_digits),
+    "svhn": Info(10, 3, 32, *SVHN, partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"])),
+    "cifar10": Info(10, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR10", "", ["cifar-10-python.tar.gz"])),
+    "cifar100": Info(100, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR100", "", ["cifar-100-python.tar.gz"])),
+    "digits": Info(10, 1, 8, (0.3053,), (0.3758,), load_digits),
 }
 FOLDER_BASE_SIDE = 32  # at which the default pixel rate holds for folders of one's own
 
@@ -172,11 +171,12 @@ class Dataset:
     ) -> None:
         self.name = name
         self.device = device
+        self.flip = name not in NOT_MIRRORED  # whether a mirror image belongs to the same class
         self.data_dir = Path(os.path.expanduser(data_dir))
         self.folder = None if image_folder is None else Folder(Path(os.path.expanduser(image_folder)), threads)
         info = DATASETS.get(name)
         if info is not None:
-            self.classes, self.channels, self.side, self.flip = info.classes, info.channels, info.side, info.flip
+            self.classes, self.channels, self.side = info.classes, info.channels, info.side
             self.base_side = info.side
             self._statistics: tuple[Sequence[float], Sequence[float]] | None = (info.mean, info.std)
             if self.folder is not None and len(self.folder.classes) != self.classes:
@@ -187,7 +187,7 @@ class Dataset:
         else:
             assert self.folder is not None
             self.channels, self.side = self.folder.shape(size)
-            self.classes, self.flip = len(self.folder.classes), True
+            self.classes = len(self.folder.classes)
             self.base_side = FOLDER_BASE_SIDE
             self._statistics = None if mean is None or std is None else (mean, std)
             if mean is not None and len(mean) != self.channels:

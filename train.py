@@ -35,7 +35,7 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import checks, confusion, exchange, export, files, options, results, runtime
+from utils import checks, confusion, exchange, export, files, options, recipes, results, runtime
 from utils.board import Board, check_board
 from utils.compilation import computing
 from utils.device import Compute, be_deterministic, device_name, peak_memory, pick_device, set_precision
@@ -223,7 +223,7 @@ class Evaluation:
             "momentum": o.momentum,
             "weight_decay": o.weight_decay,
             "mixup": o.mixup,
-            "eval_aug_type": options.evaluation_augmentation(o, flip=self.dataset.flip),
+            "eval_aug_type": recipes.evaluation_augmentation(o, flip=self.dataset.flip),
             "precision": o.precision,
             "seed": o.seed,
         }
@@ -257,7 +257,7 @@ class Evaluation:
 
     def train(self, spec: NetSpec, subject: Subject, flop: float) -> Record:
         o, title, started = self.o, f"{spec.name}, {subject.title}", time.monotonic()
-        recipe = dataclasses.replace(options.evaluation_recipe(o, flip=self.dataset.flip), epochs=subject.epochs)
+        recipe = dataclasses.replace(recipes.evaluation_recipe(o, flip=self.dataset.flip), epochs=subject.epochs)
         with Progress(o.repeat * subject.epochs, title, "epoch") as progress:
 
             def training_set(r: int) -> ImageSet:

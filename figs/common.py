@@ -303,9 +303,20 @@ def warn_of_unfinished(runs: Sequence[Run]) -> None:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Options that distinguish the runs, repeats apart."""
+    """Options that distinguish the runs, repeats apart; where methods differ, without what follows from them."""
     names = dict.fromkeys(name for run in runs for name in run.options if name not in UNLABELLED)
-    return [name for name in names if any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
+    found = [name for name in names if not _same(runs, name)]
+    if "method" not in found:
+        return found
+    implying = ("method", "select", "ipc")  # a method's settings follow from these
+    kinds: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(tuple(run.options.get(name) for name in implying), []).append(run)
+    return [name for name in found if name in implying or not all(_same(kind, name) for kind in kinds.values())]
+
+
+def _same(runs: Sequence[Run], name: str) -> bool:
+    return all(run.options.get(name) == runs[0].options.get(name) for run in runs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from data import Dataset
 from figs.common import class_number
 from models import Network
-from utils import checks, flags, options
+from utils import checks, flags, options, recipes
 from utils.device import Compute, pick_device, set_precision
 from utils.errors import UsageError
 from utils.images import ImageSet
@@ -110,7 +110,7 @@ def prepare(given: argparse.Namespace) -> Subject:
 
 def train(net: Network, real: ImageSet, o: options.CondenseOptions, updates: int, compute: Compute) -> None:
     """As many network updates as that, with the draws of condense.py's first outer iteration."""
-    trainer = Trainer([net], [real], options.update_recipe(o), compute)
+    trainer = Trainer([net], [real], recipes.update_recipe(o), compute)
     with Progress(updates, "training the network", "update") as progress:
         for step in range(updates):
             update_network(trainer, n_data=o.n_data, draws=Draws(real.device, o.seed, "update", 0, step))

@@ -132,6 +132,12 @@ def class_distance(
     fc: bool = False,
 ) -> Tensor:
     """Distance of one class, by plain backward passes with a graph over everything."""
+    if "+" in match:
+        found = [class_distance(net, real, syn, label, metric, m, bias=bias, fc=fc) for m in match.split("+")]
+        return sum(found, real.new_zeros(()))
+    if match == "embed":
+        mean_real, mean_syn = (sum(net.embed(x), real.new_zeros(())) / len(x) for x in (real, syn))
+        return layer_distance(metric, mean_real.detach(), mean_syn)
     if match == "feat":
         pairs = [(a.mean(0), b.mean(0)) for a, b in zip(net.features(real), net.features(syn), strict=True)]
         return sum((layer_distance(metric, a.detach(), b) for a, b in pairs), real.new_zeros(()))

@@ -151,7 +151,8 @@ def test_gradient_norms_of_digits_are_drawn_and_tabulated(tmp_path: Path, capsys
 
 
 def test_the_network_is_that_of_the_first_outer_iteration_of_condense(tmp_path: Path) -> None:
-    words = shlex.split("--device cpu --width 4 --niter 1 --inner_loop 2 --interval 2 --epochs 1 --repeat 1")
+    # One inner step more than the figure's two updates: after the last one the network is not trained any more.
+    words = shlex.split("--device cpu --width 4 --niter 1 --inner_loop 3 --interval 2 --epochs 1 --repeat 1")
     assert condense.main([*words, "--results_dir", str(tmp_path)]) == 0
     saved = torch.load(next(tmp_path.glob("digits/*/checkpoint.pt")), weights_only=True)["net"]
     parser = common.figure_parser("x", None)

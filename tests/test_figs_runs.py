@@ -185,3 +185,19 @@ def test_a_class_is_found_by_name_before_number() -> None:
     assert common.class_numbers(None, [str(c) for c in range(30)]) == list(range(10))
     with pytest.raises(UserError, match=r"--class 3: no such class; use a name \(7, cat, 0\) or a number up to 2"):
         common.class_number("3", names, "--class")
+
+
+def test_runs_of_different_methods_are_named_by_method_and_not_by_what_follows_from_it(tmp_path: Path) -> None:
+    def made(name: str, **options: Any) -> Path:
+        return Path(run(tmp_path, name, {10: (1, 50)}, **options))
+
+    paths = [
+        made("a", method="dc", select="random", metric="cos", interval=1, seed=0),
+        made("b", method="dc", select="kmeans", metric="cos", interval=10, seed=0),
+        made("c", method="dm", select="random", metric="mse", interval=1, seed=0),
+        made("d", method="dm", select="random", metric="mse", interval=1, seed=1),
+    ]
+    assert common.differing(common.read_runs(paths[::2])) == ["method"]
+    assert sorted(common.differing(common.read_runs(paths))) == ["method", "select"]
+    other = made("e", method="dm", select="random", metric="l1", interval=1, seed=2)
+    assert sorted(common.differing(common.read_runs([*paths, other]))) == ["method", "metric", "select"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import models
 from utils.augment import Augment
-from utils.device import Compute, set_precision
+from utils.device import Captured, Compute, set_precision
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
 from utils.objectives import Comparison
@@ -54,6 +54,11 @@ def new_state(device: str, *, names: str = "color_crop_cutout", norm: str = "ins
     )
 
 
+def captured_step(state: State) -> Captured:
+    assert isinstance(state.match, MatchingStep)
+    return state.match._captured
+
+
 def inner_step(state: State, device: str, step: int, strategy: str = "random") -> None:
     context = Context(state.net, real_set(device), Draws(device, "select", step), compute(device).cheapest())
     state.picks.copy_(select(context, 8, strategy=strategy))
@@ -83,7 +88,7 @@ def no_host_sync(device: str) -> Iterator[None]:
 def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool, device: str) -> None:
     real, state = real_set(device), new_state(device)
     if not captured:
-        state.match._captured.off = state.trainer.step.off = True
+        captured_step(state).off = state.trainer.step.off = True
     start = state.pixels.pixels.clone()
     for step in range(STEPS):  # the first steps may wait: libraries start and choose their kernels
         with no_host_sync(device if step == STEPS - 1 else "cpu"):
@@ -99,15 +104,15 @@ def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool,
 @pytest.mark.parametrize("names", ["color_crop_cutout", "flip_scale_rotate"])
 def test_a_captured_step_gives_the_same_pixels_and_weights(names: str, norm: str, device: str) -> None:
     captured, plain = new_state(device, names=names, norm=norm), new_state(device, names=names, norm=norm)
-    plain.match._captured.off = plain.trainer.step.off = True
+    captured_step(plain).off = plain.trainer.step.off = True
     for state in (captured, plain):
         for step in range(STEPS):
             if step == STEPS - 2:  # the replayed steps see the new network
                 state.begin_iteration(fresh_network(SPEC, Draws(device, 1)) if norm == "instance" else state.net)
             inner_step(state, device, step)
     if device == "cuda":
-        assert captured.match._captured.graphs and captured.trainer.step.graphs
-        assert not captured.match._captured.off and not captured.trainer.step.off
+        assert captured_step(captured).graphs and captured.trainer.step.graphs
+        assert not captured_step(captured).off and not captured.trainer.step.off
     for ours, expected in zip(everything(captured), everything(plain), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
 

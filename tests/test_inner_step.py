@@ -15,7 +15,7 @@ from utils.formation import decoded_count
 from utils.forms import frozen_statistics
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
-from utils.objectives import METRICS, Comparison, gradient_distance, matched_parameters
+from utils.objectives import METRICS, Comparison, distance, gradient_distance, matched_parameters, parse
 from utils.pixels import PixelSGD
 from utils.runtime import Draws
 from utils.training import Recipe, Trainer, fresh_network, update_network
@@ -115,6 +115,13 @@ def test_inner_steps_with_more_parameters_equal_the_published_loop(
     norm: str, metric: str, bias: bool, fc: bool
 ) -> None:
     check_inner_steps(matcher(1, Comparison("grad", metric, bias, fc)), network(norm), steps=2)
+
+
+@pytest.mark.parametrize("how", [Comparison("embed"), Comparison("grad+embed"), Comparison("grad", "cos", fc=True)])
+@pytest.mark.parametrize("norm", ["instance", "group", "batch"])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_inner_steps_of_other_frameworks_equal_the_naive_loop(factor: int, norm: str, how: Comparison) -> None:
+    check_inner_steps(matcher(factor, how), network(norm), steps=2)
 
 
 @pytest.mark.parametrize("names", ["none", "color_crop_cutout", "flip_rotate"])
@@ -237,6 +244,23 @@ def test_matching_leaves_the_running_statistics_of_batch_norm_alone() -> None:
     assert all(m.track_running_stats for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
+def test_objectives_are_joined_by_a_plus_and_each_is_named_once() -> None:
+    assert parse("embed") == ("embed",) and Comparison("grad+embed").parts == ("grad", "embed")
+    for text in ("", "gradient", "grad+", "grad+grad", "grad,embed", "grad + embed"):
+        with pytest.raises(ValueError, match="not one of grad, feat, embed"):
+            parse(text)
+
+
+def test_the_distance_of_embeddings_is_that_of_their_means() -> None:
+    """The squared Euclidean one (DM); joined to another objective, both are summed with equal weight (DREAM+)."""
+    net, label = network(), torch.tensor(1)
+    real, syn = (torch.rand(n, 3, SIDE, SIDE, dtype=torch.float64, generator=generator(n)) for n in (5, 3))
+    wanted, given = (torch.stack([net.embed(image[None])[0] for image in images]).mean(0) for images in (real, syn))
+    found = {text: distance(net, real, syn, label, Comparison(text)).item() for text in ("grad", "embed", "grad+embed")}
+    assert found["embed"] == pytest.approx(torch.dist(wanted, given).item() ** 2, rel=1e-12)
+    assert found["grad+embed"] == pytest.approx(found["grad"] + found["embed"], rel=1e-12)
+
+
 def test_distances_are_those_of_hand_made_gradients() -> None:
     real, syn = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
     assert METRICS["mse"](real, syn).item() == 9 + 16 + 1
@@ -249,9 +273,9 @@ def test_identical_sets_have_no_distance() -> None:
     net = network()
     x = torch.rand(4, 3, SIDE, SIDE, dtype=torch.float64)
     for metric in METRICS:  # biases before a norm have no gradient, and so no direction for a cosine
-        how = Comparison(metric=metric, bias=metric != "cos", fc=True)
-        distance = gradient_distance(net, x, x.clone().requires_grad_(), torch.tensor(1), how)
-        assert distance.item() == pytest.approx(0, abs=1e-4)
+        how = Comparison("grad+feat+embed", metric, bias=metric != "cos", fc=True)
+        found = distance(net, x, x.clone().requires_grad_(), torch.tensor(1), how)
+        assert found.item() == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("norm", models.NORMS)

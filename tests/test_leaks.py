@@ -221,15 +221,15 @@ def test_a_selection_sees_the_training_split_a_network_and_random_numbers_and_no
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert {field.name for field in dataclasses.fields(Context)} == {
-        "net", "real", "draws", "compute", "raw", "kmeans",
+        "net", "real", "draws", "compute", "raw", "kmeans", "per_cluster",
     }  # fmt: skip
     jobs: list[condense.Job] = []
     seen: list[ImageSet] = []
     context_of = condense.Job.context
 
-    def context(job: condense.Job, net: Network, draws: Draws) -> Context:
+    def context(job: condense.Job, net: Network, draws: Draws, **more: int) -> Context:
         jobs.append(job)
-        found = context_of(job, net, draws)
+        found = context_of(job, net, draws, **more)
         seen.append(found.real)
         return found
 

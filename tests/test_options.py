@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import compilation, options
+from utils import compilation, options, recipes
 from utils.errors import UsageError
 from utils.flags import make_parser
-from utils.options import CondenseOptions, TrainOptions, pixel_lr, resolve
+from utils.options import CondenseOptions, TrainOptions, resolve
 from utils.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
+from utils.recipes import pixel_lr
 
 # dream.md's table, written out once more: what --reproduce has to show.
 COMMON = dict(
@@ -46,10 +47,10 @@ def test_reproduce_is_the_published_table(dataset: str, ipc: str, factor: str) -
     assert o.mixup == ("vanilla" if single_svhn or packed_mnist else "cut")
     assert o.mixup_net == ("vanilla" if packed_mnist else "cut")
     assert o.aug_type == ("color_crop" if packed_mnist else "color_crop_cutout")
-    assert options.update_augmentation(o) == "color_crop"
+    assert recipes.update_augmentation(o) == "color_crop"
     flip = dataset not in ("svhn", "mnist")
     expected = "color_crop" + ("_cutout" if single_svhn else "") + ("_flip" if flip else "") + "_scale_rotate"
-    assert options.evaluation_augmentation(o, flip=flip) == expected
+    assert recipes.evaluation_augmentation(o, flip=flip) == expected
 
 
 def test_the_pixel_rate_scales_with_ipc_and_area() -> None:

@@ -68,7 +68,7 @@ def blobs(k: int, each: int) -> Tensor:
 def test_the_centre_of_every_separable_blob_is_its_representative(kmeans: str) -> None:
     x = [blobs(5, 10), 2 * blobs(5, 10), blobs(5, 12)]
     centres = [{step * i for i in range(5)} for step in (11, 11, 13)]
-    found = [KMEANS[kmeans](x, 5, Draws("cpu", s)) for s in range(60)]
+    found = [KMEANS[kmeans](x, 5, Draws("cpu", s), 1) for s in range(60)]
     lucky = [[set(rows.tolist()) == c for rows, c in zip(picks, centres, strict=True)] for picks in found]
     # From k random points Lloyd's algorithm finds all blobs when there is one start in each, 5! / 5^5 = 4 % of times.
     assert all(sum(column) >= 1 for column in zip(*lucky, strict=True))
@@ -140,7 +140,7 @@ def test_scikit_learn_s_representatives_are_as_central_as_the_batched_ones() -> 
     x = [embeddings(400, 0), embeddings(300, 1)]
 
     def inertia(kmeans: str, seed: int) -> float:
-        picks = KMEANS[kmeans](x, 15, Draws("cpu", seed))
+        picks = KMEANS[kmeans](x, 15, Draws("cpu", seed), 1)
         assert all(len(rows.unique()) == 15 and rows.max() < len(p) for rows, p in zip(picks, x, strict=True))
         return sum(float(torch.cdist(p, p[rows]).amin(1).square().sum()) for rows, p in zip(picks, x, strict=True))
 
@@ -169,7 +169,7 @@ def test_empty_clusters_move_to_the_farthest_points() -> None:
 def test_representatives_are_different_images_even_among_duplicates(copies: int, kmeans: str) -> None:
     x = [torch.randn(50 // copies, 4).repeat(copies, 1), torch.randn(100 // copies, 4).repeat(copies, 1)]
     for k in (1, 7, 25, 49):
-        for rows, p in zip(KMEANS[kmeans](x, k, Draws("cpu", k)), x, strict=True):
+        for rows, p in zip(KMEANS[kmeans](x, k, Draws("cpu", k), 1), x, strict=True):
             assert len(rows.unique()) == k and rows.min() >= 0 and rows.max() < len(p)
 
 
@@ -239,9 +239,9 @@ def test_scikit_learn_selects_different_images_of_every_class_and_repeats_itself
 def test_classes_are_clustered_group_by_group_where_their_embeddings_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     real, groups = real_set((40, 10, 30, 20, 25)), []
 
-    def recorded(x: list[Tensor], k: int, draws: Draws) -> list[Tensor]:
+    def recorded(x: list[Tensor], k: int, draws: Draws, each: int) -> list[Tensor]:
         groups.append([len(p) for p in x])
-        return batched_kmeans(x, k, draws)
+        return batched_kmeans(x, k, draws, each)
 
     monkeypatch.setitem(KMEANS, "batched", recorded)
     select(context(real), 10, strategy="kmeans")

@@ -96,3 +96,32 @@ def test_ctrl_c_lets_the_run_save_and_the_same_command_goes_on(tmp_path: Path) -
     assert process.returncode == 1 and "stopped; the same command goes on" in err, err
     assert "stopped (SIGINT) and saved" in out
     assert (folder / "checkpoint.pt").exists()
+
+
+def test_flags_behind_a_value_are_set_together_with_it() -> None:
+    runs = sweep.plan(["method=dream+,dm:niter=7:lr-img=2", "ipc=1,2"], 1, [])
+    assert [(r.options.method, r.options.niter, r.options.ipc) for r in runs] == [
+        ("dream+", 10, 1), ("dream+", 10, 2), ("dm", 7, 1), ("dm", 7, 2),
+    ]  # fmt: skip
+    assert (runs[2].options.lr_img, runs[2].title) == (2.0, "method=dm, ipc=1")
+    assert [r.folder.path.name for r in runs[1:3]] == [
+        "convnet2_f1_ipc2_dream+_ipc-2_seed0",
+        "convnet2_f1_ipc1_dm_ipc-1_seed0",
+    ]
+    with pytest.raises(UsageError, match="dm:niter"):
+        sweep.plan(["method=dm:niter"], 1, [])
+
+
+def test_the_table_has_the_first_flag_downwards_and_the_others_across(tmp_path: Path) -> None:
+    runs = sweep.plan(["method=dc,mtt", "select=random,kmeans"], 2, ["--results_dir", str(tmp_path)])
+    for i, one in enumerate(runs):
+        one.folder.path.mkdir(parents=True)
+        card = {"accuracy": {"accuracy_mean": 50.0 + i}, "seconds": 10.2 + i}
+        more = {"expert_seconds": 60.4} if one.options.method == "mtt" else {}
+        (one.folder.path / "data.json").write_text(json.dumps({**card, **more}))
+    assert sweep.markdown(runs).splitlines() == [
+        "| method | select=random | select=kmeans |",
+        "|---|---|---|",
+        "| dc | 52.0 +- 2.8 (n=2), 12 s | 53.0 +- 2.8 (n=2), 13 s |",
+        "| mtt | 54.0 +- 2.8 (n=2), 14 s (experts: 60 s) | 55.0 +- 2.8 (n=2), 15 s (experts: 60 s) |",
+    ]

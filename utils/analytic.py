@@ -3,17 +3,18 @@
 Matching gradients needs the derivative of a distance between gradients, L(G_syn, G_real). With D = dL/dG_syn held
 constant, dL/dpixels is the gradient of the directional derivative of the synthetic loss along D: one tangent pass
 forward, and its adjoint backward. A layer costs 7 convolutions of the synthetic images and 3 of the real ones, the
-minimum for an exact step. No graph is kept, images pass in pieces that stay in cache, and every pass over a piece is a
-plain function of tensors, which compiles.
+minimum for an exact step. Matching mean embeddings needs first derivatives only, 2 convolutions of the synthetic images
+and 1 of the real ones; next to gradients it costs none, as all that it needs is on the way.
 
-Images come as (K, n, C, H, W): K classes that meet one network, or K networks that train side by side.
+No graph is kept, images pass in pieces that stay in cache, and every pass over a piece is a plain function of tensors,
+which compiles. Images come as (K, n, C, H, W): K classes that meet one network, or K networks that train side by side.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -24,12 +25,18 @@ from torch.nn.grad import conv2d_weight
 from models import ConvNet, Network
 from utils.compilation import compiled, cpu_stages
 from utils.device import Compute
+from utils.objectives import Comparison, total
 from utils.stages import Stages
 
 
 def suits(net: Network) -> TypeGuard[ConvNet]:
     """Whether this network's derivatives are written out here: a ConvNet whose norm looks at one image at a time."""
     return isinstance(net, ConvNet) and all(isinstance(norm, nn.GroupNorm) for _, norm in net.layers)
+
+
+def covers(how: Comparison) -> bool:
+    """Whether the derivatives of this comparison are written out here: gradients of weights, and mean embeddings."""
+    return {*how.parts} <= {"grad", "embed"} and not (how.bias and "grad" in how.parts)
 
 
 # --- Parameters as the passes see them --------------------------------------------------------------------------------
@@ -92,8 +99,29 @@ def weights_of(nets: Sequence[ConvNet], dtype: torch.dtype, stages: Stages) -> W
 # --- Passes over one piece of images, (k, n, ...), meeting one network or k -------------------------------------------
 
 
+class Matched(NamedTuple):
+    """What of a class's images is compared."""
+
+    gradients: bool  # of the convolutions' weights
+    classifier: bool  # the gradient of its weight as well
+    embedding: bool  # the mean of the last features
+
+
+class Directions(NamedTuple):
+    """The slopes of k classes' distances with respect to what is compared; empty or None where something is not."""
+
+    weights: list[tuple[Tensor, ...]]  # per block, k times (out, in, 3, 3)
+    classifier: Tensor | None  # (k, classes, D)
+    embedding: Tensor | None  # (k, 1, D), with respect to one image's features
+
+    def of(self, rows: slice) -> Directions:
+        """Those of these classes."""
+        classifier, embedding = (d if d is None else d[rows] for d in (self.classifier, self.embedding))
+        return Directions([layer[rows] for layer in self.weights], classifier, embedding)
+
+
 class Trace(NamedTuple):
-    """What the first passes leave of one block for the second ones; N = k * n, see utils/stages.py."""
+    """What `first_order` leaves of one block for `second_order`; N = k * n, see utils/stages.py."""
 
     h: Tensor  # the block's input
     a: Tensor
@@ -105,23 +133,60 @@ class Trace(NamedTuple):
     s1: Tensor
 
 
+class FirstOrder(NamedTuple):
+    """What `first_order` leaves in all."""
+
+    traces: list[Trace]
+    last: Tensor  # the last features, (k, n, D)
+    p: Tensor  # softmax, (k, n, classes)
+    dz: Tensor  # the logits' gradient, like p
+
+
+class Forward(NamedTuple):
+    """What `forward` leaves for `backward`."""
+
+    h: Tensor  # the last features, (N, C, H, W)
+    outputs: list[tuple[Tensor, Tensor, Tensor]]  # a, m, r of every block
+
+
 def features(net: Weights, x: Tensor) -> Tensor:
     """The last features, (k, n, D)."""
     return forward(net, x)[0].flatten(1).unflatten(0, x.shape[:2])
 
 
-def weight_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> list[Tensor]:
-    """Of the cross-entropy with `target` (k, n or 1, classes), summed over the images and divided by `count`.
+def effect(net: Weights, x: Tensor, target: Tensor, count: int, what: Matched) -> list[Tensor]:
+    """What of the images is compared, summed over them and divided by `count`.
 
-    The convolutions' weights only: (k, out, in, 3, 3) per block.
+    Gradients of the cross-entropy with `target` (k, n or 1, classes): (k, out, in, 3, 3) per block, and (k, classes, D)
+    of the classifier's weight; last features: (k, D).
     """
-    return first_order(net, x, target, count, keep=False)[0]
+    return traced_effect(net, x, target, count, what, keep=False)[0]
+
+
+def traced_effect(
+    net: Weights, x: Tensor, target: Tensor, count: int, what: Matched, keep: bool = True
+) -> tuple[list[Tensor], FirstOrder | Forward]:
+    """The same, and what `pull_back` needs. Unless it is to be kept, the traces' a may be lost."""
+    if not what.gradients:  # forward is enough
+        h, _, outputs = forward(net, x)
+        return [each(h.flatten(1), x).to(x.dtype).sum(1) / count], Forward(h, outputs)
+    found, kept = first_order(net, x, target, count, keep)
+    if what.classifier:
+        found.append(kept.dz.to(kept.last.dtype).mT @ kept.last)
+    if what.embedding:
+        found.append(kept.last.to(x.dtype).sum(1) / count)
+    return found, kept
+
+
+def pull_back(net: Weights, kept: FirstOrder | Forward, along: Directions, count: int) -> Tensor:
+    """Gradient of the effect's change along these directions with respect to the images, (k, n, C, H, W)."""
+    return second_order(net, kept, along, count) if isinstance(kept, FirstOrder) else backward(net, kept, along)
 
 
 def all_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> tuple[list[Tensor], ...]:
-    """Of the same with respect to all parameters, a list each, per block: weights, biases, gamma, beta; then, with
-    the k networks in front as well, classifier and offset."""
-    weights, _, traces, last, dz = first_order(net, x, target, count, keep=False)
+    """Gradients of the same with respect to all parameters, a list each, per block: weights, biases, gamma, beta; then,
+    with the k networks in front as well, classifier and offset."""
+    weights, (traces, last, _, dz) = first_order(net, x, target, count, keep=False)
     biases, gammas, betas = [], [], []
     for block, t in zip(net.blocks, traces, strict=True):
         pixels = t.a.shape[2] * t.a.shape[3]
@@ -132,18 +197,13 @@ def all_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> tuple[
     return weights, biases, gammas, betas, [dz.to(last.dtype).mT @ last], [dz.sum(1)]
 
 
-def first_order(
-    net: Weights, x: Tensor, target: Tensor, count: int, keep: bool = True
-) -> tuple[list[Tensor], Tensor, list[Trace], Tensor, Tensor]:
-    """Weight gradients as above; softmax (k, n, classes); traces; last features; the logits' gradient.
-
-    Unless the traces are to be kept for `second_order`, their a may be lost.
-    """
+def first_order(net: Weights, x: Tensor, target: Tensor, count: int, keep: bool) -> tuple[list[Tensor], FirstOrder]:
+    """The gradients of the convolutions' weights, and what `second_order` needs. All as above."""
     h, inputs, outputs = forward(net, x)
     last = each(h.flatten(1), x)
     p = (last @ net.classifier.mT + net.offset).to(target.dtype).softmax(2)
     dz = (p - target) / count
-    dh = back_to_features(net, dz, h)
+    dh = unflattened(dz.to(last.dtype) @ net.classifier, h)
     gradients, traces = [], []
     for i in reversed(range(len(net.blocks))):
         block, h, (a, m, r) = net.blocks[i], inputs[i], outputs[i]
@@ -159,20 +219,18 @@ def first_order(
         traces.append(Trace(h, a, m, r, dh, da, s0, s1))
         if i:
             dh = transposed(da, block.weights, block.padding)
-    return gradients[::-1], p, traces[::-1], last, dz
+    return gradients[::-1], FirstOrder(traces[::-1], last, p, dz)
 
 
-def second_order(
-    net: Weights, traces: list[Trace], p: Tensor, directions: list[tuple[Tensor, ...]], count: int
-) -> Tensor:
-    """Gradient of the loss's derivative along `directions` with respect to the images, (k, n, C, H, W).
-
-    directions: per block, k times (out, in, 3, 3). All classes meet one network.
+def second_order(net: Weights, kept: FirstOrder, along: Directions, count: int) -> Tensor:
+    """Of the loss's derivative along the directions of the weights, and of the features' product with that of the
+    embedding, the gradient with respect to the images, (k, n, C, H, W). All classes meet one network.
     """
+    traces, last, p, dz = kept
     tangents = []
     h_dot: Tensor | None = None
-    for block, t, along in zip(net.blocks, traces, directions, strict=True):
-        a_dot = conv(t.h, along, block.padding)
+    for block, t, direction in zip(net.blocks, traces, along.weights, strict=True):
+        a_dot = conv(t.h, direction, block.padding)
         if h_dot is not None:  # the images themselves do not move
             a_dot = a_dot + conv(h_dot, block.weights, block.padding)
         gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
@@ -180,14 +238,32 @@ def second_order(
         tangents.append((a_dot, t0, t1))
     assert h_dot is not None
     z_dot = (each(h_dot.flatten(1), p) @ net.classifier.mT).to(p.dtype)
+    if along.classifier is not None:
+        z_dot = z_dot + (last @ along.classifier.mT).to(p.dtype)
     z_bar = p * (z_dot - (p * z_dot).sum(2, keepdim=True)) / count
-    bar = back_to_features(net, z_bar, h_dot)
+    flat = z_bar.to(last.dtype) @ net.classifier
+    if along.classifier is not None:
+        flat = flat + dz.to(last.dtype) @ along.classifier
+    if along.embedding is not None:
+        flat = flat + along.embedding
+    bar = unflattened(flat, h_dot)
     for i in reversed(range(len(net.blocks))):
         block, t = net.blocks[i], traces[i]
         gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
         a_bar = net.stages.adjoint(t.a, t.m, t.r, gamma, beta, t.dh, t.s0, t.s1, *tangents[i], bar)
-        bar = transposed(a_bar, block.weights, block.padding) + transposed(t.da, directions[i], block.padding)
+        bar = transposed(a_bar, block.weights, block.padding) + transposed(t.da, along.weights[i], block.padding)
     return each(bar, p)
+
+
+def backward(net: Weights, kept: Forward, along: Directions) -> Tensor:
+    """The gradient of the features' product with the direction of the embedding alone. The outputs' a may be lost."""
+    assert along.embedding is not None
+    k = len(along.embedding)
+    bar = unflattened(along.embedding.expand(-1, len(kept.h) // k, -1), kept.h)
+    for block, (a, m, r) in zip(net.blocks[::-1], kept.outputs[::-1], strict=True):
+        da, *_ = net.stages.backward(a, m, r, per_image(block.gamma, a), per_image(block.beta, a), bar, False)
+        bar = transposed(da, block.weights, block.padding)
+    return bar.unflatten(0, (k, -1))
 
 
 def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
@@ -202,10 +278,9 @@ def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[T
     return h, inputs, outputs
 
 
-def back_to_features(net: Weights, dz: Tensor, h: Tensor) -> Tensor:
-    """Back through the classifier, (k, n, classes) -> like h."""
-    flat = dz.to(net.classifier.dtype) @ net.classifier
-    return channels_last(flat.reshape(h.shape))
+def unflattened(flat: Tensor, h: Tensor) -> Tensor:
+    """(k, n, D) -> (N, C, H, W), like h."""
+    return channels_last(flat.to(h.dtype).reshape(h.shape))
 
 
 def conv(
@@ -246,10 +321,10 @@ class Passes(NamedTuple):
     """The functions, as they are or compiled."""
 
     features: Callable[..., Tensor] = features
-    weight_gradients: Callable[..., list[Tensor]] = weight_gradients
+    effect: Callable[..., list[Tensor]] = effect
+    traced_effect: Callable[..., tuple[list[Tensor], FirstOrder | Forward]] = traced_effect
+    pull_back: Callable[..., Tensor] = pull_back
     all_gradients: Callable[..., tuple[list[Tensor], ...]] = all_gradients
-    first_order: Callable[..., tuple[list[Tensor], Tensor, list[Trace], Tensor, Tensor]] = first_order
-    second_order: Callable[..., Tensor] = second_order
 
 
 @cache
@@ -290,51 +365,57 @@ class Analytic:
 
         x: (K, n, C, H, W) normalised images. target: (K, n, classes), probabilities.
         """
-        total: list[list[Tensor]] = []
+        sums: list[list[Tensor]] = []
         for span in self._pieces(x):
             found = self.passes.all_gradients(self.net.of(span[0]), x[span], target[span], x.shape[1])
-            total = total or [[self._zeros(len(x), g) for g in kind] for kind in found]
-            for sums, kind in zip(total, found, strict=True):
-                self._add(sums, kind, span[0])
-        *inner, classifier, offset = total
+            sums = sums or [[] for _ in found]
+            sums = [self._add(kind, part, span[0], len(x)) for kind, part in zip(sums, found, strict=True)]
+        *inner, classifier, offset = sums
         blocks = list(zip(*inner, strict=True))
         return [[*(g[i] for block in blocks for g in block), classifier[0][i], offset[0][i]] for i in range(len(x))]
 
     @torch.no_grad()
-    def match(
-        self, real: Tensor, syn: Tensor, labels: Tensor, distance: Callable[[list[Tensor], list[Tensor]], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Distances of K classes between the convolutions' gradients, (K,), and their derivatives, like syn.
+    def match(self, real: Tensor, syn: Tensor, labels: Tensor, how: Comparison) -> tuple[Tensor, Tensor]:
+        """Distances of K classes, (K,), and their derivatives, like syn.
 
-        real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,). distance: of one class's gradients, two
-        lists of (out, in, 3, 3), real first.
+        real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,). how: one that is covered.
         """
+        gradients = "grad" in how.parts
+        what = Matched(gradients, gradients and how.fc, "embed" in how.parts)
         target = torch.eye(self.net.classifier.shape[1], dtype=self.own, device=real.device)[labels][:, None]
-        wanted, given = (
-            [self._zeros(len(labels), block.weights[0][None]) for block in self.net.blocks] for _ in range(2)
-        )
+        wanted: list[Tensor] = []
+        given: list[Tensor] = []
         for span in self._pieces(real):
-            found = self.passes.weight_gradients(self.net, real[span], target[span[0]], real.shape[1])
-            self._add(wanted, found, span[0])
-        kept = []
+            found = self.passes.effect(self.net, real[span], target[span[0]], real.shape[1], what)
+            wanted = self._add(wanted, found, span[0], len(real))
+        traces = []
         for span in self._pieces(syn):
-            found, p, traces, *_ = self.passes.first_order(self.net, syn[span], target[span[0]], syn.shape[1])
-            self._add(given, found, span[0])
-            kept.append((span, traces, p))
+            found, kept = self.passes.traced_effect(self.net, syn[span], target[span[0]], syn.shape[1], what)
+            given = self._add(given, found, span[0], len(syn))
+            traces.append((span, kept))
 
         with torch.enable_grad():
             given = [g.requires_grad_() for g in given]
-            losses = torch.func.vmap(distance)(wanted, given)
-            slopes = torch.autograd.grad(losses.sum(), given)
-        directions = [[channels_last(d) for d in slope.to(self.net.classifier.dtype)] for slope in slopes]
-        result = torch.empty_like(syn)
-        for span, traces, p in kept:
-            along = [tuple(layer[span[0]]) for layer in directions]
-            result[span] = self.passes.second_order(self.net, traces, p, along, syn.shape[1])
+            losses = torch.func.vmap(partial(total, how.metric))(wanted, given)
+            slopes = list(torch.autograd.grad(losses.sum(), given))
+        dtype = self.net.classifier.dtype
+        embedding = slopes.pop()[:, None] / syn.shape[1] if what.embedding else None
+        classifier = slopes.pop().to(dtype) if what.classifier else None
+        weights = [tuple(channels_last(d) for d in slope.to(dtype)) for slope in slopes]
+        along, result = Directions(weights, classifier, embedding), torch.empty_like(syn)
+        for span, kept in traces:
+            result[span] = self.passes.pull_back(self.net, kept, along.of(span[0]), syn.shape[1])
         return losses.detach(), result
 
     def _pieces(self, x: Tensor) -> list[Span]:
         return pieces(x.shape[0], x.shape[1], self.compute.images(x.shape[-1]))
+
+    def _add(self, sums: list[Tensor], found: list[Tensor], rows: slice, k: int) -> list[Tensor]:
+        """The sums of K rows with what was found of some of them; no sums yet are zeros."""
+        sums = sums or [self._zeros(k, part) for part in found]
+        for so_far, part in zip(sums, found, strict=True):
+            so_far[rows] += part
+        return sums
 
     def _zeros(self, k: int, like: Tensor) -> Tensor:
         """K rows like those of `like`, convolution weights in the layout of their gradients."""
@@ -342,11 +423,6 @@ class Analytic:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         found = torch.empty(shape, dtype=self.own, device=like.device, memory_format=layout)
         return found.zero_().unflatten(0, (k, like.shape[1]))
-
-    @staticmethod
-    def _add(totals: list[Tensor], found: list[Tensor], rows: slice) -> None:
-        for total, part in zip(totals, found, strict=True):
-            total[rows] += part
 
 
 def pieces(k: int, n: int, limit: int) -> list[Span]:

@@ -10,6 +10,7 @@ import torch
 import models
 from utils.device import free_memory
 from utils.errors import UsageError
+from utils.methods import TRAJECTORY
 
 COPIES = 4  # of a network's weights, at least: themselves, their gradients, their momentum, and one under way
 
@@ -82,8 +83,28 @@ def check_weights(net: models.Network, name: str) -> None:
 
 def check_matching(match: str, spec: models.NetSpec) -> None:
     """Raises UsageError when gradients are to be matched that PyTorch cannot differentiate, as with hardsigmoid."""
-    if match == "grad" and (problem := models.second_derivative_error(spec)):
+    if ("grad" in match or match == TRAJECTORY) and (problem := models.second_derivative_error(spec)):
         raise UsageError(
-            f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match grad needs; "
-            "use another network, or --match feat"
+            f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match {match} needs; "
+            "use another network, or --match feat or embed"
         )
+
+
+def check_method(o: Mapping[str, Any]) -> None:
+    """Raises UsageError for options of condense.py that exclude each other, whatever the method's name."""
+    each, batch_real, match = o["per_cluster"], o["batch_real"], o["match"]
+    if each > 1 and (batch_real % each or o["select"] != "kmeans"):
+        raise UsageError(
+            f"--per_cluster {each}: takes so many images of every k-means cluster, so --select kmeans and a "
+            f"--batch_real that it divides, not {o['select']} and {batch_real}"
+        )
+    if o["pretrain"] and o["train_on"] != "real":
+        raise UsageError("--pretrain: is on real images, so use --train_on real, or --pretrain 0")
+    last = o["max_start"] - 1 + o["match_epochs"]
+    if match == TRAJECTORY and last > o["expert_epochs"]:
+        raise UsageError(
+            f"--expert_epochs {o['expert_epochs']}: students that start before epoch --max_start {o['max_start']} "
+            f"match --match_epochs {o['match_epochs']} later, so experts need {last} epochs"
+        )
+    if o["experts_only"] and match != TRAJECTORY:
+        raise UsageError(f"--experts_only: --match {match} has no experts; use --method mtt")

@@ -31,6 +31,7 @@ class Earlier:
     source: Path
     pixels: Tensor  # (classes, ipc, C, H, W)
     velocity: Tensor  # like pixels; zero from a snapshot, which does not hold it
+    learned: dict[str, Tensor]  # besides pixels, by --method mtt; empty from a snapshot
     it: int  # outer iterations that were finished
     seconds: float  # of distilling that it took, 0 where that is unknown
 
@@ -88,7 +89,10 @@ def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]
         raise UserError(f"{path}: holds no pixels; {REMEDY}")
     if type(it) is not int or it < 0 or not isinstance(seconds, float) or not 0 <= seconds < math.inf:
         raise UserError(f"{path}: does not say where it was; {REMEDY}")
-    return Earlier(path, pixels, velocity, it, seconds)
+    learned = saved.get("learned", {})
+    if not isinstance(learned, dict) or not all(_are_numbers(x, 1) and len(x) == 2 for x in learned.values()):
+        raise UserError(f"{path}: holds something else than numbers under `learned`; {REMEDY}")
+    return Earlier(path, pixels, velocity, learned, it, seconds)
 
 
 def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
@@ -105,7 +109,7 @@ def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
     if (card := path.with_name(files.CARD)).exists():
         _must_agree(path, files.read_card(card), options)
     pixels = images.unflatten(0, (classes, ipc))
-    return Earlier(path, pixels, torch.zeros_like(pixels), int(number[1]), 0.0)
+    return Earlier(path, pixels, torch.zeros_like(pixels), {}, int(number[1]), 0.0)
 
 
 def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils import augment
+from utils import augment, objectives
 from utils.errors import UsageError
+from utils.methods import METHODS, TRAJECTORY
 from utils.presets import DATASET_SETTINGS
 
 GROUPS = (
-    "data", "synthetic set", "what to train on", "budget", "selection", "matching", "network", "network training",
-    "evaluation", "run",
+    "method", "data", "synthetic set", "what to train on", "budget", "selection", "matching",
+    "trajectories (--method mtt)", "network", "network training", "evaluation", "run",
 )  # fmt: skip
 
 
@@ -62,6 +63,14 @@ def augmentation(text: str) -> str:
     return text
 
 
+def matching(text: str) -> str:
+    """What --match takes: objectives, or trajectories."""
+    try:
+        return text if text == TRAJECTORY else "+".join(objectives.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {TRAJECTORY}") from None
+
+
 def initialisation(text: str) -> str:
     """`mix` is the published name of k-means initialisation with a factor above 1."""
     name = "kmeans" if text == "mix" else text
@@ -71,9 +80,9 @@ def initialisation(text: str) -> str:
 
 
 def tag(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} becomes part of a folder name: use up to 100 letters, digits, '.', '_', '-'"
+            f"{text!r} becomes part of a folder name: use up to 100 letters, digits, '.', '_', '+', '-'"
         )
     return text
 
@@ -155,11 +164,12 @@ def make_parser(kind: type[Any], description: str) -> Parser:
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """The default, and the data sets that have another one."""
+    """The default, and the data sets and methods that have another one; not where it depends on more."""
     others: dict[str, list[str]] = {}
-    for dataset, settings in DATASET_SETTINGS.items():
-        if field.name in settings and settings[field.name] != field.default:
-            others.setdefault(
-                f"{settings[field.name]:.4g}" if field.name == "lr_img" else str(settings[field.name]), []
-            ).append(dataset)
+    rows = {**DATASET_SETTINGS, **{f"--method {name}": method.settings for name, method in METHODS.items()}}
+    for name, settings in rows.items():
+        value = settings.get(field.name, field.default)
+        if value != field.default and not callable(value):
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            others.setdefault(text, []).append(name)
     return "; ".join([str(field.default), *(f"{value} for {', '.join(names)}" for value, names in others.items())])

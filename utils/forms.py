@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch.func import vmap
 from models import Network
 from utils import analytic
 from utils.device import Compute
-from utils.objectives import OBJECTIVES, Comparison, total
+from utils.objectives import Comparison, distance
 
 
 @torch.no_grad()
@@ -63,8 +62,8 @@ def match(
 
     real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,).
     """
-    if how.objective == "grad" and not (how.bias or how.fc) and analytic.suits(net):
-        return analytic.Analytic([net], compute, syn.dtype).match(real, syn, labels, partial(total, how.metric))
+    if analytic.suits(net) and analytic.covers(how):
+        return analytic.Analytic([net], compute, syn.dtype).match(real, syn, labels, how)
     return match_by_autograd(net, real, syn, labels, how, compute)
 
 
@@ -76,17 +75,17 @@ def match_by_autograd(
     real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,). Returns (K,) and a tensor like syn.
     """
 
-    def distance(real: Tensor, syn: Tensor, label: Tensor) -> Tensor:
-        return OBJECTIVES[how.objective](net, real, syn, label, how)
+    def of_class(real: Tensor, syn: Tensor, label: Tensor) -> Tensor:
+        return distance(net, real, syn, label, how)
 
     syn = syn.detach().requires_grad_()
     # Under vmap, PyTorch takes batch norm's gradient of gamma for one of constants, and autocast for nothing.
     one_by_one = compute.precision == "bf16" or any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     with frozen_statistics(net), compute.autocast():
         if one_by_one:
-            losses = torch.stack([distance(*each) for each in zip(real, syn, labels, strict=True)])
+            losses = torch.stack([of_class(*each) for each in zip(real, syn, labels, strict=True)])
         else:
-            losses = vmap(distance)(real, syn, labels)
+            losses = vmap(of_class)(real, syn, labels)
     return losses.detach(), torch.autograd.grad(losses.sum(), syn)[0]
 
 

@@ -19,6 +19,10 @@ class Normalize:
         x = to_unit(x)
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
+    def preconditioned(self, gradients: Tensor) -> Tensor:
+        """Gradients by pixels, (..., C, H, W), as the step on pixels that equals a step on normalised images."""
+        return self.std.to(gradients.dtype).square().squeeze(0) * gradients
+
 
 def to_unit(x: Tensor) -> Tensor:
     """uint8 images to float32 in [0, 1]; float images as they are."""

@@ -72,6 +72,7 @@ class MatchingStep:
 
     def __init__(self, matcher: Matcher, net: Network, pixels: PixelSGD, real: ImageSet) -> None:
         self.matcher, self.net, self.pixels, self.real = matcher, net, pixels, real
+        self.learned: dict[str, Tensor] = {}  # nothing but pixels
         self._captured = Captured(self._step, matcher.compute.device)
 
     def __call__(self, picks: Tensor, draws: Draws) -> Tensor:

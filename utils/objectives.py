@@ -31,12 +31,21 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one class's real and synthetic images are compared; for bias and fc see `matched_parameters`."""
+    """How one class's real and synthetic images are compared; for bias and fc see `matched_parameters`.
 
-    objective: str = "grad"
+    DC (Zhao et al., ICLR 2021) compares gradients by cos, with fc; DM (Zhao and Bilen, WACV 2023) embeddings by mse;
+    DREAM+ (Liu et al., arXiv 2310.15052) both at once, grad+embed.
+    """
+
+    objective: str = "grad"  # one of OBJECTIVES, or several joined by +
     metric: str = "mse"
     bias: bool = False
     fc: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The objectives whose distances are summed."""
+        return parse(self.objective)
 
 
 def gradient_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
@@ -57,12 +66,32 @@ def feature_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how
     return total(how.metric, wanted, given)
 
 
+def embedding_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
+    """Distance between the mean embeddings. real, syn: (N, C, H, W) augmented, one class."""
+    wanted, given = (net.embed(images).to(images.dtype).mean(0) for images in (real, syn))
+    return total(how.metric, [wanted.detach()], [given])
+
+
 # An objective gives a scalar that is differentiable with respect to the synthetic images. All classes go through it
 # at once under torch.func.vmap, so it takes gradients by torch.func and never looks at a value from Python.
 OBJECTIVES: dict[str, Callable[[Network, Tensor, Tensor, Tensor, Comparison], Tensor]] = {
     "grad": gradient_distance,
     "feat": feature_distance,
+    "embed": embedding_distance,
 }
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """`grad+embed` -> ("grad", "embed"). Raises ValueError for an objective that is unknown or named twice."""
+    parts = tuple(text.split("+"))
+    if len(set(parts)) < len(parts) or not OBJECTIVES.keys() >= set(parts):
+        raise ValueError(f"{text!r} is not one of {', '.join(OBJECTIVES)}, or several of them joined by +")
+    return parts
+
+
+def distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
+    """The sum over the objectives that `how` names. real, syn: (N, C, H, W) augmented, one class."""
+    return torch.stack([OBJECTIVES[part](net, real, syn, label, how) for part in how.parts]).sum()
 
 
 def total(metric: str, wanted: list[Tensor], given: list[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """The command lines: every flag once, and how flags, presets and defaults are laid over each other.
 
-Precedence is default < the data set's settings (and --reproduce) < flag. A flag that the user gave is never changed.
+Precedence is default < the data set's settings (and --reproduce) < the method's < flag. A flag that the user gave is
+never changed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import models
-from utils import augment, formation, objectives, selection, training
+from utils import formation, objectives, pixels, selection, training
 from utils.checks import check_weights
 from utils.device import PRECISIONS
 from utils.errors import UsageError, UserError
-from utils.flags import augmentation, flag, initialisation, integer, make_parser, number, table_file, tag
+from utils.flags import augmentation, flag, initialisation, integer, make_parser, matching, number, table_file, tag
+from utils.methods import METHODS, TRAJECTORY, method_settings
 from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions
 
 log = logging.getLogger("dream")
@@ -26,7 +28,17 @@ log = logging.getLogger("dream")
 RESULTS_DIR = "results"
 PLACES = ("data_dir", "data_threads", "results_dir", "device", "compile")  # where and how to compute, not what
 # What may differ when a run goes on, and what may until it is finished.
-FREE = (*PLACES, "max_minutes", "dry_run", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic")
+FREE = (
+    *PLACES,
+    "max_minutes",
+    "dry_run",
+    "experts_only",
+    "restart",
+    "reproduce",
+    "snapshot_every",
+    "tensorboard",
+    "deterministic",
+)
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
 NO_BASELINES, ALL_NETWORKS = "none", "all"
@@ -38,7 +50,9 @@ _synthetic = partial(flag, group="synthetic set")
 _subject = partial(flag, group="what to train on")
 _budget = partial(flag, group="budget")
 _selection = partial(flag, group="selection")
+_method = partial(flag, group="method")
 _matching = partial(flag, group="matching")
+_trajectories = partial(flag, group="trajectories (--method mtt)")
 _network = partial(flag, group="network")
 _training = partial(flag, group="network training")
 _evaluation = partial(flag, group="evaluation")
@@ -64,6 +78,8 @@ class Options:
              "normalisation and settings apply to them")
     size: int | None = _data(None, parse=integer(8, 2**14), metavar="PIXELS",
         help="resize and centre-crop the images of a folder to this side (default: their own)")
+    whiten: str = _data("none", choices=("none", "zca"),
+        help="ZCA-whiten images after normalising them, in distilling and in evaluation (MTT's option)")
     data_dir: str = _data("data", metavar="DIR", help="where data sets are downloaded to and looked for")
     data_threads: int | None = _data(None, parse=integer(1, 512), metavar="N",
         help="threads that read image files (default: as many as the machine suggests)")
@@ -106,6 +122,8 @@ class Options:
 class CondenseOptions(Options):
     """condense.py"""
 
+    method: str = _method("dream", "-m", choices=tuple(METHODS),
+        help="framework: " + "; ".join(f"{name}, {method.about}" for name, method in METHODS.items()))
     net_type: str = _network("convnet", "-n", metavar="NAME",
         help=f"one of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or one of torchvision's "
              "classification networks by its name there, as in shufflenet_v2_x0_5")
@@ -130,12 +148,17 @@ class CondenseOptions(Options):
              "those with the smallest margin to another class under the current network, or herding")
     kmeans: str = _selection("batched", choices=tuple(selection.KMEANS),
         help="k-means of all classes at once on the device, or scikit-learn's KMeans to convergence, for reference")
-    interval: int = _selection(10, parse=integer(1), metavar="STEPS", help="inner steps between two selections")
+    interval: int = _selection(10, parse=integer(1), metavar="STEPS",
+        help="inner steps between two selections; with more than --inner_loop, one serves several networks")
+    per_cluster: int = _selection(1, parse=integer(1), metavar="IMAGES",
+        help="k-means representatives of a cluster, so --batch_real divided by it clusters (DREAM+'s sub-clusters)")
     batch_real: int = _selection(128, parse=integer(1), metavar="IMAGES",
         help="real images per class to match, and mini-batch of the network update")
     cluster_raw: bool = _selection(False,
         help="embed un-normalised images for the selection, as the published code does; everything else normalises")
-    match: str = _matching("grad", choices=tuple(objectives.OBJECTIVES), help="match gradients or mean features")
+    match: str = _matching("grad", parse=matching, metavar="WHAT",
+        help=f"one of {', '.join(objectives.OBJECTIVES)} (gradients, mean features of every block, mean embeddings), "
+             f"several joined by +, or {TRAJECTORY}")
     metric: str = _matching("mse", choices=tuple(objectives.METRICS), help="distance per layer, summed over layers")
     bias: bool = _matching(False, help="match the gradients of biases and norm layers as well")
     fc: bool = _matching(False, help="match the gradient of the classifier as well")
@@ -146,12 +169,39 @@ class CondenseOptions(Options):
     batch_syn_max: int = _matching(128, parse=integer(1), metavar="IMAGES",
         help="synthetic images per class and step at most")
     lr_img: float = _matching(5e-3, parse=number(open_end=True), metavar="RATE",
-        help="pixel learning rate at ipc 10 and the data set's own side; scaled by ipc / 10 and (side / own side)^2")
+        help="pixel learning rate, see --pixel_step")
     mom_img: float = _matching(0.5, parse=number(below=1), metavar="M", help="momentum of the pixels")
+    pixel_step: str = _matching("sweep", choices=pixels.STEPS,
+        help="sweep: class after class with one momentum, as IDC and DREAM, rate at ipc 10 and the data set's own "
+             "side, scaled by ipc / 10 and (side / own side)^2; joint: all classes in one step, the rate being that of "
+             "normalised images, as DC, DM and MTT")
+    train_on: str = _training("real", choices=("real", "syn"),
+        help="images that the network trains on after every inner step: --n_data real ones, or all synthetic ones")
     n_data: int = _training(500, parse=integer(0), metavar="IMAGES",
-        help="real images that the network trains on after every inner step")
+        help="real images of that kind, drawn anew every time; 0: the network stays as it is")
     net_epoch: int = _training(1, parse=integer(1), metavar="N", help="epochs over them")
+    pretrain: int = _training(0, parse=integer(0), metavar="N",
+        help="epochs over all real images that every fresh network begins with")
+    mom_net: float | None = _training(None, parse=number(below=1), metavar="M",
+        help="momentum of networks while distilling (default: --momentum)")
+    wd_net: float | None = _training(None, parse=number(), metavar="W",
+        help="weight decay of networks while distilling (default: --weight_decay)")
     mixup_net: str = _training("cut", choices=training.MIXUPS, help="CutMix or none in the network update")
+    experts: int = _trajectories(10, parse=integer(1), metavar="N",
+        help="networks that are trained on real images first, once for all runs with the same settings; --select says "
+             "which mini-batches they see, --interval after how many of these anew")
+    expert_epochs: int = _trajectories(50, parse=integer(1), metavar="N", help="epochs of each")
+    expert_seed: int = _trajectories(0, parse=integer(0), metavar="N", help="their --seed")
+    experts_only: bool = _trajectories(False, help="train what is missing of them, then stop")
+    student_steps: int = _trajectories(20, parse=integer(1), metavar="N",
+        help="steps that a student takes on synthetic images")
+    match_epochs: int = _trajectories(3, parse=integer(1), metavar="M",
+        help="epochs of an expert that these have to make up for")
+    max_start: int = _trajectories(25, parse=integer(1), metavar="EPOCH",
+        help="a student starts where an expert was before this epoch")
+    step_size: float = _trajectories(0.01, parse=number(open_end=True), metavar="RATE",
+        help="the student's learning rate to begin with; it is learned")
+    lr_step: float = _trajectories(1e-5, parse=number(), metavar="RATE", help="at this rate")
     eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
         help="outer iterations between evaluations, the start included; 0: only at the end")
     snapshot_every: int = _run(0, parse=integer(0), metavar="N",
@@ -211,12 +261,16 @@ def as_saved(options: CondenseOptions) -> dict[str, Any]:
 
 
 def run_folder(options: CondenseOptions) -> Path:
-    """results/<dataset>/<net>_f<f>_ipc<n>[_<tag>]. Raises UsageError for an unknown network."""
+    """results/<dataset>/<net>_f<f>_ipc<n>[_<method>][_<tag>], the method unless it is dream.
+
+    Raises UsageError for an unknown network.
+    """
     try:
         spec = models.resolve(options.net_type, channels=1, classes=1, side=1, depth=options.depth)
     except ValueError as error:
         raise UsageError(f"--net_type: {error}") from None
-    name = f"{spec.name}_f{options.factor}_ipc{options.ipc}" + (f"_{options.tag}" if options.tag else "")
+    more = ["" if options.method == "dream" else options.method, options.tag]
+    name = "_".join([spec.name, f"f{options.factor}", f"ipc{options.ipc}", *filter(None, more)])
     return Path(options.results_dir) / options.dataset / name
 
 
@@ -225,7 +279,7 @@ def run_folder(options: CondenseOptions) -> Path:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Options with the origin of each: flag, --reproduce, data set, or default."""
+    """Options with the origin of each: flag, method, --reproduce, data set, or default."""
 
     options: CondenseOptions
     origin: Mapping[str, str]
@@ -242,8 +296,11 @@ def resolve(given: dict[str, Any]) -> Resolved:
         if dataset not in PUBLISHED:
             raise UsageError(f"--reproduce: the paper has no settings for {dataset}; use -d {'|'.join(PUBLISHED)}")
         layers.append(("--reproduce", REPRODUCE))
-    peculiar = exceptions(dataset, given.get("factor", first["factor"]), given.get("ipc", first["ipc"]))
-    layers += [("data set", peculiar), ("flag", given)]
+    ipc = given.get("ipc", first["ipc"])
+    peculiar = exceptions(dataset, given.get("factor", first["factor"]), ipc)
+    method, select = given.get("method", first["method"]), given.get("select")
+    own = method_settings(method, dataset, ipc=ipc, select=select, reproduce="reproduce" in given)
+    layers += [("data set", peculiar), ("method", own), ("flag", given)]
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, layer in layers:
@@ -350,50 +407,6 @@ def check_common(options: Options) -> None:
         raise UsageError("--image_folder: digits comes with scikit-learn; leave -d out to use the folder")
     if options.size is not None and options.dataset != "folder":
         raise UsageError(f"--size: only for folders of one's own; {options.dataset} has a fixed image size")
-
-
-def pixel_lr(lr_img: float, *, ipc: int, side: int, base_side: int) -> float:
-    """The pixel learning rate that is used: gradients of a mean fall with ipc, those per pixel with the area."""
-    return lr_img * (ipc / 10) * (side / base_side) ** 2
-
-
-def update_augmentation(options: CondenseOptions) -> str:
-    """Of the network update: the matching augmentation, without cutout where CutMix takes its place."""
-    return augment.without(options.aug_type, "cutout") if options.mixup_net == "cut" else options.aug_type
-
-
-def update_recipe(options: CondenseOptions) -> training.Recipe:
-    """How the network is trained between two matching steps."""
-    return training.Recipe(
-        batch_size=options.batch_real,
-        augment=augment.Augment(update_augmentation(options)),
-        mixup=options.mixup_net,
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        epochs=options.net_epoch,
-    )
-
-
-def evaluation_augmentation(options: Options, *, flip: bool) -> str:
-    """Of evaluation trainings: as given, or the published one for the data set and CutMix."""
-    if options.eval_aug_type is not None:
-        return options.eval_aug_type
-    dropped = [name for name, drop in (("cutout", options.mixup == "cut"), ("flip", not flip)) if drop]
-    return augment.without(EVALUATION_AUGMENTATION, *dropped)
-
-
-def evaluation_recipe(options: Options, *, flip: bool) -> training.Recipe:
-    """The evaluation protocol."""
-    return training.Recipe(
-        batch_size=options.batch_size,
-        augment=augment.Augment(evaluation_augmentation(options, flip=flip)),
-        mixup=options.mixup,
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        epochs=options.epochs,
-    )
 
 
 def networks(

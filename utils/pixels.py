@@ -8,6 +8,9 @@ the whole sweep has a closed form. With C classes, rate eta, momentum mu and S(k
     q_c = p_c - eta mu S(c) v_c                          where class c's gradient g_c is taken
     p_c <- p_c - eta (mu S(C) v_c + S(C - c) g_c)
     v_c <- mu^C v_c + mu^(C-1-c) g_c
+
+DC, DM and MTT step all classes together instead, which is the same with C = 1 and c = 0 for all of them, and they do so
+on normalised images.
 """
 
 from __future__ import annotations
@@ -15,27 +18,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from utils.images import Normalize
+
+STEPS = ("sweep", "joint")  # class after class on pixels in [0, 1]; all together on normalised images
+
 
 class PixelSGD:
     """SGD with momentum over pixels of shape (classes, ipc, C, H, W); updates them in place."""
 
-    def __init__(self, pixels: Tensor, *, lr: float, momentum: float) -> None:
+    def __init__(self, pixels: Tensor, *, lr: float, momentum: float, joint: Normalize | None = None) -> None:
+        """joint: step all classes together, at the rate of images that are normalised in this way."""
         self.pixels = pixels
         self.velocity = torch.zeros_like(pixels)
         self.lr = lr
         self.momentum = momentum
+        self.joint = joint
         classes = len(pixels)
-        total = [0.0]  # S(0), S(1), ..., S(classes)
-        for _ in range(classes):
+        turns = [0] * classes if joint else list(range(classes))
+        self.visits = 1 if joint else classes
+        total = [0.0]  # S(0), S(1), ..., S(C)
+        for _ in range(self.visits):
             total.append(1.0 + momentum * total[-1])
 
         def per_class(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1, 1, 1)
 
-        self._before = per_class(total[:classes])  # S(c)
-        self._after = per_class(total[:0:-1])  # S(C - c)
-        self._kept = per_class([momentum ** (classes - 1 - c) for c in range(classes)])
-        self._whole = total[classes]  # S(C)
+        self._before = per_class([total[c] for c in turns])  # S(c)
+        self._after = per_class([total[self.visits - c] for c in turns])  # S(C - c)
+        self._kept = per_class([momentum ** (self.visits - 1 - c) for c in turns])
+        self._whole = total[self.visits]  # S(C)
 
     def lookahead(self) -> Tensor:
         """The pixels at which the next gradients have to be taken."""
@@ -43,9 +54,11 @@ class PixelSGD:
 
     @torch.no_grad()
     def step(self, gradients: Tensor) -> None:
-        """One sweep over all classes. gradients: like pixels, taken at `lookahead()`."""
+        """One step of every class. gradients: like pixels, taken at `lookahead()`."""
+        if self.joint is not None:
+            gradients = self.joint.preconditioned(gradients)
         self.pixels -= self.lr * (self.momentum * self._whole * self.velocity + self._after * gradients)
-        self.velocity.mul_(self.momentum ** len(self.pixels)).add_(self._kept * gradients)
+        self.velocity.mul_(self.momentum**self.visits).add_(self._kept * gradients)
 
     @torch.no_grad()
     def clamp(self) -> None:

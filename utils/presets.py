@@ -16,6 +16,7 @@ DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "digits": dict(depth=2, lr_img=5e-3, n_data=128, niter=10, inner_loop=20, batch_real=32, epochs=300),
     "folder": dict(),
 }
+NOT_MIRRORED = ("mnist", "svhn", "digits")  # where a mirror image may be of another class
 PUBLISHED = ("mnist", "fashion", "svhn", "cifar10", "cifar100")
 
 # What --reproduce adds: the published budget and protocol, whatever the defaults become.

@@ -30,6 +30,7 @@ class Context:
     compute: Compute
     raw: bool = False  # embed un-normalised images, as the published code does
     kmeans: str = "batched"
+    per_cluster: int = 1  # representatives of every cluster, those nearest its centroid
 
     def embedded(self, c: int) -> Tensor:
         """All images of class c in the network's embedding, (counts[c], D), in the precision of `compute`."""
@@ -58,7 +59,10 @@ def random_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
 
 
 def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """The image nearest each of k k-means centroids of ALL images of a class, in the network's embedding."""
+    """The image nearest each of k k-means centroids of ALL images of a class, in the network's embedding.
+
+    Or several of each of as many times fewer clusters (DREAM+, Liu et al., 2023).
+    """
     real, found = context.real, {}
     todo = []
     for c, (have, k) in enumerate(zip(real.counts, counts, strict=True)):
@@ -72,7 +76,7 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
         while todo and (not group or sum(e.nbytes for e in x) < EMBEDDING_BYTES):
             group.append(todo.pop(0))
             x.append(context.embedded(group[-1]))
-        picked = KMEANS[context.kmeans](x, counts[group[0]], context.draws)
+        picked = KMEANS[context.kmeans](x, counts[group[0]], context.draws, context.per_cluster)
         found.update(zip(group, picked, strict=True))
     return [found[c] for c in range(real.classes)]
 
@@ -151,15 +155,17 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
 # --- Clustering: points (N, D) of several classes, k representatives of each, all k < N ------------------------------
 
 
-def batched_kmeans(x: Sequence[Tensor], k: int, draws: Draws, *, iterations: int = KMEANS_ITERATIONS) -> list[Tensor]:
-    """Row numbers of k different points of every class, each the nearest to the centroid of its cluster.
+def batched_kmeans(
+    x: Sequence[Tensor], k: int, draws: Draws, each: int = 1, *, iterations: int = KMEANS_ITERATIONS
+) -> list[Tensor]:
+    """Row numbers of k different points of every class: of k / each clusters those nearest the centroid.
 
     Lloyd's algorithm from k random points, for all classes at once, a fixed number of iterations and no wait for the
     device in them. Clusters that run empty move to the points farthest from their own centroid.
     """
     points, real = padded(x)
-    _, nearest, distance = lloyd(points, real, k, draws, iterations=iterations)
-    return list(representatives(real, nearest, distance, k))
+    _, nearest, distance = lloyd(points, real, k // each, draws, iterations=iterations)
+    return list(representatives(real, nearest, distance, k // each, each))
 
 
 def lloyd(
@@ -176,21 +182,21 @@ def lloyd(
     return centroids, *assign(widened(points), squares, real, widened(centroids))
 
 
-def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws) -> list[Tensor]:
+def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws, each: int = 1) -> list[Tensor]:
     """The same by scikit-learn's KMeans to convergence, from k-means++: the reference, on the CPU, class by class."""
     from sklearn.cluster import KMeans
 
     found = []
     for points in x:
-        fitted = KMeans(k, n_init=1, random_state=draws.host.getrandbits(31)).fit(points.float().cpu().numpy())
+        fitted = KMeans(k // each, n_init=1, random_state=draws.host.getrandbits(31)).fit(points.float().cpu().numpy())
         centroids = torch.from_numpy(fitted.cluster_centers_).to(points.device, torch.float32)
         one, real = padded([points.float()])
         nearest, distance = assign(one, one.square().sum(2), real, centroids[None])
-        found.append(representatives(real, nearest, distance, k)[0])
+        found.append(representatives(real, nearest, distance, k // each, each)[0])
     return found
 
 
-KMEANS: dict[str, Callable[[Sequence[Tensor], int, Draws], list[Tensor]]] = {
+KMEANS: dict[str, Callable[[Sequence[Tensor], int, Draws, int], list[Tensor]]] = {
     "batched": batched_kmeans,
     "sklearn": sklearn_kmeans,
 }
@@ -228,20 +234,21 @@ def update_centroids(points: Tensor, real: Tensor, nearest: Tensor, distance: Te
     return torch.where(empty[:, :, None], spare, means)
 
 
-def representatives(real: Tensor, nearest: Tensor, distance: Tensor, k: int) -> Tensor:
-    """The nearest member of every cluster, (classes, k), the first one on ties; all different.
+def representatives(real: Tensor, nearest: Tensor, distance: Tensor, k: int, each: int = 1) -> Tensor:
+    """The nearest members of every cluster, (classes, k * each), the first ones on ties; all different.
 
-    Taking members keeps an image from standing for two centroids. Clusters that are empty even so (duplicate images)
-    take the farthest points that nobody else has taken.
+    Taking members keeps an image from standing for two centroids. Where a cluster has too few (duplicate images), the
+    farthest points take their places that nobody else has taken.
     """
     classes, n = distance.shape
-    distance = distance.masked_fill(~real, torch.inf)
-    best = distance.new_full((classes, k), torch.inf).scatter_reduce(1, nearest, distance, "amin")
-    rows = torch.arange(n, device=distance.device).expand(classes, n)
-    candidate = torch.where((distance == best.gather(1, nearest)) & real, rows, n)
-    picks = rows.new_full((classes, k), n).scatter_reduce(1, nearest, candidate, "amin")
+    closest = distance.masked_fill(~real, torch.inf).argsort(dim=1, stable=True)
+    cluster, order = nearest.masked_fill(~real, k).gather(1, closest).sort(dim=1, stable=True)
+    rows = closest.gather(1, order)  # cluster after cluster, the nearest first
+    rank = torch.arange(n, device=distance.device) - torch.searchsorted(cluster, cluster)
+    place = torch.where((rank < each) & (cluster < k), cluster * each + rank, k * each)
+    picks = rows.new_full((classes, k * each + 1), n).scatter_(1, place, rows)[:, :-1]  # the last: of all others
 
     taken = torch.zeros(classes, n + 1, dtype=torch.bool, device=distance.device).scatter_(1, picks, True)[:, :n]
-    spare = distance.masked_fill(taken | ~real, -torch.inf).topk(k, dim=1).indices
+    spare = distance.masked_fill(taken | ~real, -torch.inf).topk(k * each, dim=1).indices
     empty = picks == n
     return torch.where(empty, spare.gather(1, (empty.cumsum(1) - 1).clamp(min=0)), picks)

@@ -73,7 +73,16 @@ def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
 class Trainer:
     """K networks of one shape that train side by side, each on an image set of its own, or all on one."""
 
-    def __init__(self, nets: Sequence[Network], sets: Sequence[ImageSet], recipe: Recipe, compute: Compute) -> None:
+    def __init__(
+        self,
+        nets: Sequence[Network],
+        sets: Sequence[ImageSet],
+        recipe: Recipe,
+        compute: Compute,
+        current: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """current: gives the images of the one set as they are by now, (N, C, H, W), where they change."""
+        self.current = current
         self.nets, self.recipe, self.compute = list(nets), recipe, compute
         shared = all(train is sets[0] for train in sets)
         self.images, self.labels = (
@@ -122,6 +131,10 @@ class Trainer:
         for number, (start, end) in enumerate(edges):
             self.step(order[:, start:end], u[:, start:end], partner[:, start:end], mix[:, number])
 
+    def all_images(self, draws: Sequence[Draws]) -> None:
+        """One pass over all images."""
+        self.epoch(torch.arange(self.images.shape[1], device=self.images.device), draws)
+
     @torch.no_grad()
     def losses(self) -> Tensor:
         """Mean cross-entropy of every network on its images as they are, neither augmented nor mixed, (K,)."""
@@ -152,8 +165,10 @@ class Trainer:
         self.sgd.step()
 
 
-def update_network(trainer: Trainer, *, n_data: int, draws: Draws) -> None:
-    """`epochs` passes over n_data random real images: what keeps gradients informative while distilling."""
+def update_network(trainer: Trainer, *, n_data: int | None, draws: Draws) -> None:
+    """`epochs` passes over n_data random images, or all: what keeps gradients informative while distilling."""
+    if trainer.current is not None:
+        trainer.images.copy_(trainer.current()[None])
     drawn = draws.permutation(trainer.images.shape[1])[:n_data]
     for _ in range(trainer.recipe.epochs):
         trainer.epoch(drawn, [draws])
@@ -172,10 +187,9 @@ def train_networks(
     on_epoch: told how many epochs are done.
     """
     trainer = Trainer([fresh_network(spec, d) for d in draws], sets, recipe, compute)
-    everything = torch.arange(len(sets[0]), device=compute.device)
     for epoch in range(recipe.epochs):
         trainer.set_lr(recipe.lr_at(epoch))
-        trainer.epoch(everything, draws)
+        trainer.all_images(draws)
         on_epoch(epoch + 1, trainer)
     return trainer.nets
 

@@ -1,0 +1,265 @@
+"""Experts are trained once, survive any end of the process, and their files say what they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from utils import experts, files
+from utils.augment import Augment
+from utils.device import Compute
+from utils.errors import UserError
+from utils.experts import Experts, representative_epoch
+from utils.images import ImageSet, Normalize
+from utils.runtime import Draws, Stopped
+from utils.selection import Context
+from utils.training import Recipe, Trainer, batches, fresh_network
+from utils.trajectory import flattened
+
+CLASSES, PER_CLASS, SIDE, EPOCHS, COUNT = 3, 9, 8, 4, 2
+CPU = Compute(torch.device("cpu"))
+IDENTITY = {"dataset": "invented", "lr": 0.01, "sizes": (3, 9)}
+
+
+def real_set() -> ImageSet:
+    images = torch.rand(CLASSES * PER_CLASS, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(CLASSES).repeat(PER_CLASS)
+    return ImageSet(images, labels, classes=CLASSES, normalize=Normalize((0.5,) * 3, (0.25,) * 3))
+
+
+def make(k: int, *, batch_size: int = 8, lr: float = 0.01) -> Trainer:
+    spec = models.resolve("convnet", channels=3, classes=CLASSES, side=SIDE, depth=2, width=8, norm="batch")
+    recipe = Recipe(batch_size=batch_size, augment=Augment("color_crop"), mixup="cut", lr=lr)
+    return Trainer([fresh_network(spec, Draws("cpu", "expert", k))], [real_set()], recipe, CPU)
+
+
+def epoch(trainer: Trainer, k: int, e: int) -> None:
+    trainer.all_images([Draws("cpu", "epoch", k, e)])
+
+
+class StopAfter:
+    """Raises Stopped when it is asked for the n-th time."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Stopped("the test")
+
+
+def found_in(folder: Path, identity: dict[str, Any] = IDENTITY) -> Experts:
+    return Experts(folder, identity, count=COUNT, epochs=EPOCHS)
+
+
+def trained(folder: Path, stop: Callable[[], None] = lambda: None, told: list[int] | None = None) -> Experts:
+    found, told = found_in(folder), [] if told is None else told
+    with found.held():
+        found.train(make, epoch, on_epoch=told.append, stop=stop)
+    return found
+
+
+def rows(of: Experts) -> Tensor:
+    """All that the trajectories hold, (experts, epochs + 1, P)."""
+    return torch.stack([torch.stack([of.pair(k, e, e)[0] for e in range(EPOCHS + 1)]) for k in range(COUNT)])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Experts:
+    """What nothing has interrupted."""
+    return trained(tmp_path_factory.mktemp("whole") / "experts")
+
+
+def test_a_trajectory_is_what_a_plain_training_goes_through(whole: Experts) -> None:
+    for k in range(COUNT):
+        trainer = make(k)
+        for e in range(EPOCHS + 1):
+            assert torch.equal(whole.pair(k, e, 0)[0], flattened(trainer.nets[0]))
+            trainer.epoch(torch.arange(CLASSES * PER_CLASS), [Draws("cpu", "epoch", k, e)])
+    assert (whole.missing(), whole.done()) == ([], COUNT * EPOCHS)
+    assert not torch.equal(*(whole.pair(k, 0, 0)[0] for k in range(COUNT)))
+
+
+@pytest.mark.parametrize("asked", [1, 2, EPOCHS, EPOCHS + 1, COUNT * EPOCHS])
+def test_experts_that_are_stopped_and_go_on_are_those_never_stopped(tmp_path: Path, whole: Experts, asked: int) -> None:
+    told: list[int] = []
+    with pytest.raises(Stopped):
+        trained(tmp_path, StopAfter(asked), told)
+    assert found_in(tmp_path).done() == sum(told) == asked
+    assert len(found_in(tmp_path).missing()) == COUNT - asked // EPOCHS
+    again = trained(tmp_path, told=told)
+    assert sum(told) == COUNT * EPOCHS
+    assert torch.equal(rows(again), rows(whole))
+    assert again.seconds > 0
+
+
+def test_what_is_saved_meanwhile_is_gone_on_from_when_the_process_dies(
+    tmp_path: Path, whole: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "CHECKPOINT_SECONDS", 0)
+    found = found_in(tmp_path)
+
+    def dying(trainer: Trainer, k: int, e: int) -> None:
+        epoch(trainer, k, e)
+        if (k, e) == (1, 2):
+            raise KeyboardInterrupt
+
+    with found.held(), pytest.raises(KeyboardInterrupt):
+        found.train(make, dying, on_epoch=lambda count: None, stop=lambda: None)
+    assert found_in(tmp_path).missing() == [1] and found_in(tmp_path).done() == EPOCHS + 2
+    assert torch.equal(rows(trained(tmp_path)), rows(whole))
+
+
+def cut(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "trajectory": content["trajectory"][0]}
+
+
+def spoilt(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "trajectory": content["trajectory"] * torch.nan}
+
+
+def moved(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "trajectory": content["trajectory"][:2] + 1}
+
+
+def foreign(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "of": "another"}
+
+
+def without_momentum(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "momentum": None}
+
+
+@pytest.mark.parametrize("stopped_after", [2, EPOCHS])
+@pytest.mark.parametrize("damage", [None, cut, spoilt, moved, foreign, without_momentum, lambda content: 5])
+def test_a_damaged_file_is_reported_once_and_its_expert_trained_again(
+    tmp_path: Path,
+    whole: Experts,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[dict[str, Any]], Any] | None,
+    stopped_after: int,
+) -> None:
+    with pytest.raises(Stopped):
+        trained(tmp_path, StopAfter(stopped_after))
+    file = tmp_path / "expert_000.pt"
+    if damage is None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        files.write_tensors(file, damage(files.read_tensors(file, "")))
+    with caplog.at_level(logging.WARNING, "dream"):
+        assert torch.equal(rows(trained(tmp_path)), rows(whole))
+    if damage is not without_momentum or stopped_after < EPOCHS:  # which a finished expert does not need
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert warning.startswith(f"{file}: ") and warning.endswith("; trained again")
+
+
+def test_a_damaged_file_that_is_read_while_distilling_names_the_remedy(tmp_path: Path) -> None:
+    trained(tmp_path)
+    (tmp_path / "expert_001.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=r"expert_001.pt: .*; run the same command again"):
+        found_in(tmp_path).pair(1, 0, 1)
+
+
+def test_other_experts_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(tmp_path, StopAfter(-1))
+    with pytest.raises(UserError, match=r"other experts \(lr 0.01 there, 0.1 here\); use another folder") as refused:
+        found_in(tmp_path, {**IDENTITY, "lr": 0.1})
+    assert str(tmp_path) in str(refused.value)
+    (tmp_path / "experts.json").unlink()
+    with caplog.at_level(logging.WARNING, "dream"):  # every file says what it is of
+        assert found_in(tmp_path, {**IDENTITY, "lr": 0.1}).missing() == [0, 1]
+        assert found_in(tmp_path).missing() == []
+    (tmp_path / "experts.json").write_text("{")
+    with found_in(tmp_path).held():
+        pass
+    assert files.read_json(tmp_path / "experts.json")["lr"] == 0.01
+
+
+def test_numbers_that_leave_their_range_end_the_training_and_are_not_saved(tmp_path: Path) -> None:
+    found = found_in(tmp_path)
+    with found.held(), pytest.raises(UserError, match=r"expert 0: .* after epoch 1; use a lower --lr"):
+        found.train(lambda k: make(k, lr=1e30), epoch, on_epoch=lambda count: None, stop=lambda: None)
+    assert found_in(tmp_path).missing() == [0, 1] and not list(tmp_path.glob("*.pt"))
+
+
+def test_trajectories_that_do_not_fit_into_memory_are_read_again(
+    whole: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "MEMORY", 1)
+    found = found_in(whole.folder)
+    for _ in range(2):
+        for k in range(COUNT):
+            assert torch.equal(found.pair(k, 1, 3)[1], whole.pair(k, 3, 3)[0])
+            assert list(found._at_hand) == [k]
+
+
+# --- An epoch on representatives --------------------------------------------------------------------------------------
+
+
+class Watched(Trainer):
+    """Notes which images every mini-batch consists of."""
+
+    def watch(self) -> list[list[int]]:
+        seen: list[list[int]] = []
+
+        def noted(index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
+            seen.append(index[0].tolist())
+            self._step(index, u, partner, mix)
+
+        self.step = noted  # type: ignore[assignment]  # on a CPU, Captured is the function
+        return seen
+
+
+def watched(batch_size: int) -> tuple[Watched, list[list[int]]]:
+    trainer = make(0)
+    recipe = Recipe(batch_size=batch_size, augment=Augment("none"), mixup="vanilla")
+    found = Watched(trainer.nets, [real_set()], recipe, CPU)
+    return found, found.watch()
+
+
+def seen(strategy: str, *, batch_size: int, interval: int) -> tuple[list[list[int]], list[int]]:
+    """The mini-batches of an epoch, and which selections were asked for."""
+    trainer, found = watched(batch_size)
+    asked: list[int] = []
+
+    def context_of(number: int) -> Context:
+        asked.append(number)
+        return Context(trainer.nets[0], real_set(), Draws("cpu", "select", number), CPU)
+
+    representative_epoch(
+        trainer, context_of, strategy, interval=interval, draws_of=lambda number: Draws("cpu", "order", number)
+    )
+    return found, asked
+
+
+@pytest.mark.parametrize(("batch_size", "interval"), [(8, 1), (8, 2), (8, 10), (13, 1), (2, 5), (100, 3), (1, 4)])
+def test_an_epoch_on_representatives_has_the_mini_batches_of_one_on_all_images(batch_size: int, interval: int) -> None:
+    n = CLASSES * PER_CLASS
+    found, asked = seen("herding", batch_size=batch_size, interval=interval)
+    trainer, random = watched(batch_size)
+    trainer.all_images([Draws("cpu", 0)])
+    assert sorted(i for batch in random for i in batch) == list(range(n))
+    assert [len(batch) for batch in found] == [len(batch) for batch in random]
+    assert len(found) == len(batches(n, batch_size))
+    assert asked == list(range(-(-len(found) // interval)))
+
+
+def test_an_epoch_on_representatives_sees_those_alone() -> None:
+    labels = real_set().labels
+    central, _ = seen("central", batch_size=9, interval=1)
+    for batch in central:  # three batches, three images of every class in each, by chance the same ones or others
+        assert sorted(labels[batch].tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    together = {i for batch in central for i in batch}
+    assert len(together) < CLASSES * PER_CLASS
+    first, _ = seen("kmeans", batch_size=9, interval=1)
+    assert sorted(first[0]) != sorted(central[0])

@@ -1,0 +1,96 @@
+"""For people: what a run will do, how much work that is, and what it came to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from data import Dataset
+from models import NetSpec, forward_flop
+from utils import files, options, recipes
+from utils.errors import printable
+from utils.evaluation import Score
+from utils.formation import decoded_count
+from utils.methods import TRAJECTORY
+from utils.options import CondenseOptions
+from utils.run import RunFolder
+from utils.state import State
+
+
+def card(o: CondenseOptions, dataset: Dataset, spec: NetSpec, state: State, *, finished: bool) -> dict[str, object]:
+    """data.json: what the set is and how to use it."""
+    return {
+        "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with factor "
+        "and decode_type, then subtract mean and divide by std of normalization, per channel.",
+        "dataset": o.dataset,
+        "image_folder": options.as_saved(o)["image_folder"],
+        "class_names": dataset.class_names,
+        "ipc": o.ipc,
+        "factor": o.factor,
+        "decode_type": o.decode_type,
+        "decoded_per_class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
+        "shape": list(state.pixels.pixels.shape[2:]),
+        "value_range": [0.0, 1.0],
+        "normalized": False,
+        "normalization": dict(zip(("mean", "std"), map(list, dataset.statistics), strict=True)),
+        "network": dataclasses.asdict(spec),
+        "settings": options.remaining_settings(o),
+        "learned": {name: value[0].item() for name, value in state.match.learned.items()},
+        "outer_iterations": state.it,
+        "seconds": round(state.seconds, 1),
+        "finished": finished,
+    }
+
+
+def summary(folder: RunFolder) -> str:
+    """What a finished run ends with, read from its data.json."""
+    card = files.read_json(folder.path / files.CARD)
+    rows = []
+    for what, key, count in (
+        ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),
+        ("random real images", "random_real", f"{card['ipc']}"),
+    ):
+        rows.append(f"  {what:20}{count:>24}     {Score(tuple(card[key]['accuracies']))}")
+    net = NetSpec(**card["network"]).name
+    head = (
+        f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {card['settings']['epochs']} epochs"
+    )
+    return "\n".join([f"run folder: {folder.path}", head, *rows])
+
+
+def step_flop(o: CondenseOptions, spec: NetSpec, *, decoded: int, real: int) -> float:
+    """Floating-point operations of an average inner step: a forward pass is one, a backward pass two, and the gradient
+    of a distance between gradients seven in all."""
+    synthetic = spec.classes * min(decoded, o.batch_syn_max)
+    if o.match == TRAJECTORY:
+        return forward_flop(spec) * 10 * o.student_steps * synthetic
+    first, second = (3, 7) if "grad" in o.match else (1, 3)
+    trained = min(o.n_data, real) if o.train_on == "real" else spec.classes * decoded
+    updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # of an outer iteration
+    selected = real / o.interval if o.select != "random" else 0
+    passes = first * spec.classes * o.batch_real + second * synthetic + 3 * updates / o.inner_loop + selected
+    return forward_flop(spec) * passes
+
+
+def experts_flop(o: CondenseOptions, spec: NetSpec, *, epochs: int, real: int) -> float:
+    """The same of so many epochs of experts' training."""
+    batches = -(-real // o.batch_real)
+    selected = -(-batches // o.interval) * real if o.select != "random" else 0
+    return forward_flop(spec) * epochs * (3 * real + selected)
+
+
+def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder: RunFolder) -> str:
+    """The resolved options, where each comes from, and what derives from them."""
+    o = resolved.options
+    rate = recipes.pixel_rate(o, side=dataset.side, base_side=dataset.base_side)
+    lines = [
+        f"{name:16}{printable(str(value)):28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
+    ]
+    derived = {
+        "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
+        "pixel learning rate": f"{rate:g}",
+        "network update": recipes.update_augmentation(o),
+        "evaluation": recipes.evaluation_augmentation(o, flip=dataset.flip),
+        "decoded per class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
+        "run folder": printable(str(folder.path)),
+    }
+    return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])

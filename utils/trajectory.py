@@ -1,0 +1,252 @@
+"""Matching training trajectories (MTT, Cazenavette et al., CVPR 2022): a student trains on the synthetic images from
+where an expert once was, and the images learn to bring it to where the expert was some epochs later.
+
+The student takes N steps of plain SGD, theta_{t+1} = theta_t - a g_t, with the gradient g_t of the cross-entropy on the
+images x_t. With lambda_N = dL/dtheta_N, the derivatives of the distance L are, from the last step to the first,
+
+    s_t = <g_t(theta_t, x_t), lambda_{t+1}>             lambda_{t+1} held constant
+    dL/da   = - (s_0 + s_1 + ... + s_{N-1})
+    dL/dx_t = - a ds_t/dx_t
+    lambda_t = lambda_{t+1} - a ds_t/dtheta_t
+
+so all that has to be kept of a step is theta_t: its graph can be made again when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models import Network
+from utils import forms
+from utils.analytic import even
+from utils.device import Captured, Compute
+from utils.formation import decode, decoded_count
+from utils.images import ImageSet
+from utils.matching import Matcher
+from utils.pixels import PixelSGD
+from utils.runtime import Draws
+
+LEAST_STEP = 1e-6  # of a student: see TrajectoryStep
+
+
+class Trajectories(Protocol):
+    """Where experts were after every epoch."""
+
+    count: int  # of experts
+
+    def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Parameters after `start` and after `end` epochs, (P,) each, on the CPU."""
+
+
+# --- Parameters as one vector -----------------------------------------------------------------------------------------
+
+
+def flattened(net: Network) -> Tensor:
+    """All parameters, in the order of `parameters()`: a copy, (P,)."""
+    return joined([p.detach() for p in net.parameters()])
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other, (P,)."""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def separated(net: Network, theta: Tensor) -> list[Tensor]:
+    """(P,) -> views like the network's parameters."""
+    like = list(net.parameters())
+    return [part.view(p.shape) for p, part in zip(like, theta.split([p.numel() for p in like]), strict=True)]
+
+
+@torch.no_grad()
+def load(net: Network, theta: Tensor) -> None:
+    """Take over parameters (P,), at the same addresses."""
+    for p, part in zip(net.parameters(), separated(net, theta), strict=True):
+        p.copy_(part)
+
+
+# --- The student ------------------------------------------------------------------------------------------------------
+
+
+class Unrolled(NamedTuple):
+    """How far a student ends from the expert, and the derivatives of that."""
+
+    distance: Tensor  # (), 1 for a student that stays where it began
+    images: list[Tensor]  # like each batch
+    step_size: Tensor  # ()
+
+
+def unrolled(
+    net: Network,
+    start: Tensor,
+    target: Tensor,
+    batches: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    step_size: Tensor,
+    compute: Compute,
+) -> Unrolled:
+    """A step on each batch, from `start` towards `target`, (P,) each.
+
+    batches: (n, C, H, W) normalised and augmented images, labels: (n,) int64. step_size: (). The network's parameters
+    are overwritten; batch norm normalises by the batch and remembers nothing.
+    """
+    net.train()
+    targets = [F.one_hot(y, net.classifier.out_features).to(start.dtype) for y in labels]
+    # To keep all steps' graphs takes 2 to 12 times the memory, to make them again 1.4 to 1.6 times the time.
+    keep = sum(map(len, batches)) <= compute.group(1, batches[0].shape[-1])
+    path, graphs = [start], []
+    with forms.frozen_statistics(net):
+        for x, y in zip(batches, targets, strict=True):
+            if keep:
+                graphs.append(list(pieces(net, path[-1], x, y, compute)))
+                gradient = torch.stack([joined(piece.gradients).detach() for piece in graphs[-1]]).sum(0)
+            else:
+                load(net, path[-1])
+                gradient = joined(forms.gradients([net], x[None], y[None], compute)[0])
+            path.append(path[-1] - step_size * gradient)
+        missed, whole = path.pop() - target, (start - target).square().sum()
+        adjoint = 2 * missed / whole
+        images, by_size = [], torch.zeros_like(step_size)
+        for x, y in zip(reversed(batches), reversed(targets), strict=True):
+            theta = path.pop()
+            graph = graphs.pop() if keep else pieces(net, theta, x, y, compute)
+            slope, by_theta, by_x = along(net, graph, adjoint)
+            by_size -= slope
+            images.append(-step_size * by_x)
+            adjoint = adjoint - step_size * by_theta
+    return Unrolled(missed.square().sum() / whole, images[::-1], by_size)
+
+
+class Piece(NamedTuple):
+    """Some images of a batch, and the graph of what they add to the gradient of the mean cross-entropy."""
+
+    weights: list[Tensor]
+    x: Tensor
+    gradients: tuple[Tensor, ...]  # like the weights
+
+
+def pieces(net: Network, theta: Tensor, x: Tensor, target: Tensor, compute: Compute) -> Iterator[Piece]:
+    """A batch (n, C, H, W), with targets (n, classes), under parameters (P,); as a whole where batch norm looks at all
+    of it."""
+    names = [name for name, _ in net.named_parameters()]
+    together = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    for rows in even(len(x), len(x) if together else compute.images(x.shape[-1])):
+        weights = [w.detach().requires_grad_() for w in separated(net, theta)]
+        part = x[rows].detach().requires_grad_()
+        with compute.autocast():
+            logits = functional_call(net, dict(zip(names, weights, strict=True)), (part,))
+            loss = F.cross_entropy(logits, target[rows], reduction="sum") / len(x)
+        yield Piece(weights, part, torch.autograd.grad(loss, weights, create_graph=True))
+
+
+def along(net: Network, graph: Iterable[Piece], direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The slope of a batch's mean cross-entropy in a direction (P,), and its derivatives: by the parameters, (P,), and
+    by the images."""
+    directions = separated(net, direction)
+    slope, by_theta, by_x = direction.new_zeros(()), torch.zeros_like(direction), []
+    for piece in graph:
+        part = torch.stack([(g * d).sum() for g, d in zip(piece.gradients, directions, strict=True)]).sum()
+        *by_weights, by_piece = torch.autograd.grad(part, [*piece.weights, piece.x])
+        slope += part.detach()
+        by_theta += joined(by_weights)
+        by_x.append(by_piece)
+    return slope, by_theta, torch.cat(by_x)
+
+
+# --- The synthetic images ---------------------------------------------------------------------------------------------
+
+
+class TrajectoryStep:
+    """One step of one run's pixels and of the student's step size, against a random part of a random trajectory.
+
+    What it learns besides the pixels is `learned`: the step size and its velocity, (2,), which a checkpoint saves and
+    copies back in place. The network given serves the student: its parameters are overwritten.
+    """
+
+    def __init__(
+        self,
+        matcher: Matcher,
+        net: Network,
+        pixels: PixelSGD,
+        real: ImageSet,
+        trajectories: Trajectories,
+        *,
+        steps: int,
+        epochs: int,
+        max_start: int,
+        step_size: float,
+        lr_step: float,
+    ) -> None:
+        """steps: of the student, `epochs` of the expert's worth, from one of the first `max_start` epochs on.
+
+        step_size: to begin with. lr_step: its learning rate, with the momentum of the pixels.
+        """
+        self.matcher, self.net, self.pixels, self.real, self.trajectories = matcher, net, pixels, real, trajectories
+        self.steps, self.epochs, self.max_start, self.lr_step = steps, epochs, max_start, lr_step
+        stored = pixels.pixels
+        self.classes, self.decoded = (
+            len(stored),
+            decoded_count(stored.shape[1], factor=matcher.factor, decode_type=matcher.decode_type),
+        )
+        self.each = min(self.decoded, matcher.batch_syn_max)  # images per class and step of the student
+        self.learned = {"step_size": torch.tensor([step_size, 0.0], dtype=stored.dtype, device=stored.device)}
+        self.labels = torch.arange(self.classes, device=stored.device).repeat_interleave(self.each)
+        self._captured = Captured(self._step, matcher.compute.device)
+
+    def __call__(self, picks: Tensor, draws: Draws) -> Tensor:
+        """Moves the pixels; returns the distance once per class, (classes,), valid until the next call.
+
+        picks: not used, no real images take part.
+        """
+        expert, start = draws.host.randrange(self.trajectories.count), draws.host.randrange(self.max_start)
+        ends = self.trajectories.pair(expert, start, start + self.epochs)
+        return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
+
+    def draw(self, draws: Draws) -> tuple[Tensor, ...]:
+        """For every step of the student, an augmentation of every image, (steps, n, 9), and, where more images are
+        decoded than may take part, which of each class do, (steps, classes, each)."""
+        n = self.classes * self.each
+        u = self.matcher.augment.draw(self.steps, n, draws).unflatten(0, (self.steps, n))
+        if self.each == self.decoded:
+            return (u,)
+        return u, draws.uniform(self.steps, self.classes, self.decoded).argsort(2)[:, :, : self.each]
+
+    def _step(self, start: Tensor, target: Tensor, *drawn: Tensor) -> Tensor:
+        ahead = self.pixels.lookahead()
+        distance, by_pixels, by_size = self.matcher.compute.retry(lambda: self._gradients(ahead, start, target, *drawn))
+        self.pixels.step(by_pixels)
+        size, velocity = self.learned["step_size"]
+        velocity.mul_(self.pixels.momentum).add_(by_size)
+        # A student with a step of zero stays where it is and teaches the images nothing, one below climbs the loss.
+        size.sub_(self.lr_step * velocity).clamp_(min=LEAST_STEP)
+        return distance.expand(self.classes)
+
+    def _gradients(
+        self, pixels: Tensor, start: Tensor, target: Tensor, u: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The distance, (), and its derivatives by the pixels and by the step size."""
+        stored = pixels.detach().requires_grad_()
+        decoded = decode(stored, factor=self.matcher.factor, decode_type=self.matcher.decode_type)
+        everything = decoded.detach().requires_grad_()
+        picked = [None] * self.steps if chosen is None else chosen
+        with torch.no_grad():
+            batches = [self._prepared(everything, *each) for each in zip(u, picked, strict=True)]
+        size = self.learned["step_size"][0].clone()
+        found = unrolled(self.net, start, target, batches, [self.labels] * self.steps, size, self.matcher.compute)
+        total = torch.zeros_like(everything)
+        for gradient, *each in zip(
+            found.images, u, picked, strict=True
+        ):  # made again: N graphs would be kept otherwise
+            total += torch.autograd.grad(self._prepared(everything, *each), everything, gradient)[0]
+        return found.distance, torch.autograd.grad(decoded, stored, total)[0], found.step_size
+
+    def _prepared(self, decoded: Tensor, u: Tensor, chosen: Tensor | None) -> Tensor:
+        """A batch of the student: (classes, S, C, H, W) -> (n, C, H, W), thinned out, normalised and augmented."""
+        if chosen is not None:
+            decoded = decoded[torch.arange(self.classes, device=decoded.device)[:, None], chosen]
+        return self.matcher.augment(self.real.normalize(decoded.flatten(0, 1)), u)
