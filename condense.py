@@ -362,6 +362,7 @@ def main(argv: Sequence[str]) -> int:
             image_folder=o.image_folder,
             size=o.size,
             threads=o.data_threads,
+            whiten=o.whiten,
         )
         spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
         checks.check_method(dataclasses.asdict(o))

@@ -29,7 +29,7 @@ from utils.device import free_memory
 from utils.errors import UsageError, UserError, first_line, printable
 from utils.files import write_atomically
 from utils.imagefiles import EXTENSIONS, for_each, image_files, inside, is_grey, mode_and_size, read_image
-from utils.images import ImageSet, Normalize
+from utils.images import ImageSet, Normalize, Whiten
 from utils.lock import locked
 from utils.presets import NOT_MIRRORED
 
@@ -38,6 +38,7 @@ log = logging.getLogger("dream")
 DIGITS_SPLIT = 0  # scikit-learn's random_state of the digits' train/test split, whatever --seed says
 CHUNK = 1024 * 3 * 32 * 32  # numbers that are converted at a time
 SPARE_MEMORY = 0.5  # of what is free; the other half is for networks and gradients
+WHITENED = 3 * 48 * 48  # numbers of an image that are whitened at most: matrices of 200 MB, a minute to find them
 
 Split = tuple[Tensor, Tensor, list[str]]  # images (N, C, H, W) uint8, labels (N,) int64, class names
 
@@ -154,6 +155,7 @@ class Dataset:
 
     mean, std: for a folder whose statistics are known already; otherwise they come from its training images.
     threads: that read image files, as many as the machine suggests unless given.
+    whiten: none, or zca: both splits are normalised by the covariance of the training images, too.
     Raises UsageError or UserError, naming the flag or the file, for whatever is wrong with a folder.
     """
 
@@ -168,8 +170,11 @@ class Dataset:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         threads: int | None = None,
+        whiten: str = "none",
     ) -> None:
+        assert whiten in ("none", "zca")
         self.name = name
+        self.whiten = whiten
         self.device = device
         self.flip = name not in NOT_MIRRORED  # whether a mirror image belongs to the same class
         self.data_dir = Path(os.path.expanduser(data_dir))
@@ -194,6 +199,12 @@ class Dataset:
                 raise UserError(
                     f"--image_folder {image_folder}: has {self.channels} channels, the set's normalization {len(mean)}"
                 )
+        if whiten != "none" and self.channels * self.side**2 > WHITENED:
+            raise UsageError(
+                f"--whiten {whiten}: takes a matrix for all pairs of an image's numbers, at most {WHITENED} of them; "
+                f"{name} has images of {self.channels} x {self.side} x {self.side}. Give a smaller --size, or leave "
+                "--whiten out"
+            )
 
     @cached_property
     def train(self) -> ImageSet:
@@ -210,7 +221,11 @@ class Dataset:
     @cached_property
     def normalize(self) -> Normalize:
         mean, std = self.statistics
-        return Normalize(mean, std, self.device)
+        if self.whiten == "none":
+            return Normalize(mean, std, self.device)
+        images = self._train[0]  # there until `train` is: it asks for the normalisation first
+        log.info("whitening: the covariance of %d images of %d numbers", len(images), images[0].numel())
+        return Whiten.of(images, mean, std, self.device)
 
     @property
     def statistics(self) -> tuple[Sequence[float], Sequence[float]]:

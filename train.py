@@ -184,6 +184,7 @@ class Evaluation:
             "training_images": len(self.dataset.train),
             "test_images": len(self.dataset.test),
             "normalization": [[round(value, 4) for value in values] for values in self.dataset.statistics],
+            **({} if self.o.whiten == "none" else {"whiten": self.o.whiten}),
         }
 
     # --- Training and testing -----------------------------------------------------------------------------------------
@@ -356,6 +357,7 @@ def load(o: TrainOptions, card: Mapping[str, Any] | None) -> Dataset:
         mean=known.get("mean"),
         std=known.get("std"),
         threads=o.data_threads,
+        whiten=o.whiten,
     )
     if card is not None and o.dataset == "folder" and card.get("class_names") != dataset.class_names:
         raise UserError(f"--image_folder {o.image_folder}: has other classes than the set, {card.get('class_names')}")

@@ -23,7 +23,8 @@ from utils.training import Trainer, fresh_network, update_network
 
 # Flags of condense.py, with the same defaults and data sets' settings.
 BORROWED = (
-    "dataset", "image_folder", "size", "data_dir", "net_type", "depth", "width", "norm_type", "seed", "device",
+    "dataset", "image_folder", "size", "whiten", "data_dir", "net_type", "depth", "width", "norm_type", "seed",
+    "device",
 )  # fmt: skip
 UPDATES = 50  # by default: halfway through an outer iteration of the published run
 
@@ -86,7 +87,9 @@ def prepare(given: argparse.Namespace) -> Subject:
     o = options.resolve({name: value for name, value in vars(given).items() if name in BORROWED}).options
     device = pick_device(o.device)
     set_precision(device, "fp32")
-    dataset = Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
+    dataset = Dataset(
+        o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size, whiten=o.whiten
+    )
     spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
     c = 0 if given.class_name is None else class_number(given.class_name, dataset.class_names, "--class")
     name, real = dataset.class_names[c], dataset.train

@@ -22,7 +22,7 @@ from utils.evaluation import Score
 from utils.exchange import SAFETENSORS, folder_names
 from utils.files import check_card, write_atomically
 from utils.formation import BOUND
-from utils.images import ImageSet, Normalize
+from utils.images import EPS, ImageSet, Normalize, Whiten
 
 log = logging.getLogger("dream")
 
@@ -72,9 +72,19 @@ def card_without_run(
         "decode_type": decode_type,
         "normalized": False,
         "normalization": {"mean": _numbers(normalize.mean), "std": _numbers(normalize.std)},
-        "settings": {},
+        "settings": {"whiten": "zca"} if isinstance(normalize, Whiten) else {},
         "finished": True,
     }
+
+
+WHITENING = (
+    f"then ZCA-whitened: without the mean image, flattened, times (covariance + {EPS:g} I)^(-1/2), mean image and "
+    "covariance being those of the real training images so normalised"
+)
+
+
+def _whitened(card: Mapping[str, Any]) -> bool:
+    return card.get("settings", {}).get("whiten") == "zca"
 
 
 def _numbers(x: Tensor) -> list[float]:
@@ -118,9 +128,10 @@ def how_to_use(card: Mapping[str, Any], side: int) -> str:
         "bound": f" with n = {f} for as many of a class's images as keep it within {BOUND}, smaller n for the others",
     }.get(card["decode_type"], f" with n = {f}")
     decode = f"cut every image into n x n cells{which}, enlarge each cell bilinearly to {side} x {side}, "
+    whitened = f"; {WHITENING}" if _whitened(card) else ""
     return (
         f"{title(card)}, distilled: images are in [0, 1], not normalised; {decode if f > 1 else ''}subtract the mean "
-        f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel"
+        f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel{whitened}"
     )
 
 
@@ -202,6 +213,7 @@ def readme(
         else ""
     )
     grey = "    transforms.Grayscale(),\n" if channels == 1 else ""
+    whitened = f", and {WHITENING}, which the lines below leave out" if _whitened(card) else ""
     about = [
         ("data set", f"{name}, {train.classes} classes"),
         ("budget", f"{stored} stored images, {stored / train.classes:g} per class: compare with sets of this size"),
@@ -239,7 +251,7 @@ PNG rounds pixels to 8 bits, so that accuracies may differ slightly from those o
 {reduced}
 ## Training on it
 
-Networks were trained on images normalised with mean {mean} and standard deviation {std}, in units of [0, 1]:
+Networks were trained on images normalised with mean {mean} and standard deviation {std}, in units of [0, 1]{whitened}:
 
 ```python
 from torchvision import datasets, transforms

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+EPS = 0.1  # added to the eigenvalues of a covariance that images are whitened by
+EXACT = 1024  # products of two numbers of up to 128 whose sum is at most 2^24: whole numbers that float32 holds
+
 
 class Normalize:
     """Images in [0, 1] (float) or 0..255 (uint8), (N, C, H, W), to zero mean and unit variance per channel."""
@@ -20,8 +23,85 @@ class Normalize:
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
     def preconditioned(self, gradients: Tensor) -> Tensor:
-        """Gradients by pixels, (..., C, H, W), as the step on pixels that equals a step on normalised images."""
+        """Gradients by pixels, (..., C, H, W), as the step on pixels that equals a step on normalised images.
+
+        With J the derivative of normalised images by pixels, that is J^-1 J^-T times the gradients.
+        """
         return self.std.to(gradients.dtype).square().squeeze(0) * gradients
+
+
+class Whiten(Normalize):
+    """Images as above, ZCA-whitened as well (an option of MTT, Cazenavette et al., CVPR 2022).
+
+    Normalised images without their mean image, flattened to D = C * H * W numbers, are multiplied by the symmetric
+    (cov + eps I)^(-1/2), of their covariance. Whitening an image takes 2 D^2 operations.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        *,
+        centre: Tensor,
+        covariance: Tensor,
+        eps: float = EPS,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """centre: (C, H, W), the mean image, and covariance: (D, D), of images in [0, 1]; float64.
+
+        dtype: of the matrices, which images of another one are multiplied by at the cost of converting them.
+        """
+        super().__init__(mean, std, device)
+        divisor = self.std.to(covariance).expand(1, *centre.shape).flatten()  # (D,)
+        square = covariance / (divisor[:, None] * divisor)
+        square.diagonal().add_(eps)
+        values, vectors = torch.linalg.eigh(square)
+        self.centre = centre.to(device, dtype)[None]  # (1, C, H, W)
+        self.square = square.to(device, dtype)  # cov + eps I
+        self.matrix = ((vectors * values.rsqrt()) @ vectors.T).to(device, dtype)
+
+    @classmethod
+    def of(
+        cls,
+        images: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        *,
+        eps: float = EPS,
+        dtype: torch.dtype = torch.float32,
+    ) -> Whiten:
+        """With the mean image and the covariance of training images, (N, C, H, W) uint8, wherever they lie."""
+        centre, covariance = moments(images, device)
+        return cls(mean, std, device, centre=centre, covariance=covariance, eps=eps, dtype=dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = to_unit(x)
+        x = (x - self.centre.to(x.dtype)) / self.std.to(x.dtype)
+        return (x.flatten(1) @ self.matrix.to(x.dtype)).view(x.shape)
+
+    def preconditioned(self, gradients: Tensor) -> Tensor:
+        """As above; J^-1 J^-T is here std (cov + eps I) std."""
+        std = self.std.to(gradients.dtype).squeeze(0)
+        product = (std * gradients).flatten(-3) @ self.square.to(gradients.dtype)
+        return std * product.view(gradients.shape)
+
+
+def moments(images: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Mean (C, H, W) and unbiased covariance (D, D) of uint8 images (N, C, H, W), in units of [0, 1], float64.
+
+    Products are those of whole numbers in float32, at its speed, and so few are added up there that all sums are exact.
+    """
+    size = images[0].numel()
+    first = torch.zeros(size, dtype=torch.float64, device=device)
+    second = torch.zeros(size, size, dtype=torch.float64, device=device)
+    for chunk in images.split(EXACT):
+        x = chunk.to(device).flatten(1).float() - 128
+        first += x.sum(0)
+        second += x.T @ x
+    second -= first[:, None] * first / len(images)
+    return (first / len(images) + 128).view(images.shape[1:]) / 255, second / (255**2 * max(1, len(images) - 1))
 
 
 def to_unit(x: Tensor) -> Tensor:

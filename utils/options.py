@@ -79,7 +79,7 @@ class Options:
     size: int | None = _data(None, parse=integer(8, 2**14), metavar="PIXELS",
         help="resize and centre-crop the images of a folder to this side (default: their own)")
     whiten: str = _data("none", choices=("none", "zca"),
-        help="ZCA-whiten images after normalising them, in distilling and in evaluation (MTT's option)")
+        help="ZCA-whiten images after normalising them, in distilling and in evaluation")
     data_dir: str = _data("data", metavar="DIR", help="where data sets are downloaded to and looked for")
     data_threads: int | None = _data(None, parse=integer(1, 512), metavar="N",
         help="threads that read image files (default: as many as the machine suggests)")
@@ -234,7 +234,7 @@ class TrainOptions(Options):
     decode_type: str | None = _subject(None, choices=formation.DECODE_TYPES,
         help="for a set without data.json (default: single)")
     normalized: bool = _subject(False,
-        help="the set's pixels have mean and standard deviation of the data set taken out")
+        help="the set's pixels have mean and standard deviation of the data set taken out (and are not whitened)")
     net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
         help=f"one or more of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or the name of one of "
              f"torchvision's, as in mobilenet_v3_small; {ALL_NETWORKS} for {' '.join(models.PAPER_TABLE)} (default: "

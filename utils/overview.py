@@ -9,6 +9,7 @@ from models import NetSpec, forward_flop
 from utils import files, options, recipes
 from utils.errors import printable
 from utils.evaluation import Score
+from utils.export import WHITENING
 from utils.formation import decoded_count
 from utils.methods import TRAJECTORY
 from utils.options import CondenseOptions
@@ -20,7 +21,8 @@ def card(o: CondenseOptions, dataset: Dataset, spec: NetSpec, state: State, *, f
     """data.json: what the set is and how to use it."""
     return {
         "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with factor "
-        "and decode_type, then subtract mean and divide by std of normalization, per channel.",
+        "and decode_type, then subtract mean and divide by std of normalization, per channel"
+        + (f"; {WHITENING}." if o.whiten == "zca" else "."),
         "dataset": o.dataset,
         "image_folder": options.as_saved(o)["image_folder"],
         "class_names": dataset.class_names,
