@@ -376,25 +376,21 @@ def main(argv: Sequence[str]) -> int:
         if o.dry_run:
             print(overview.describe(resolved, dataset, spec, folder))
             return 0
+        experts = experts_for(o, spec) if o.match == TRAJECTORY else None
+        if experts is not None and o.experts_only:
+            return prepare(experts, o, dataset, spec, stopper) or 0
         check = partial(folder.check, saved, free=options.FREE, resumable=options.RESUMABLE, restart=o.restart)
         if check() == "finished":
             return say_finished(folder)
 
         if not len(dataset.test):
             raise UserError(f"{o.dataset}: has no test images")
-        experts = experts_for(o, spec) if o.match == TRAJECTORY else None
-        if experts is not None:
-            try:
-                train_experts(experts, o, dataset, spec, stopper)
-            except Stopped as stop:
-                log.info("stopped (%s), the experts are saved in %s; %s to go on", stop, experts.folder, again(o))
-                return stopper.status
-            if o.experts_only:
-                log.info("the experts are ready in %s", experts.folder)
-                return 0
+        if experts is not None and (status := prepare(experts, o, dataset, spec, stopper)) is not None:
+            return status
         shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)
         earlier = None if o.resume_from is None else begin_from(Path(o.resume_from), saved, folder, shape)
-        asked = {name: getattr(o, name) for name in ("ipc", "factor", "init", "batch_real", "n_data")}
+        asked = {name: getattr(o, name) for name in ("ipc", "factor", "init", "n_data")}
+        asked["batch_real"] = o.batch_real if experts is None else 0
         warnings = checks.check_sizes(dataset.train.counts, dataset.class_names, **asked)
         about = runtime.session("condense.py", argv, device, precision=o.precision, deterministic=o.deterministic)
         with folder.held():
@@ -411,6 +407,17 @@ def main(argv: Sequence[str]) -> int:
                 compiled = ", compiled" if compute.compile else ""
                 log.info("%.3g TFLOP to go in %s%s", flop / 1e12, o.precision, compiled)
                 return run(Job(o, dataset, spec, folder, stopper, compute, earlier, experts))
+
+
+def prepare(experts: Experts, o: CondenseOptions, dataset: Dataset, spec: NetSpec, stopper: Stopper) -> int | None:
+    """Train the experts that are missing. Returns an exit status if that was stopped."""
+    try:
+        train_experts(experts, o, dataset, spec, stopper)
+    except Stopped as stop:
+        log.info("stopped (%s), the experts are saved in %s; %s to go on", stop, experts.folder, again(o))
+        return stopper.status
+    log.info("the experts are ready in %s", experts.folder)
+    return None
 
 
 def run(job: Job) -> int:

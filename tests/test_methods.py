@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from utils.selection import Context, batched_kmeans, select
 from utils.synthetic import initial_pixels
 from utils.training import Recipe, Trainer, fresh_network, plan, update_network
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ALL = "color_crop_cutout_flip_scale_rotate"
 
@@ -382,6 +386,56 @@ def test_experts_are_trained_by_a_command_of_their_own_and_shared(
     assert len(list(folder.glob("expert_*.pt"))) == 3
     assert condense.main([*argv, "--tag", "representatives", "--select", "kmeans"]) == 0
     assert len(list(tmp_path.glob("digits/experts_*"))) == 2
+
+
+def test_the_worked_example_of_the_readme_is_a_seventh_framework(tmp_path: Path) -> None:
+    block = (ROOT / "README.md").read_text().split("```python\n# utils/objectives.py")[1].split("```")[0]
+    parts = ("utils/objectives.py" + block).split("# utils/")
+    assert block.count("\n") < 30 and len(parts) == 2
+    for name in ("models", "utils"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("condense.py", "data.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for part in (parts[0].removeprefix("utils/"), parts[1]):
+        file, lines = part.split(".py", 1)
+        with open(tmp_path / "utils" / f"{file}.py", "a") as source:
+            source.write("\n#" + lines)
+    words = ["condense.py", *TINY, "-m", "dm2", "--select", "kmeans", "--niter", "3"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "results/digits/convnet2_f1_ipc2_dm2/data.json").read_text())
+    assert card["settings"]["match"] == "embed+variance" and card["settings"]["init"] == "kmeans" and card["finished"]
+
+
+@pytest.mark.parametrize("method", ["dm", "mtt"])
+def test_whitened_images_are_distilled_and_evaluated_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    argv = [*TINY, "-m", method, *BUDGET[method].split(), "--results_dir", str(tmp_path)]
+    assert condense.main([*argv, "--whiten", "zca", "--tag", "zca"]) == condense.main(argv) == 0
+    whitened, plain = (tmp_path / "digits" / f"convnet2_f1_ipc2_{method}{tag}" for tag in ("_zca", ""))
+    assert (whitened / "data.pt").read_bytes() != (plain / "data.pt").read_bytes()
+    assert "ZCA" in json.loads((whitened / "data.json").read_text())["about"]
+    found = []
+    for folder in (whitened, plain):
+        capsys.readouterr()
+        argv = [str(folder), "--device", "cpu", "--baselines", "none", "--real", "--epochs", "1", "--json"]
+        assert train.main([*argv, "--results_dir", str(tmp_path)]) == 0
+        assert ("whitening" in capsys.readouterr().out) == (folder == whitened)
+        found.append(json.loads((folder / "eval.json").read_text())["results"][0]["set"].get("whiten"))
+    assert found == ["zca", None]
+    assert (
+        len(json.loads((tmp_path / "digits/real/eval.json").read_text())["results"]) == 2
+    )  # not taken for another
+
+
+def test_idc_with_representatives_is_dream() -> None:
+    for dataset, *more in (["digits"], ["cifar10", "--reproduce", "-f", "2"], ["mnist", "--reproduce", "-f", "2"]):
+        dream, idc = (
+            dataclasses.asdict(parsed("-d", dataset, *more, "-m", *words))
+            for words in (["dream"], ["idc", "--select", "kmeans"])
+        )
+        assert {name for name in dream if dream[name] != idc[name]} == {"method"}
 
 
 def test_a_network_with_batch_norm_can_be_distilled_with_by_every_method(tmp_path: Path) -> None:

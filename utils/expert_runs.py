@@ -7,12 +7,11 @@ import logging
 from pathlib import Path
 
 from data import Dataset
-from models import NetSpec
+from models import NetSpec, forward_flop
 from utils import files, options, recipes
 from utils.compilation import computing
 from utils.experts import Experts, representative_epoch
 from utils.options import CondenseOptions
-from utils.overview import experts_flop
 from utils.report import Progress
 from utils.runtime import Draws, Stopper
 from utils.selection import Context
@@ -22,16 +21,8 @@ log = logging.getLogger("dream")
 
 # Options on which trajectories depend; and those on which they do where images are clustered.
 DEPEND = (
-    "dataset",
-    "image_folder",
-    "size",
-    "whiten",
-    "batch_real",
-    "select",
-    "expert_epochs",
-    "expert_seed",
-    "precision",
-)
+    "dataset", "image_folder", "size", "whiten", "batch_real", "select", "expert_epochs", "expert_seed", "precision",
+)  # fmt: skip
 CLUSTERED = ("interval", "kmeans", "cluster_raw")
 
 
@@ -50,6 +41,13 @@ def experts_for(o: CondenseOptions, spec: NetSpec) -> Experts:
     return Experts(Path(o.results_dir) / o.dataset / name, identity, count=o.experts, epochs=o.expert_epochs)
 
 
+def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
+    """Floating-point operations of all their training on `real` images."""
+    batches = -(-real // o.batch_real)
+    selected = -(-batches // o.interval) * real if o.select != "random" else 0
+    return forward_flop(spec) * o.experts * o.expert_epochs * (3 * real + selected)
+
+
 def train_experts(experts: Experts, o: CondenseOptions, dataset: Dataset, spec: NetSpec, stopper: Stopper) -> None:
     """Train what is missing of them. Raises Stopped on request, after saving; the same command goes on."""
     if not experts.missing():
@@ -57,8 +55,7 @@ def train_experts(experts: Experts, o: CondenseOptions, dataset: Dataset, spec: 
     real, device = dataset.train, dataset.device
     with stopper, experts.held():
         done, total = experts.done(), o.experts * o.expert_epochs
-        flop = experts_flop(o, spec, epochs=total - done, real=len(real))
-        compute = computing(device, o.compile, o.precision, flop)
+        compute = computing(device, o.compile, o.precision, experts_flop(o, spec, len(real)))
         log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
 
         def draws(*position: int | str) -> Draws:

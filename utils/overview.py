@@ -9,6 +9,7 @@ from models import NetSpec, forward_flop
 from utils import files, options, recipes
 from utils.errors import printable
 from utils.evaluation import Score
+from utils.expert_runs import experts_for
 from utils.export import WHITENING
 from utils.formation import decoded_count
 from utils.methods import TRAJECTORY
@@ -73,13 +74,6 @@ def step_flop(o: CondenseOptions, spec: NetSpec, *, decoded: int, real: int) -> 
     return forward_flop(spec) * passes
 
 
-def experts_flop(o: CondenseOptions, spec: NetSpec, *, epochs: int, real: int) -> float:
-    """The same of so many epochs of experts' training."""
-    batches = -(-real // o.batch_real)
-    selected = -(-batches // o.interval) * real if o.select != "random" else 0
-    return forward_flop(spec) * epochs * (3 * real + selected)
-
-
 def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder: RunFolder) -> str:
     """The resolved options, where each comes from, and what derives from them."""
     o = resolved.options
@@ -90,9 +84,10 @@ def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder
     derived = {
         "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
         "pixel learning rate": f"{rate:g}",
-        "network update": recipes.update_augmentation(o),
+        "network update": recipes.update_summary(o),
         "evaluation": recipes.evaluation_augmentation(o, flip=dataset.flip),
         "decoded per class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
         "run folder": printable(str(folder.path)),
+        **({"experts": printable(str(experts_for(o, spec).folder))} if o.match == TRAJECTORY else {}),
     }
     return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])

@@ -22,6 +22,14 @@ def update_augmentation(options: CondenseOptions) -> str:
     return augment.without(options.aug_type, "cutout") if options.mixup_net == "cut" else options.aug_type
 
 
+def update_summary(o: CondenseOptions) -> str:
+    """For people: what a network trains on between two matching steps."""
+    if o.inner_loop == 1 or (o.train_on == "real" and not o.n_data):
+        return "none"
+    images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
+    return f"{images}, {o.net_epoch} x, {update_augmentation(o)}"
+
+
 def update_recipe(options: CondenseOptions) -> training.Recipe:
     """How the network is trained between two matching steps."""
     return training.Recipe(
