@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +334,7 @@ BUDGET = {
     "dream": "--niter 2 --inner_loop 3 --n_data 16", "idc": "--niter 2 --inner_loop 3 --n_data 16",
     "dc": "--niter 2 --inner_loop 3 --net_epoch 2", "dsa": "--niter 2 --inner_loop 3 --net_epoch 2",
     "dm": "--niter 6",
-    "mtt": "--niter 6 --experts 2 --expert_epochs 4 --max_start 2 --match_epochs 2 --student_steps 3",
+    "mtt": "--niter 6 --experts 2 --expert_epochs 4 --max_start 2 --match_epochs 2 --student_steps 3 --batch_real 128",
     "dream+": "--niter 2 --inner_loop 3 --n_data 16",
 }  # fmt: skip
 
@@ -388,6 +389,35 @@ def test_experts_are_trained_by_a_command_of_their_own_and_shared(
     assert len(list(tmp_path.glob("digits/experts_*"))) == 2
 
 
+def test_another_run_s_step_size_is_taken_over_with_its_pixels(tmp_path: Path) -> None:
+    argv = [*TINY, "-m", "mtt", *BUDGET["mtt"].split(), "--lr_step", "1e-2", "--results_dir", str(tmp_path)]
+    assert condense.main(argv) == 0
+    folder = tmp_path / "digits" / "convnet2_f1_ipc2_mtt"
+    there = json.loads((folder / "data.json").read_text())["learned"]["step_size"]
+    more = ["--resume_from", str(folder), "--niter", "7", "--lr_step", "0", "--tag", "longer"]
+    assert condense.main([*argv, *more]) == 0
+    here = json.loads((tmp_path / "digits/convnet2_f1_ipc2_mtt_longer/data.json").read_text())["learned"]["step_size"]
+    assert here == there != pytest.approx(0.01, rel=1e-3)
+
+
+def test_experts_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
+    """Killed between two saves, the same command ends with the same bytes."""
+    argv = [*TINY, "-m", "mtt", *BUDGET["mtt"].split(), "--expert_epochs", "40", "--experts_only"]
+    assert condense.main([*argv, "--results_dir", str(tmp_path / "whole")]) == 0
+    words = [sys.executable, str(ROOT / "condense.py"), *argv, "--results_dir", str(tmp_path / "parts")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("parts/digits/*/expert_000.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and len(list(tmp_path.glob("parts/digits/*/expert_*.pt"))) < 2
+    assert condense.main([*argv, "--results_dir", str(tmp_path / "parts")]) == 0
+    whole, parts = (sorted(tmp_path.glob(f"{name}/digits/*/expert_*.pt")) for name in ("whole", "parts"))
+    assert [file.name for file in whole] == [file.name for file in parts] == ["expert_000.pt", "expert_001.pt"]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(*(torch.load(file, weights_only=True)["trajectory"] for file in (one, other)))
+
+
 def test_the_worked_example_of_the_readme_is_a_seventh_framework(tmp_path: Path) -> None:
     block = (ROOT / "README.md").read_text().split("```python\n# utils/objectives.py")[1].split("```")[0]
     parts = ("utils/objectives.py" + block).split("# utils/")
@@ -424,9 +454,7 @@ def test_whitened_images_are_distilled_and_evaluated_as_such(
         assert ("whitening" in capsys.readouterr().out) == (folder == whitened)
         found.append(json.loads((folder / "eval.json").read_text())["results"][0]["set"].get("whiten"))
     assert found == ["zca", None]
-    assert (
-        len(json.loads((tmp_path / "digits/real/eval.json").read_text())["results"]) == 2
-    )  # not taken for another
+    assert len(json.loads((tmp_path / "digits/real/eval.json").read_text())["results"]) == 2  # not taken for another
 
 
 def test_idc_with_representatives_is_dream() -> None:
