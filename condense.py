@@ -3,6 +3,7 @@
     $ python3 condense.py                                       # scikit-learn's digits, minutes on a CPU
     $ python3 condense.py --reproduce -d cifar10 -f 2 --ipc 10  # the published setting, hours on a GPU
     $ python3 condense.py --image_folder photos --size 64       # images of your own
+    $ python3 condense.py --method dm --select kmeans           # another framework, with representatives
 
 Run the same command again to go on after a stop. `python3 train.py` evaluates the result.
 """
@@ -70,7 +71,7 @@ def condense(job: Job, state: State) -> None:
             state.begin_iteration(fresh_network(job.spec, job.draws("network", it)))
             for epoch in range(o.pretrain):
                 state.trainer.all_images([job.draws("pretrain", it, epoch)])
-        if job.selects and state.selection_due(o.interval, o.inner_loop):
+        if job.experts is None and state.selection_due(o.interval, o.inner_loop):
             context = job.context(state.net, job.draws("select", it, step), per_cluster=o.per_cluster)
             state.picks.copy_(select(context, o.batch_real, strategy=o.select))  # (classes, batch_real)
 
@@ -104,7 +105,6 @@ class Job:
         self.shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)  # of the stored pixels
         self.real, self.test = dataset.train, dataset.test
         self.compute, self.earlier, self.experts = compute, earlier, experts
-        self.selects = experts is None
         self.n_data = o.n_data if o.train_on == "real" else None  # None: all there are
         self.selecting = compute.cheapest()
         self.matcher = Matcher(

@@ -3,6 +3,7 @@
     $ python3 tests/bench.py                             # the headline work on this machine's processor
     $ python3 tests/bench.py --device cuda --json bench.json
     $ python3 tests/bench.py --work mnist cifar100 --image_folder data/cifar10_jpg
+    $ python3 tests/bench.py --methods --repeats 3       # the inner step of every framework against its naive form
 
 Every variant runs in a process of its own, one after the other, so that its peak memory is its own: the published form
 as it comes; the same with the C allocator kept from returning memory, so that no ratio is one of page faults alone;
@@ -33,13 +34,14 @@ from torch import Tensor
 import models
 from data import Dataset
 from models import NetSpec
-from tests import published
+from tests import bench_methods, published
 from utils import device as machine
 from utils.augment import Augment
 from utils.compilation import compiler_error
 from utils.device import Compute
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
+from utils.methods import METHODS
 from utils.objectives import Comparison
 from utils.pixels import PixelSGD
 from utils.runtime import Draws
@@ -290,10 +292,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     if given.variant == "peaks":
         machine.keep_freed_memory()
         return {p: peaks(timer, p) for p in given.precisions}
-    if given.variant != "published":
+    if given.variant not in ("published", bench_methods.NAIVE[0]):
         machine.keep_freed_memory()
     if given.variant.endswith(DETERMINISTIC):
         machine.be_deterministic(device)
+    if given.methods:
+        found = bench_methods.measure(given.methods[0], given.variant, given.flags, timer, device)
+        return {**found, "peak memory": machine.peak_memory(device)}
     real = real_images(work, device, given.image_folder if given.work[0] == "headline" else None)
     if given.variant == "inertia":
         return dict(inertia(work, real, timer))
@@ -360,6 +365,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", help="write everything that was measured to this file")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--precisions", nargs="+", help="of fp32, tf32, bf16 (default: those that the device has)")
+    bench_methods.add_flags(parser)
     given = parser.parse_args(argv)
     device = machine.pick_device(given.device)
     if given.precisions is None:
@@ -369,11 +375,12 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(measure(given)))
         return 0
 
-    def apart(variant: str, work: str) -> dict[str, Any]:
+    def apart(variant: str, work: str, *more: str) -> dict[str, Any]:
         words = ["--device", device.type, "--work", work, "--repeats", str(given.repeats), "--variant", variant]
         words += ["--precisions", *given.precisions]
         words += ["--image_folder", given.image_folder] if given.image_folder else []
-        print(f"... {work}: {variant}", file=sys.stderr, flush=True)
+        words += more
+        print("...", work, *more[1:2], variant, file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
@@ -384,6 +391,16 @@ def main(argv: Sequence[str]) -> int:
         "python": platform.python_version(),
         "repeats": given.repeats,
     }
+    if given.methods is not None:
+        variants = [*bench_methods.NAIVE, *(f"ours {p}" for p in given.precisions)]
+        results = {
+            method: {v: apart(v, "headline", "--methods", method, f"--flags={given.flags}") for v in variants}
+            for method in given.methods or METHODS
+        }
+        print(json.dumps(about) + "\n\n" + bench_methods.table(results, given.flags))
+        if given.json:
+            Path(given.json).write_text(json.dumps({"machine": about, "methods": results}, indent=1) + "\n")
+        return 0
     report: dict[str, Any] = {"machine": about, "peaks": apart("peaks", "headline"), "works": {}}
     print(json.dumps({**about, "peaks in GFLOP/s": report["peaks"]}))
     for work in given.work:

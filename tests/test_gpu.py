@@ -38,17 +38,27 @@ def real_set(device: str) -> ImageSet:
     return ImageSet(images.to(device), (torch.arange(90) % 3).to(device), classes=3, normalize=normalize)
 
 
-def new_state(device: str, *, names: str = "color_crop_cutout", norm: str = "instance") -> State:
+MATCHED = (Comparison(), Comparison("embed"), Comparison("grad+embed"), Comparison("grad", "cos", fc=True))
+
+
+def new_state(
+    device: str,
+    *,
+    names: str = "color_crop_cutout",
+    norm: str = "instance",
+    matched: Comparison = MATCHED[0],
+    joint: bool = False,
+) -> State:
     """The beginning of a run."""
     real, how = real_set(device), compute(device)
     spec = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16, norm=norm)
     net = fresh_network(spec, Draws(device, 0))
     start = torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
-    pixels = PixelSGD(start, lr=1e-3, momentum=0.5)
+    pixels = PixelSGD(start, lr=1e-3, momentum=0.5, joint=real.normalize if joint else None)
     return State(
         pixels=pixels,
         trainer=Trainer([net], [real], UPDATE, how),
-        match=MatchingStep(Matcher(Comparison(), 2, "single", 5, Augment(names), how), net, pixels, real),
+        match=MatchingStep(Matcher(matched, 2, "single", 5, Augment(names), how), net, pixels, real),
         picks=torch.zeros(3, 8, dtype=torch.int64, device=device),
         losses=torch.zeros(3, device=device),
     )
@@ -100,10 +110,21 @@ def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool,
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-@pytest.mark.parametrize("names", ["color_crop_cutout", "flip_scale_rotate"])
-def test_a_captured_step_gives_the_same_pixels_and_weights(names: str, norm: str, device: str) -> None:
-    captured, plain = new_state(device, names=names, norm=norm), new_state(device, names=names, norm=norm)
+@pytest.mark.parametrize(
+    ("names", "norm", "matched", "joint"),
+    [
+        *(
+            (names, norm, MATCHED[0], False)
+            for names in ("color_crop_cutout", "flip_scale_rotate")
+            for norm in ("instance", "batch")
+        ),
+        *(("color_crop_cutout", "instance", matched, True) for matched in MATCHED[1:]),
+    ],
+)
+def test_a_captured_step_gives_the_same_pixels_and_weights(
+    names: str, norm: str, matched: Comparison, joint: bool, device: str
+) -> None:
+    captured, plain = (new_state(device, names=names, norm=norm, matched=matched, joint=joint) for _ in range(2))
     captured_step(plain).off = plain.trainer.step.off = True
     for state in (captured, plain):
         for step in range(STEPS):

@@ -1,5 +1,5 @@
-"""The frameworks that DREAM plugs into (Sec. 4.3), each a row of settings: what is matched, who trains the network on
-what, how the pixels step, and the budget. A seventh is one more row of METHODS.
+"""The frameworks that representative matching plugs into, each a row of settings: what is matched, what the network
+trains on, how the pixels step, and the budget. Another one is one more row of METHODS.
 """
 
 from __future__ import annotations
