@@ -153,6 +153,49 @@ def test_parameter_gradients_of_other_networks_are_those_of_autograd(norm: str) 
             torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-14)
 
 
+def batch_and_direction(net: Network, side: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Images, targets, a direction of all parameters; in the network's precision."""
+    direction = [noise(*p.shape, key=10 + i) for i, p in enumerate(net.parameters())]
+    x, target, *direction = (
+        v.to(net.classifier.weight.dtype) for v in (noise(7, 3, side, side), mixed(1, 7)[0], *direction)
+    )
+    return x, target, direction
+
+
+@pytest.mark.parametrize("pixels", ["one", "five", "all"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("side", "depth", "width"), SIZES)
+def test_slopes_in_a_direction_and_their_derivatives_are_those_of_autograd(
+    side: int, depth: int, width: int, norm: str, pixels: str
+) -> None:
+    net = network(norm, side=side, depth=depth, width=width)
+    x, target, direction = batch_and_direction(net, side)
+    c, parameters = compute({"one": 1, "five": 5 * side**2, "all": 0}[pixels]), list(net.parameters())
+    batch = list(forms.pieces(net, parameters, x, target, c, gradients=True))
+    assert all(isinstance(piece, analytic.Traced) for piece in batch)
+    slope, by_parameters, by_x = forms.along(batch, direction)
+    gradients = torch.autograd.grad(F.cross_entropy(net(x.requires_grad_()), target), parameters, create_graph=True)
+    expected = torch.stack([(g * d).sum() for g, d in zip(gradients, direction, strict=True)]).sum()
+    *exact, exact_x = torch.autograd.grad(expected, [*parameters, x])
+    torch.testing.assert_close(slope, expected.detach(), rtol=1e-9, atol=0)
+    assert close(by_x, exact_x, 1e-9)
+    sums = [torch.stack(parts).sum(0) for parts in zip(*(piece.gradients for piece in batch), strict=True)]
+    for ours, wanted in zip([*by_parameters, *sums], [*exact, *gradients], strict=True):
+        torch.testing.assert_close(ours, wanted.detach(), rtol=1e-9, atol=1e-12)  # zeros up to rounding, as above
+
+    lazily = forms.along(forms.pieces(net, parameters, x.detach(), target, c, gradients=False), direction)
+    assert torch.equal(lazily[0], slope) and torch.equal(lazily[2], by_x)
+    assert all(torch.equal(*pair) for pair in zip(lazily[1], by_parameters, strict=True))
+
+
+def slopes(form: analytic.Analytic, x: Tensor, target: Tensor, direction: list[Tensor]) -> list[Tensor]:
+    """The slope, its derivatives by parameters and by images, and the gradient."""
+    batch = list(form.traced(x, target, gradients=True))
+    slope, by_parameters, by_x = forms.along(batch, direction)
+    gradients = torch.stack([torch.cat([g.flatten() for g in piece.gradients]) for piece in batch]).sum(0)
+    return [slope, torch.cat([g.flatten() for g in by_parameters]), by_x, gradients]
+
+
 @pytest.mark.parametrize("pixels", [1, 320, 0])
 @pytest.mark.parametrize("norm", models.NORMS)
 @pytest.mark.parametrize("side", [8, 11, 28])
@@ -261,6 +304,29 @@ class TestStages:
         (expected,) = torch.autograd.grad((dh * h_dot).sum() + (h_bar * h).sum(), a)
         torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9)
 
+    def test_tangent_and_adjoint_where_gamma_and_beta_move(
+        self, groups: int, size: tuple[int, int], per_image: bool
+    ) -> None:
+        a, gamma, beta = inputs = self.inputs(size, per_image)
+        dots = noise(*a.shape, key=4), noise(*gamma.shape, key=7), noise(*beta.shape, key=8)
+        dh, h_bar = (noise(3, 8, size[0] // 2, size[1] // 2, key=k) for k in (5, 6))
+        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
+        _, s0, s1 = stages.backward(a, m, r, gamma, beta, dh)
+        h_dot, t0, t1 = stages.tangent(a, m, r, gamma, beta, *dots)
+        a_bar, u0, u1 = stages.whole_adjoint(
+            a, m, r, gamma, beta, dh, s0, s1, dots[0], t0, t1, h_bar, gamma_dot=dots[1]
+        )
+
+        for x in inputs:
+            x.requires_grad_()
+        h, expected = jvp(lambda *each: self.h(each[0], each[1], each[2], groups), inputs, dots, create_graph=True)
+        torch.testing.assert_close(h_dot, expected.detach(), rtol=1e-9, atol=1e-12)
+        by_a, by_gamma, by_beta = torch.autograd.grad((dh * expected).sum() + (h_bar * h).sum(), inputs)
+        torch.testing.assert_close(a_bar, by_a, rtol=1e-8, atol=1e-9)
+        for means, exact in ((u1, by_gamma), (u0, by_beta)):
+            ours = size[0] * size[1] * (means if per_image else means.sum(0, keepdim=True))
+            torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-9)
+
 
 # --- Precision and compilation ----------------------------------------------------------------------------------------
 
@@ -321,6 +387,17 @@ def test_bfloat16_gradients_and_embeddings_are_float32_up_to_their_own_rounding(
     assert close(forms.embed(nets[0], x[0], compute(precision="bf16")), nets[0].embed(x[0]), 0.05)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_bfloat16_slopes_are_float32_up_to_their_own_rounding(norm: str) -> None:
+    net = network(norm, side=16, width=32).float()
+    assert analytic.suits(net)
+    x, target, direction = batch_and_direction(net, 16)
+
+    written_out = [analytic.Analytic([net], compute(precision=p), torch.float32) for p in ("bf16", "fp32")]
+    for ours, exact in zip(*(slopes(form, x, target, direction) for form in written_out), strict=True):
+        assert ours.dtype == torch.float32 and close(ours, exact, 0.2)
+
+
 @pytest.mark.parametrize("how", ["for a CPU", pytest.param("by torch.compile", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", ["instance", "group"])
 def test_compiled_passes_give_the_same_numbers(norm: str, how: str) -> None:
@@ -331,6 +408,7 @@ def test_compiled_passes_give_the_same_numbers(norm: str, how: str) -> None:
     nets = [net for net in made if analytic.suits(net)]
     real, syn, labels = (x.float() if x.is_floating_point() else x for x in classes(side))
     x, target = noise(2, REAL, 3, side, side).float(), mixed(2, REAL).float()
+    _, _, direction = batch_and_direction(made[0], side)
     for pixels in (0, 5 * side**2):
         plain, quick = (
             [analytic.Analytic(group, c, torch.float32) for group in (nets[:1], nets)]
@@ -347,3 +425,5 @@ def test_compiled_passes_give_the_same_numbers(norm: str, how: str) -> None:
         for ours, exact in zip(*(form[1].gradients(x, target) for form in (quick, plain)), strict=True):
             assert close(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in exact]), 1e-5)
         assert close(quick[0].embed(x[0]), plain[0].embed(x[0]), 1e-5)
+        for ours, exact in zip(*(slopes(form[0], x[0], target[0], direction) for form in (quick, plain)), strict=True):
+            assert close(ours, exact, 1e-5)

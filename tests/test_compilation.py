@@ -41,10 +41,10 @@ def noise(*shape: int, key: int, dtype: torch.dtype) -> Tensor:
 def every_stage(
     how: Stages, dtype: torch.dtype, groups: int, case: tuple[int, int, int, bool], images: int = 3
 ) -> list[Tensor]:
-    """What the four stages find on the same images, each given what the plain ones before it found."""
+    """What the stages find on the same images, each given what the plain ones before it found."""
     h, w, c, own = case
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    gamma, beta = (noise(images if own else 1, c, 1, 1, key=k, dtype=wide) for k in (1, 2))
+    gamma, beta, *moving = (noise(images if own else 1, c, 1, 1, key=k, dtype=wide) for k in (1, 2, 7, 8))
     a, a_dot = 2 * noise(images, c, h, w, key=3, dtype=dtype) + 1, noise(images, c, h, w, key=4, dtype=dtype)
     dh, h_bar = (noise(images, c, h // 2, w // 2, key=k, dtype=dtype) for k in (5, 6))
     _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
@@ -55,7 +55,9 @@ def every_stage(
         *how.forward(a, gamma, beta, groups, 1e-5),
         *how.backward(*norm, dh),
         *how.tangent(*norm, a_dot),
+        *how.tangent(*norm, a_dot, *moving),
         how.adjoint(*norm, dh, s0, s1, a_dot, t0, t1, h_bar),
+        *how.whole_adjoint(*norm, dh, s0, s1, a_dot, t0, t1, h_bar, moving[0]),
     ]
 
 

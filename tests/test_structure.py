@@ -23,6 +23,7 @@ NUMERIC = {
     "layout",
     "matching",
     "objectives",
+    "passes",
     "pixels",
     "selection",
     "stages",

@@ -91,14 +91,14 @@ def cpu_stages() -> Stages:
         run("backward", m.shape[1], 0, a, m, r, gamma, beta, dh, da, s0, s1)
         return da, s0, s1
 
-    def tangent(
-        a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, beta: Tensor, a_dot: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def tangent(a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not _fits(a, gamma):
-            return stages.tangent(a, m, r, gamma, beta, a_dot)
-        a, gamma, beta, a_dot = map(_dense, (a, gamma, beta, a_dot))
+            return stages.tangent(a, m, r, gamma, *rest)
+        a = _dense(a)
         h_dot, t0, t1 = _pooled(a), torch.empty_like(m), torch.empty_like(m)
-        run("tangent", m.shape[1], 0, a, m, r, gamma, beta, a_dot, h_dot, t0, t1)
+        _, _, *moving = rest  # whether gamma and beta move
+        stage = "whole_tangent" if moving else "tangent"
+        run(stage, m.shape[1], 0, a, m, r, *map(_dense, (gamma, *rest)), h_dot, t0, t1)
         return h_dot, t0, t1
 
     def adjoint(a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, *rest: Tensor) -> Tensor:
@@ -109,7 +109,16 @@ def cpu_stages() -> Stages:
         run("adjoint", m.shape[1], 0, a, m, r, *map(_dense, (gamma, *rest)), a_bar)
         return a_bar
 
-    return Stages(forward, backward, tangent, adjoint)
+    def whole_adjoint(a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not _fits(a, gamma):
+            return stages.whole_adjoint(a, m, r, gamma, *rest)
+        a = _dense(a)
+        a_bar = torch.empty_like(a)
+        u0, u1 = (gamma.new_empty(*a.shape[:2], 1, 1) for _ in range(2))
+        run("whole_adjoint", m.shape[1], 0, a, m, r, *map(_dense, (gamma, *rest)), a_bar, u0, u1)
+        return a_bar, u0, u1
+
+    return Stages(forward, backward, tangent, adjoint, whole_adjoint)
 
 
 def _library(source: Path) -> ctypes.CDLL:

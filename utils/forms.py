@@ -4,13 +4,14 @@ exists for the network, by autograd otherwise. Both give the same numbers up to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call, vmap
 
 from models import Network
 from utils import analytic
@@ -87,6 +88,67 @@ def match_by_autograd(
         else:
             losses = vmap(of_class)(real, syn, labels)
     return losses.detach(), torch.autograd.grad(losses.sum(), syn)[0]
+
+
+class Piece(Protocol):
+    """Some images of a batch, and all that is needed of them for derivatives of the mean cross-entropy."""
+
+    @property
+    def gradients(self) -> Sequence[Tensor]:
+        """What they add to the gradient with respect to the parameters."""
+
+    def along(self, direction: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        """What they add to the slope in a direction, like the parameters; and the derivatives of that, by the
+        parameters and by the images."""
+
+
+def pieces(
+    net: Network, parameters: Sequence[Tensor], x: Tensor, target: Tensor, compute: Compute, *, gradients: bool
+) -> Iterator[Piece]:
+    """A batch, (n, C, H, W), with targets, (n, classes), under these parameters. gradients: whether they are wanted."""
+    if analytic.suits(net):
+        return analytic.Analytic([net], compute, x.dtype, [parameters]).traced(x, target, gradients)
+    return graphs(net, parameters, x, target, compute)
+
+
+def along(batch: Iterable[Piece], direction: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The slope of a batch's mean cross-entropy in a direction, like the parameters; and the derivatives of that, by
+    the parameters and by the images."""
+    slope, by_parameters, by_x = direction[0].new_zeros(()), [torch.zeros_like(d) for d in direction], []
+    for piece in batch:
+        part, found, by_piece = piece.along(direction)
+        del piece  # before the next one is made
+        slope += part
+        for sums, added in zip(by_parameters, found, strict=True):
+            sums += added
+        by_x.append(by_piece)
+    return slope, by_parameters, torch.cat(by_x)
+
+
+class Graph(NamedTuple):
+    """A piece of any network's, by autograd."""
+
+    parameters: list[Tensor]
+    x: Tensor
+    gradients: tuple[Tensor, ...]
+
+    def along(self, direction: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        part = torch.stack([(g * d).sum() for g, d in zip(self.gradients, direction, strict=True)]).sum()
+        *by_parameters, by_x = torch.autograd.grad(part, [*self.parameters, self.x])
+        return part.detach(), by_parameters, by_x
+
+
+def graphs(net: Network, parameters: Sequence[Tensor], x: Tensor, target: Tensor, compute: Compute) -> Iterator[Graph]:
+    """The pieces by autograd: the batch as a whole where batch norm looks at all of it."""
+    names = [name for name, _ in net.named_parameters()]
+    together = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    for rows in analytic.even(len(x), len(x) if together else compute.images(x.shape[-1])):
+        weights = [w.detach().requires_grad_() for w in parameters]
+        part = x[rows].detach().requires_grad_()
+        with compute.autocast():
+            logits = functional_call(net, dict(zip(names, weights, strict=True)), (part,))
+            loss = F.cross_entropy(logits, target[rows], reduction="sum") / len(x)
+        yield Graph(weights, part, torch.autograd.grad(loss, weights, create_graph=True))
 
 
 @contextmanager

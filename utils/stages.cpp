@@ -295,12 +295,14 @@ void backward(const Shape& s, Image image) {
   });
 }
 
-template <class T, class N = Wide<T>>
+// WHOLE: gamma and beta move as well.
+template <class T, bool WHOLE = false, class N = Wide<T>>
 void tangent(const Shape& s, Image image) {
   const auto a = image.next<const T>();
   const auto m = spread(s, image.next<const N>()), r = spread(s, image.next<const N>());
   const auto gamma = image.next<const N>(), beta = image.next<const N>();
   const auto a_dot = image.next<const T>();
+  const auto gamma_dot = WHOLE ? image.next<const N>() : nullptr, beta_dot = WHOLE ? image.next<const N>() : nullptr;
   const auto h_dot = image.next<T>();
   const auto t0_out = image.next<N>(), t1_out = image.next<N>();
 
@@ -317,19 +319,40 @@ void tangent(const Shape& s, Image image) {
   gather(s, t0, t0_out);
   gather(s, t1, t1_out);
 
-  const auto along_t = per_channel<N>(s, [&](int64_t c) { return r[c] * t1[c]; });
-  for_every_cell(s, [&](int64_t c) {
-    return [=, &s, here = norm.at(c), k0 = load(&t0[c]), kt = load(&along_t[c])](int64_t pixel, int64_t cell) {
-      const auto moved = [&](int64_t p) {
-        const auto t = here.t(p);
-        return here.masked(t, load(a_dot + p) - k0 - t * kt);
+  if constexpr (WHOLE) {
+    const auto constant = per_channel<N>(s, [&](int64_t c) { return beta_dot[c] - norm.slope[c] * t0[c]; });
+    const auto along_t = per_channel<N>(s, [&](int64_t c) {
+      return r[c] * (gamma_dot[c] - norm.slope[c] * t1[c]);
+    });
+    for_every_cell(s, [&](int64_t c) {
+      return [=, &s, here = norm.at(c), k0 = load(&constant[c]), kt = load(&along_t[c])](int64_t pixel, int64_t cell) {
+        const auto moved = [&](int64_t p) {
+          const auto t = here.t(p);
+          return here.masked(t, here.slope * load(a_dot + p) + (t * kt + k0));
+        };
+        store(pooled(s, pixel, moved), h_dot + cell);
       };
-      store(here.slope * pooled(s, pixel, moved), h_dot + cell);
-    };
-  });
+    });
+  } else {
+    const auto along_t = per_channel<N>(s, [&](int64_t c) { return r[c] * t1[c]; });
+    for_every_cell(s, [&](int64_t c) {
+      return [=, &s, here = norm.at(c), k0 = load(&t0[c]), kt = load(&along_t[c])](int64_t pixel, int64_t cell) {
+        const auto moved = [&](int64_t p) {
+          const auto t = here.t(p);
+          return here.masked(t, load(a_dot + p) - k0 - t * kt);
+        };
+        store(here.slope * pooled(s, pixel, moved), h_dot + cell);
+      };
+    });
+  }
 }
 
-template <class T, class N = Wide<T>>
+template <class T>
+void whole_tangent(const Shape& s, Image image) {
+  tangent<T, true>(s, image);
+}
+
+template <class T, bool WHOLE = false, class N = Wide<T>>
 void adjoint(const Shape& s, Image image) {
   const auto a = image.next<const T>();
   const auto m = spread(s, image.next<const N>()), r = spread(s, image.next<const N>());
@@ -339,6 +362,7 @@ void adjoint(const Shape& s, Image image) {
   const auto a_dot = image.next<const T>();
   const auto t0 = spread(s, image.next<const N>()), t1 = spread(s, image.next<const N>());
   const auto h_bar = image.next<const T>();
+  const auto gamma_dot = WHOLE ? image.next<const N>() : nullptr;
   const auto a_bar = image.next<T>();
 
   const Norm<T> norm(s, a, m, r, gamma, beta);
@@ -352,14 +376,23 @@ void adjoint(const Shape& s, Image image) {
   });
   const N pixels = s.height * s.width;
   const auto mean = [&](auto value) { return group_mean(s, per_channel<N>(s, value)); };
-  const auto q0 = mean([&, &bar = bar](int64_t c) { return gamma[c] * bar[c]; });
-  const auto q1 = mean([&, &bar_t = bar_t](int64_t c) { return norm.slope[c] * bar_t[c]; });
+  const auto q0 = mean([&, &bar = bar](int64_t c) {
+    if constexpr (WHOLE) return gamma[c] * bar[c] + gamma_dot[c] * s0[c] * pixels;
+    return gamma[c] * bar[c];
+  });
+  const auto q1 = mean([&, &bar_t = bar_t](int64_t c) {
+    if constexpr (WHOLE) return norm.slope[c] * bar_t[c] + gamma_dot[c] * s1[c] * pixels;
+    return norm.slope[c] * bar_t[c];
+  });
   const auto g0 = mean([&](int64_t c) { return gamma[c] * s0[c] * pixels; });
   const auto p = mean([&](int64_t c) { return gamma[c] * s1[c] * pixels; });
   const auto ga = mean([&, &up_dot = up_dot](int64_t c) { return gamma[c] * up_dot[c]; });
 
   // abar = slope mask up(hbar) - r Q slope mask up(dh) + (all that is the same for a whole channel, times 1, t and a.)
-  const auto of_g = per_channel<N>(s, [&](int64_t c) { return r[c] * t1[c]; });
+  const auto of_g = per_channel<N>(s, [&](int64_t c) {
+    if constexpr (WHOLE) return r[c] * (norm.slope[c] * t1[c] - gamma_dot[c]);  // with gamma. s, which is part of q
+    return r[c] * t1[c];
+  });
   const auto of_dot = per_channel<N>(s, [&](int64_t c) { return -r[c] * r[c] * p[c]; });
   const auto of_t = per_channel<N>(s, [&](int64_t c) {
     const N k = ga[c] - g0[c] * t0[c];
@@ -372,10 +405,24 @@ void adjoint(const Shape& s, Image image) {
     return [=, here = norm.at(c), kg = load(&of_g[c]), kd = load(&of_dot[c]), kt = load(&of_t[c]),
             k0 = load(&constant[c])](int64_t pixel, int64_t cell) {
       const auto t = here.t(pixel);
-      const auto sloped = here.masked(t, here.slope * (unpool(h_bar, cell) - kg * unpool(dh, cell)));
+      const auto up = unpool(h_bar, cell), d = unpool(dh, cell);
+      const auto sloped = here.masked(t, WHOLE ? here.slope * up - kg * d : here.slope * (up - kg * d));
       store(sloped + (t * kt + load(a_dot + pixel) * kd + k0), a_bar + pixel);
     };
   });
+
+  if constexpr (WHOLE) {
+    const auto u0 = image.next<N>(), u1 = image.next<N>();
+    for (int64_t c = 0; c < s.channels; ++c) {
+      u0[c] = bar[c] / pixels;
+      u1[c] = r[c] * ((bar_t[c] + up_dot[c]) / pixels - t0[c] * s0[c] - t1[c] * s1[c]);
+    }
+  }
+}
+
+template <class T>
+void whole_adjoint(const Shape& s, Image image) {
+  adjoint<T, true>(s, image);
 }
 
 void for_every_image(const Shape& s, const Tensor* tensors, void (*stage)(const Shape&, Image)) {
@@ -388,7 +435,8 @@ void for_every_image(const Shape& s, const Tensor* tensors, void (*stage)(const 
 #define EXPORT(STAGE, TYPE, T) \
   extern "C" void STAGE##_##TYPE(const Shape* s, const Tensor* tensors) { for_every_image(*s, tensors, STAGE<T>); }
 #define EXPORT_FOR(TYPE, T) \
-  EXPORT(forward, TYPE, T) EXPORT(backward, TYPE, T) EXPORT(tangent, TYPE, T) EXPORT(adjoint, TYPE, T)
+  EXPORT(forward, TYPE, T) EXPORT(backward, TYPE, T) \
+  EXPORT(tangent, TYPE, T) EXPORT(whole_tangent, TYPE, T) EXPORT(adjoint, TYPE, T) EXPORT(whole_adjoint, TYPE, T)
 
 EXPORT_FOR(float64, double)
 EXPORT_FOR(float32, float)

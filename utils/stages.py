@@ -6,8 +6,8 @@ norm's parameters:
 
     forward    h = pool(relu(gamma x + beta))
     backward   g = gamma mask up(dh),  da = r (g - mean g - x mean(x g))
-    tangent    h. = pool(gamma mask r (a. - mean a. - x mean(x a.)))
-    adjoint    of the tangent, with respect to a; see there
+    tangent    x. = r (a. - mean a. - x mean(x a.)),  h. = pool(mask (gamma x. + gamma. x + beta.))
+    adjoint    of the tangent, with respect to a, gamma and beta; see there
 
 mask is ReLU's slope, up() the adjoint of the pooling, means run over a norm group. Shapes: a and all that is like it
 (N, C, H, W); h, dh, h., hbar (N, C, H // 2, W // 2); gamma, beta (1 or N, C, 1, 1); m, r, means (N, groups, 1, 1, 1);
@@ -50,14 +50,23 @@ def backward(
 
 
 def tangent(
-    a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, beta: Tensor, a_dot: Tensor
+    a: Tensor,
+    m: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    a_dot: Tensor,
+    gamma_dot: Tensor | None = None,
+    beta_dot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h., mean a., mean(x a.)."""
+    """h., mean a., mean(x a.). gamma and beta move both or not at all."""
     x, mask = normalized(a, m, r, gamma, beta)
     t = wide(a_dot)
     t0, t1 = group_mean(t, m), group_mean(x * t, m)
-    x_dot = spread(r, a) * (t - spread(t0, a) - x * spread(t1, a))
-    return F.avg_pool2d(gamma * mask * x_dot, 2).to(a.dtype), t0, t1
+    y_dot = gamma * mask * (spread(r, a) * (t - spread(t0, a) - x * spread(t1, a)))
+    if gamma_dot is not None and beta_dot is not None:
+        y_dot = y_dot + mask * (gamma_dot * x + beta_dot)
+    return F.avg_pool2d(y_dot, 2).to(a.dtype), t0, t1
 
 
 def adjoint(
@@ -81,8 +90,51 @@ def adjoint(
     """
     x, mask = normalized(a, m, r, gamma, beta)
     slope = gamma * mask
-    g, q, t = slope * unpool(dh, a), slope * unpool(h_bar, a), wide(a_dot)
+    g, q = slope * unpool(dh, a), slope * unpool(h_bar, a)
+    return _through_norm(a, m, r, x, g, group_mean(gamma * s0, m), group_mean(gamma * s1, m), a_dot, t0, t1, q)
+
+
+def whole_adjoint(
+    a: Tensor,
+    m: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    dh: Tensor,
+    s0: Tensor,
+    s1: Tensor,
+    a_dot: Tensor,
+    t0: Tensor,
+    t1: Tensor,
+    h_bar: Tensor,
+    gamma_dot: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where gamma and beta move: abar, and the channel means of u and u x + s x., which are the gradients of
+    beta and gamma. q = gamma u + gamma. s  with  u = mask up(hbar),  s = mask up(dh).
+    """
+    x, mask = normalized(a, m, r, gamma, beta)
+    s, u, t = mask * unpool(dh, a), mask * unpool(h_bar, a), wide(a_dot)
     g0, p = group_mean(gamma * s0, m), group_mean(gamma * s1, m)
+    x_dot = spread(r, a) * (t - spread(t0, a) - x * spread(t1, a))
+    a_bar = _through_norm(a, m, r, x, gamma * s, g0, p, a_dot, t0, t1, gamma * u + gamma_dot * s)
+    return a_bar, u.mean((2, 3), keepdim=True), (u * x + s * x_dot).mean((2, 3), keepdim=True)
+
+
+def _through_norm(
+    a: Tensor,
+    m: Tensor,
+    r: Tensor,
+    x: Tensor,
+    g: Tensor,
+    g0: Tensor,
+    p: Tensor,
+    a_dot: Tensor,
+    t0: Tensor,
+    t1: Tensor,
+    q: Tensor,
+) -> Tensor:
+    """abar. g0: mean g."""
+    t = wide(a_dot)
     k = group_mean(g * t, m) - g0 * t0
     r = spread(r, a)
     first = q - spread(group_mean(q, m), a) - x * spread(group_mean(x * q, m), a)
@@ -126,3 +178,4 @@ class Stages(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = backward
     tangent: Callable[..., tuple[Tensor, Tensor, Tensor]] = tangent
     adjoint: Callable[..., Tensor] = adjoint
+    whole_adjoint: Callable[..., tuple[Tensor, Tensor, Tensor]] = whole_adjoint

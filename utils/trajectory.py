@@ -9,22 +9,20 @@ images x_t. With lambda_N = dL/dtheta_N, the derivatives of the distance L are, 
     dL/dx_t = - a ds_t/dx_t
     lambda_t = lambda_{t+1} - a ds_t/dtheta_t
 
-so all that has to be kept of a step is theta_t: its graph can be made again when its turn comes.
+so all that has to be kept of a step is theta_t: what else its derivatives take can be made again when its turn comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from models import Network
 from utils import forms
-from utils.analytic import even
 from utils.device import Captured, Compute
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
@@ -97,14 +95,14 @@ def unrolled(
     """
     net.train()
     targets = [F.one_hot(y, net.classifier.out_features).to(start.dtype) for y in labels]
-    # To keep all steps' graphs takes 2 to 12 times the memory, to make them again 1.4 to 1.6 times the time.
+    # To keep all that the way back needs takes 2 to 12 times the memory, to make it again 1.2 to 1.6 times the time.
     keep = sum(map(len, batches)) <= compute.group(1, batches[0].shape[-1])
-    path, graphs = [start], []
+    path, kept = [start], []
     with forms.frozen_statistics(net):
         for x, y in zip(batches, targets, strict=True):
             if keep:
-                graphs.append(list(pieces(net, path[-1], x, y, compute)))
-                gradient = torch.stack([joined(piece.gradients).detach() for piece in graphs[-1]]).sum(0)
+                kept.append(list(forms.pieces(net, separated(net, path[-1]), x, y, compute, gradients=True)))
+                gradient = torch.stack([joined(piece.gradients).detach() for piece in kept[-1]]).sum(0)
             else:
                 load(net, path[-1])
                 gradient = joined(forms.gradients([net], x[None], y[None], compute)[0])
@@ -113,49 +111,13 @@ def unrolled(
         adjoint = 2 * missed / whole
         images, by_size = [], torch.zeros_like(step_size)
         for x, y in zip(reversed(batches), reversed(targets), strict=True):
-            theta = path.pop()
-            graph = graphs.pop() if keep else pieces(net, theta, x, y, compute)
-            slope, by_theta, by_x = along(net, graph, adjoint)
+            parameters = separated(net, path.pop())
+            batch = kept.pop() if keep else forms.pieces(net, parameters, x, y, compute, gradients=False)
+            slope, by_theta, by_x = forms.along(batch, separated(net, adjoint))
             by_size -= slope
             images.append(-step_size * by_x)
-            adjoint = adjoint - step_size * by_theta
+            adjoint = adjoint - step_size * joined(by_theta)
     return Unrolled(missed.square().sum() / whole, images[::-1], by_size)
-
-
-class Piece(NamedTuple):
-    """Some images of a batch, and the graph of what they add to the gradient of the mean cross-entropy."""
-
-    weights: list[Tensor]
-    x: Tensor
-    gradients: tuple[Tensor, ...]  # like the weights
-
-
-def pieces(net: Network, theta: Tensor, x: Tensor, target: Tensor, compute: Compute) -> Iterator[Piece]:
-    """A batch (n, C, H, W), with targets (n, classes), under parameters (P,); as a whole where batch norm looks at all
-    of it."""
-    names = [name for name, _ in net.named_parameters()]
-    together = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
-    for rows in even(len(x), len(x) if together else compute.images(x.shape[-1])):
-        weights = [w.detach().requires_grad_() for w in separated(net, theta)]
-        part = x[rows].detach().requires_grad_()
-        with compute.autocast():
-            logits = functional_call(net, dict(zip(names, weights, strict=True)), (part,))
-            loss = F.cross_entropy(logits, target[rows], reduction="sum") / len(x)
-        yield Piece(weights, part, torch.autograd.grad(loss, weights, create_graph=True))
-
-
-def along(net: Network, graph: Iterable[Piece], direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The slope of a batch's mean cross-entropy in a direction (P,), and its derivatives: by the parameters, (P,), and
-    by the images."""
-    directions = separated(net, direction)
-    slope, by_theta, by_x = direction.new_zeros(()), torch.zeros_like(direction), []
-    for piece in graph:
-        part = torch.stack([(g * d).sum() for g, d in zip(piece.gradients, directions, strict=True)]).sum()
-        *by_weights, by_piece = torch.autograd.grad(part, [*piece.weights, piece.x])
-        slope += part.detach()
-        by_theta += joined(by_weights)
-        by_x.append(by_piece)
-    return slope, by_theta, torch.cat(by_x)
 
 
 # --- The synthetic images ---------------------------------------------------------------------------------------------
