@@ -1,4 +1,7 @@
-"""The frameworks' inner steps for bench.py --methods: their naive forms, and ours as condense.py composes them."""
+"""The frameworks' inner steps for bench.py --methods: their naive forms, and ours as condense.py composes them.
+
+Without the selection, which the other tables measure, and without the epoch that dream+ pre-trains a network for.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from models import NetSpec
 from tests import published
 from utils import options, recipes
 from utils.compilation import compiler_error
-from utils.device import Compute
+from utils.device import Captured, Compute, set_precision
 from utils.flags import make_parser
 from utils.images import ImageSet, Normalize
 from utils.methods import METHODS, TRAJECTORY
@@ -85,6 +88,7 @@ def naive(step: Step) -> Callable[[], None]:
     weights = torch.optim.SGD(net.parameters(), update.lr, update.momentum, weight_decay=update.weight_decay)
     labels, names = torch.arange(10, device=real.device).repeat_interleave(o.ipc), recipes.update_augmentation(o)
     cutmix = 0.5 if o.mixup_net == "cut" else 0.0
+    net.requires_grad_(o.match != "embed")  # without which the distance's gradient by the weights is computed in vain
     how: dict[str, Any] = dict(match=o.match, fc=o.fc, names=o.aug_type, joint=o.pixel_step == "joint")
 
     def inner_step() -> None:
@@ -105,6 +109,7 @@ def ours(step: Step, precision: str) -> Callable[[], None]:
     """The same as condense.py does it."""
     o, real, (net, start) = step.o, step.real, step.start()
     device = real.device
+    set_precision(device, precision)
     compute = Compute(device, precision, compile=compiler_error(device) is None)
     ends = near(flattened(net))
     experts: Any = SimpleNamespace(count=1, pair=lambda expert, start, end: ends) if o.match == TRAJECTORY else None
@@ -129,7 +134,9 @@ def measure(
     """Seconds of some inner steps; in this process."""
     step = Step.of(method, flags, device)
     inner_step = naive(step) if variant in NAIVE else ours(step, variant.removeprefix("ours "))
-    return {"seconds": timer(inner_step, warm=1 if variant in NAIVE else 2)}
+    return {
+        "seconds": timer(inner_step, warm=1 if variant in NAIVE else 2 if device.type == "cpu" else Captured.WARM + 1)
+    }
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]], flags: str) -> str:

@@ -142,7 +142,7 @@ def class_distance(
         pairs = [(a.mean(0), b.mean(0)) for a, b in zip(net.features(real), net.features(syn), strict=True)]
         return sum((layer_distance(metric, a.detach(), b) for a, b in pairs), real.new_zeros(()))
     weights = matched(net, bias=bias, fc=fc)
-    target = torch.tensor([label])
+    target = torch.tensor([label], device=real.device)
     loss_real = F.cross_entropy(net(real), target.expand(len(real)))
     loss_syn = F.cross_entropy(net(syn), target.expand(len(syn)))
     wanted = [g.detach() for g in torch.autograd.grad(loss_real, weights)]
