@@ -175,6 +175,8 @@ class Dataset:
         assert whiten in ("none", "zca")
         self.name = name
         self.whiten = whiten
+        self._held: list[int] | None = None  # None: all
+        self._add: Callable[[Tensor], Tensor] = lambda x: x
         self.device = device
         self.flip = name not in NOT_MIRRORED  # whether a mirror image belongs to the same class
         self.data_dir = Path(os.path.expanduser(data_dir))
@@ -207,7 +209,25 @@ class Dataset:
             )
 
     @cached_property
+    def counts(self) -> list[int]:
+        """Training images of every class. A folder need not be read for it."""
+        if self.folder is not None:
+            labels = torch.tensor([label for _, label in self.folder.samples[True]])
+        else:
+            labels = self._train[1]
+        return torch.bincount(labels, minlength=self.classes).tolist()
+
+    def hold(self, classes: list[int], add: Callable[[Tensor], Tensor]) -> None:
+        """Of the training images, keep those of some classes only; before they are first asked for.
+
+        add: the sum over all processes, which hold the others.
+        """
+        self._held, self._add = classes, add
+
+    @cached_property
     def train(self) -> ImageSet:
+        """The training images, or those of the classes that are to be held."""
+        self._keep_held()
         normalize = self.normalize  # may need the images, too
         found = self._image_set(*self._train, normalize)
         del self._train  # only one copy stays in memory
@@ -223,15 +243,17 @@ class Dataset:
         mean, std = self.statistics
         if self.whiten == "none":
             return Normalize(mean, std, self.device)
+        self._keep_held()
         images = self._train[0]  # there until `train` is: it asks for the normalisation first
-        log.info("whitening: the covariance of %d images of %d numbers", len(images), images[0].numel())
-        return Whiten.of(images, mean, std, self.device)
+        log.info("whitening: the covariance of %d images of %d numbers", sum(self.counts), images[0].numel())
+        return Whiten.of(images, mean, std, self.device, add=self._add)
 
     @property
     def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and standard deviation per channel, in units of [0, 1]."""
         if self._statistics is None:
-            self._statistics = channel_statistics(self._train[0])
+            self._keep_held()
+            self._statistics = channel_statistics(self._train[0], self._add)
         return self._statistics
 
     @property
@@ -245,13 +267,20 @@ class Dataset:
         images, labels, _ = self._load(train=True)
         return images, labels
 
+    def _keep_held(self) -> None:
+        """Let go of the training images of other classes, once it is known how many there were."""
+        if self._held is not None and sum(self.counts) == len(self._train[0]):
+            ours = torch.isin(self._train[1], torch.tensor(self._held))
+            self._train = self._train[0][ours], self._train[1][ours]
+
     @cached_property
     def _names(self) -> list[str]:
         return self._load(train=False)[2]
 
     def _load(self, *, train: bool) -> Split:
         if self.folder is not None:
-            return self.folder.load(train, self.channels, self.side, self.device)
+            held = self._held if train else None
+            return self.folder.load(train, self.channels, self.side, self.device, held)
         images, labels, names = DATASETS[self.name].load(self.data_dir, train)
         shape, expected = tuple(images.shape[1:]), (self.channels, self.side, self.side)
         if shape != expected or not 0 <= labels.min() <= labels.max() < self.classes:
@@ -266,18 +295,23 @@ class Dataset:
         return ImageSet(images.to(self.device), labels.to(self.device), classes=self.classes, normalize=normalize)
 
 
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of [0, 1]."""
-    total = torch.zeros(images.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
+def channel_statistics(
+    images: Tensor, add: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of [0, 1].
+
+    add: the sum over processes that have other images, which is exact since bytes are whole numbers.
+    """
+    sums = torch.zeros(3, images.shape[1], dtype=torch.int64)  # of ones, values, and squares
+    sums[0] = images.numel() // images.shape[1]
     for chunk in images.split(max(1, CHUNK // images[0].numel())):
-        unit = chunk.double() / 255
-        total += unit.sum((0, 2, 3))
-        squares += unit.square().sum((0, 2, 3))
-    count = images.numel() / images.shape[1]
+        value = chunk.long()
+        sums[1] += value.sum((0, 2, 3))
+        sums[2] += value.square().sum((0, 2, 3))
+    count, total, squares = add(sums).double()
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)  # a constant channel stays finite
-    return mean.tolist(), std.tolist()
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=0.255)  # a constant channel stays finite
+    return (mean / 255).tolist(), (std / 255).tolist()
 
 
 class Folder:
@@ -342,9 +376,11 @@ class Folder:
             size = width
         return 1 if all(map(is_grey, modes)) else 3, size
 
-    def load(self, train: bool, channels: int, side: int, device: torch.device) -> Split:
-        """All images of a split as uint8, resized and centre-cropped to the side."""
-        samples = self.samples[train]
+    def load(
+        self, train: bool, channels: int, side: int, device: torch.device, held: Sequence[int] | None = None
+    ) -> Split:
+        """The images of a split, or of some of its classes, as uint8, resized and centre-cropped to the side."""
+        samples = [sample for sample in self.samples[train] if held is None or sample[1] in held]
         need, free = len(samples) * channels * side * side, free_memory(device)
         if need > SPARE_MEMORY * free:
             raise UserError(

@@ -35,12 +35,12 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import checks, confusion, exchange, export, files, options, recipes, results, runtime
+from utils import checks, confusion, exchange, export, files, options, ranks, recipes, results, runtime
 from utils.board import Board, check_board
 from utils.compilation import computing
-from utils.device import Compute, be_deterministic, device_name, peak_memory, pick_device, set_precision
+from utils.device import Compute, backends, be_deterministic, device_name, peak_memory, pick_device, set_precision
 from utils.errors import UsageError, UserError
-from utils.evaluation import Score, evaluate
+from utils.evaluation import Score, evaluate, gathered
 from utils.exchange import Stored
 from utils.flags import make_parser
 from utils.formation import decoded_count
@@ -83,8 +83,10 @@ class Subject:
 class Evaluation:
     """One command's fixed parts, and the results so far."""
 
-    def __init__(self, o: TrainOptions, dataset: Dataset, specs: list[NetSpec], session: dict[str, Any]) -> None:
-        self.o, self.dataset, self.specs, self.session = o, dataset, specs, session
+    def __init__(
+        self, o: TrainOptions, dataset: Dataset, specs: list[NetSpec], session: dict[str, Any], group: ranks.Group
+    ) -> None:
+        self.o, self.dataset, self.specs, self.session, self.group = o, dataset, specs, session, group
         self.device = dataset.device
         self.records: list[Record] = []
         self.board = Board(None)
@@ -198,16 +200,20 @@ class Evaluation:
         for subject in subjects:
             self.show_images(subject)
         began, trained = time.monotonic(), 0.0
-        for i, (spec, subject) in enumerate(todo):
-            record = self.known(spec, subject)
-            if record is None:
-                record = self.train(spec, subject, work[i])
-                results.keep(subject.folder / EVALUATIONS, record)
-                trained += work[i]
-            self.records.append(record)
-            left = (time.monotonic() - began) / trained * sum(work[i + 1 :]) if trained else 0
-            more = f"; about {span(left)} for the other rows" if left > 60 else ""
-            log.info("%s on %s: %s%s", spec.name, subject.title, Score(tuple(record["accuracies"])), more)
+        # One row at a time, or as many as keep all ranks at work, two trainings each.
+        at_once = 1 if self.group.alone else -(-2 * self.group.count // self.o.repeat)
+        for first in range(0, len(todo), at_once):
+            rows = range(first, min(first + at_once, len(todo)))
+            known = {i: self.group.same(partial(self.known, *todo[i])) for i in rows}
+            fresh = {i: work[i] for i in rows if known[i] is None}
+            found = {i: record for i, record in known.items() if record is not None} | self.train(todo, fresh)
+            trained += sum(fresh.values())
+            left = (time.monotonic() - began) / trained * sum(work[first + at_once :]) if trained else 0
+            for i in rows:
+                self.records.append(record := found[i])
+                more = f"; about {span(left)} for the other rows" if left > 60 and i == rows[-1] else ""
+                score, (spec, subject) = Score(tuple(record["accuracies"])), todo[i]
+                log.info("%s on %s: %s%s", spec.name, subject.title, score, more)
 
     def flop(self, spec: NetSpec, subject: Subject) -> float:
         """Floating-point operations of a row; a backward pass is two forward ones."""
@@ -256,10 +262,34 @@ class Evaluation:
         log.info("%s on %s: known from %s; --retrain trains again", spec.name, subject.what, file)
         return found
 
-    def train(self, spec: NetSpec, subject: Subject, flop: float) -> Record:
+    def train(self, todo: Sequence[tuple[NetSpec, Subject]], work: Mapping[int, float]) -> dict[int, Record]:
+        """Those rows that are named in `work`, by their floating-point operations: the trainings are shared out."""
+        trainings = [(i, r) for i in work for r in range(self.o.repeat)]
+        mine = [trainings[number] for number in self.group.mine([work[i] for i, _ in trainings])]
+        done = {i: self.score(*todo[i], work[i], [r for j, r in mine if j == i]) for i in work}
+        found = {}
+        for i, (own, numbers, own_seconds) in done.items():
+            (spec, subject), score = todo[i], gathered(own, numbers, self.group, self.o.repeat)
+            for r, accuracy in enumerate(score.accuracies):
+                self.board.scalar(f"test accuracy %/{spec.name}, {subject.title}", accuracy, r)
+            (seconds,) = self.group.most(own_seconds)
+            matrix = score.confusion.tolist() if self.o.confusion and score.confusion is not None else None
+            found[i] = {
+                **self.description(spec, subject),
+                **score.as_dict(),
+                "seconds": round(seconds, 1),
+                "confusion": matrix,
+            }
+            self.group.once(results.keep, subject.folder / EVALUATIONS, found[i])
+        return found
+
+    def score(
+        self, spec: NetSpec, subject: Subject, flop: float, trainings: Sequence[int]
+    ) -> tuple[Score, Sequence[int], float]:
+        """Some trainings of a row, which are given back, and the seconds that they took."""
         o, title, started = self.o, f"{spec.name}, {subject.title}", time.monotonic()
         recipe = dataclasses.replace(recipes.evaluation_recipe(o, flip=self.dataset.flip), epochs=subject.epochs)
-        with Progress(o.repeat * subject.epochs, title, "epoch") as progress:
+        with Progress(len(trainings) * subject.epochs, title, "epoch") as progress:
 
             def training_set(r: int) -> ImageSet:
                 with progress.paused():  # choosing real images may take longer than training on them
@@ -270,17 +300,13 @@ class Evaluation:
                 training_set,
                 self.dataset.test,
                 recipe,
-                repeat=o.repeat,
+                trainings=trainings,
                 seed=o.seed,
                 compute=computing(self.device, o.compile, o.precision, flop),
                 on_epoch=progress.advance,
                 on_loss=partial(self.show_loss, title) if self.board.on else None,
             )
-        for r, accuracy in enumerate(score.accuracies):
-            self.board.scalar(f"test accuracy %/{title}", accuracy, r)
-        seconds = round(time.monotonic() - started, 1)
-        matrix = score.confusion.tolist() if o.confusion and score.confusion is not None else None
-        return {**self.description(spec, subject), **score.as_dict(), "seconds": seconds, "confusion": matrix}
+        return score, trainings, time.monotonic() - started
 
     def show_images(self, subject: Subject) -> None:
         """The first training's first images of every class, on the board."""
@@ -343,7 +369,7 @@ def resolve(given: dict[str, Any]) -> tuple[TrainOptions, Stored | None]:
 
 def load(o: TrainOptions, card: Mapping[str, Any] | None) -> Dataset:
     """The data set. Raises UserError when its classes are not those of the set's card."""
-    device = pick_device(o.device)
+    device = pick_device(o.device, ranks.local_rank())
     if o.deterministic:
         be_deterministic(device)
     set_precision(device, o.precision)
@@ -394,7 +420,8 @@ def card_of_stranger(o: TrainOptions, dataset: Dataset, ipc: int) -> dict[str, A
 def main(argv: Sequence[str]) -> int:
     """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
     given = make_parser(TrainOptions, __doc__ or "").parse_given(argv)
-    with messages():
+    minutes = given.get("wait_minutes", TrainOptions.wait_minutes)
+    with messages(), ranks.joined(backends(), minutes=minutes) as group:
         o, stored = resolve(given)
         card = None if stored is None else stored.card
         dataset = load(o, card)
@@ -406,7 +433,7 @@ def main(argv: Sequence[str]) -> int:
             "dataset": o.dataset,
             **runtime.session("train.py", argv, dataset.device, precision=o.precision, deterministic=o.deterministic),
         }
-        evaluation = Evaluation(o, dataset, specs, session)
+        evaluation = Evaluation(o, dataset, specs, session, group)
         if stored is not None:
             interpreted = interpret(o, stored, dataset)
             ours = evaluation.distilled(stored, *interpreted)
@@ -414,7 +441,8 @@ def main(argv: Sequence[str]) -> int:
                 decoded = ours.training_set(specs[0], 0)
                 card = card or card_of_stranger(o, dataset, round(ours.images_per_class))
                 names = dataset.class_names
-                export.export_set(Path(o.export), stored=interpreted, decoded=decoded, class_names=names, card=card)
+                write = partial(export.export_set, stored=interpreted, decoded=decoded, class_names=names, card=card)
+                group.once(write, Path(o.export))
                 return 0
             subjects = [ours, *evaluation.baselines(ours)]
             if o.real:
@@ -430,7 +458,7 @@ def main(argv: Sequence[str]) -> int:
         what = subjects[0].what if stored is None else f"{stored.file}, factor {o.factor or 1}"
         log.info("%s: training on %s, on %s", o.dataset, what, device_name(dataset.device))
         if o.tensorboard:
-            evaluation.board = Board(folder)
+            evaluation.board = Board(group.either(folder, None))
         evaluation.run(subjects)
         records = evaluation.records
         if stored is not None:
@@ -438,10 +466,11 @@ def main(argv: Sequence[str]) -> int:
                 log.warning("%s", text)
         evaluation.board.close()
         if o.confusion:
-            evaluation.show_confusion(subjects)
+            group.once(evaluation.show_confusion, subjects)
         log.info("\n%s\npeak memory: %.2g GB", results.as_text(records), peak_memory(dataset.device) / 1e9)
         for name in o.table or []:
-            files.write_atomically(Path(name), results.TABLES[Path(name).suffix](records, session).encode())
+            table = results.TABLES[Path(name).suffix](records, session).encode()
+            group.once(files.write_atomically, Path(name), table)
             log.info("wrote %s", name)
         if o.json:
             print(json.dumps({**records[0], "results": records}))

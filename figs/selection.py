@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def cluster(x: Tensor, k: int, draws: Draws) -> Clusters:
     """The clusters behind the representatives that `select` would choose with the same draws. x: (N, D), k < N."""
     points, real = padded([x])
-    _, nearest, distance = lloyd(points, real, k, draws)
+    _, nearest, distance = lloyd(points, real, k, draws.of_class(0).uniform(1, len(x)))
     return Clusters(representatives(real, nearest, distance, k)[0], nearest[0])
 
 

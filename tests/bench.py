@@ -225,7 +225,9 @@ def run_ours(work: Work, real: ImageSet, timer: Timer, precision: str) -> dict[s
         x[:] = [embed(trainer.nets[0], real.of_class(c), real.normalize, cheapest) for c in range(real.classes)]
 
     found["embedding"] = timer(embed_all, 2, warm=0)
-    found["k-means"] = timer(lambda: batched_kmeans(x, BATCH, Draws(device, "select")), 2, warm=1)
+    found["k-means"] = timer(
+        lambda: batched_kmeans(x, BATCH, [Draws(device, "select", c) for c in range(len(x))]), 2, warm=1
+    )
     x.clear()
     few = decoded_set(work, real)
     nets = [fresh_network(work.spec, Draws(device, r)) for r in range(REPEATS)]
@@ -276,7 +278,7 @@ def inertia(work: Work, real: ImageSet, timer: Timer) -> dict[str, float]:
             exact = embed(net, real.of_class(c), real.normalize, compute)
             cheap = embed(net, real.of_class(c), real.normalize, compute.cheapest())
             points, rows = padded([cheap])
-            _, nearest, _ = lloyd(points, rows, BATCH, Draws(timer.device, c))
+            _, nearest, _ = lloyd(points, rows, BATCH, Draws(timer.device, c).uniform(*rows.shape))
             member = torch.nn.functional.one_hot(nearest[0], BATCH).to(exact.dtype)
             means = (member.T @ exact) / member.sum(0).clamp(min=1)[:, None]
             ours = torch.cdist(exact, means).square().min(1).values.sum().item()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import condense
 from models import NetSpec
 from tests import published
 from utils import options, recipes
@@ -26,10 +25,12 @@ from utils.flags import make_parser
 from utils.images import ImageSet, Normalize
 from utils.methods import METHODS, TRAJECTORY
 from utils.options import CondenseOptions
+from utils.parts import Parts
 from utils.pixels import PixelSGD
+from utils.ranks import ALONE
 from utils.runtime import Draws
 from utils.training import fresh_network, update_network
-from utils.trajectory import flattened
+from utils.vectors import flattened
 
 NAIVE = ("naive", "naive, allocator kept")
 PER_CLASS = 500  # real images: what there is beyond those that are matched does not matter
@@ -113,17 +114,16 @@ def ours(step: Step, precision: str) -> Callable[[], None]:
     compute = Compute(device, precision, compile=compiler_error(device) is None)
     ends = near(flattened(net))
     experts: Any = SimpleNamespace(count=1, pair=lambda expert, start, end: ends) if o.match == TRAJECTORY else None
-    about: Any = SimpleNamespace(device=device, train=real, test=real, classes=10, channels=3, side=32, flip=True)
-    nothing: Any = None
-    job = condense.Job(o, about, step.spec, nothing, nothing, compute, experts=experts)
+    about: Any = SimpleNamespace(device=device, train=real, counts=real.counts, classes=10, channels=3, side=32)
+    parts = Parts(o, about, step.spec, compute, ALONE.share([1.0] * 10), experts)
     joint = real.normalize if o.pixel_step == "joint" else None
     pixels = PixelSGD(start, lr=1e-4, momentum=0.5, joint=joint)
-    trainer, match = job.trainer(net, start), job.step(net, pixels)
+    trainer, match = parts.trainer(net, start, together=False), parts.step(net, pixels)
 
     def inner_step() -> None:
         match(step.picks, Draws(device, "match"))
         if o.inner_loop > 1:
-            update_network(trainer, n_data=job.n_data, draws=Draws(device, "update"))
+            update_network(trainer, n_data=parts.n_data, draws=Draws(device, "update"))
 
     return inner_step
 

@@ -21,7 +21,7 @@ from utils.images import ImageSet, Normalize
 from utils.runtime import Draws, Stopped
 from utils.selection import Context
 from utils.training import Recipe, Trainer, batches, fresh_network
-from utils.trajectory import flattened
+from utils.vectors import flattened
 
 CLASSES, PER_CLASS, SIDE, EPOCHS, COUNT = 3, 9, 8, 4, 2
 CPU = Compute(torch.device("cpu"))

@@ -30,6 +30,7 @@ from tests.outcome import metrics, outcome
 from utils import evaluation, files
 from utils.device import Compute
 from utils.images import ImageSet
+from utils.parts import Parts
 from utils.runtime import Draws
 from utils.selection import STRATEGIES, Context
 from utils.training import Recipe, Trainer
@@ -223,20 +224,20 @@ def test_a_selection_sees_the_training_split_a_network_and_random_numbers_and_no
     assert {field.name for field in dataclasses.fields(Context)} == {
         "net", "real", "draws", "compute", "raw", "kmeans", "per_cluster",
     }  # fmt: skip
-    jobs: list[condense.Job] = []
+    made: list[Parts] = []
     seen: list[ImageSet] = []
-    context_of = condense.Job.context
+    context_of = Parts.context
 
-    def context(job: condense.Job, net: Network, draws: Draws, **more: int) -> Context:
-        jobs.append(job)
-        found = context_of(job, net, draws, **more)
+    def context(parts: Parts, net: Network, draws: Draws, **more: int) -> Context:
+        made.append(parts)
+        found = context_of(parts, net, draws, **more)
         seen.append(found.real)
         return found
 
-    monkeypatch.setattr(condense.Job, "context", context)
+    monkeypatch.setattr(Parts, "context", context)
     distil(tmp_path)
     assert len(seen) == 1 + 4 + 2  # the beginning, each inner step, and twice random real images
-    assert all(real is job.dataset.train for job, real in zip(jobs, seen, strict=True))
+    assert all(real is parts.dataset.train for parts, real in zip(made, seen, strict=True))
 
 
 # --- Made-up results --------------------------------------------------------------------------------------------------

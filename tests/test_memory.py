@@ -74,8 +74,12 @@ def test_pieces_are_halved_until_they_fit_and_not_without_end() -> None:
 
 
 def test_smaller_pieces_mean_fewer_classes_at_once() -> None:
-    groups = [Compute(torch.device("cpu"), pixels=2**n).group(images=64, side=16) for n in (12, 14, 16)]
+    groups = [Compute(torch.device("cuda"), pixels=2**n).group(images=64, side=16) for n in (14, 16, 18)]
     assert groups == [1, 4, 16]
+
+
+def test_a_cpu_computes_class_by_class_whoever_owns_the_others() -> None:
+    assert Compute(torch.device("cpu")).group(images=1, side=8) == 1
 
 
 @pytest.mark.parametrize(

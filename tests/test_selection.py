@@ -57,6 +57,11 @@ def points(*sizes: int) -> list[Tensor]:
     return [torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in sizes]
 
 
+def each_class(key: int, classes: int) -> list[Draws]:
+    """As a context with these draws has them."""
+    return [Draws("cpu", key).of_class(c) for c in range(classes)]
+
+
 def blobs(k: int, each: int) -> Tensor:
     """k far-apart clusters; the first point of each lies exactly in its centre, the others around it."""
     offset = torch.randn(k, each // 2, 2, dtype=torch.float64)
@@ -68,7 +73,7 @@ def blobs(k: int, each: int) -> Tensor:
 def test_the_centre_of_every_separable_blob_is_its_representative(kmeans: str) -> None:
     x = [blobs(5, 10), 2 * blobs(5, 10), blobs(5, 12)]
     centres = [{step * i for i in range(5)} for step in (11, 11, 13)]
-    found = [KMEANS[kmeans](x, 5, Draws("cpu", s), 1) for s in range(60)]
+    found = [KMEANS[kmeans](x, 5, each_class(s, len(x)), 1) for s in range(60)]
     lucky = [[set(rows.tolist()) == c for rows, c in zip(picks, centres, strict=True)] for picks in found]
     # From k random points Lloyd's algorithm finds all blobs when there is one start in each, 5! / 5^5 = 4 % of times.
     assert all(sum(column) >= 1 for column in zip(*lucky, strict=True))
@@ -97,13 +102,14 @@ def test_lloyd_equals_the_naive_loops_whatever_the_sizes_of_the_other_classes() 
 def test_the_representatives_are_those_of_lloyd_s_algorithm_from_different_random_points() -> None:
     x = points(30, 12)
     together, real = padded(x)
-    start, _, _ = lloyd(together, real, 5, Draws("cpu", 0), iterations=0)
+    chance, _ = padded([d.uniform(len(p)) for d, p in zip(each_class(0, 2), x, strict=True)])
+    start, _, _ = lloyd(together, real, 5, chance, iterations=0)
     for c, p in enumerate(x):
         at = [int((p == row).all(1).nonzero()) for row in start[c]]
         assert len(set(at)) == 5
-    _, nearest, distance = lloyd(together, real, 5, Draws("cpu", 0))
+    _, nearest, distance = lloyd(together, real, 5, chance)
     expected = representatives(real, nearest, distance, 5)
-    assert torch.equal(torch.stack(batched_kmeans(x, 5, Draws("cpu", 0))), expected)
+    assert torch.equal(torch.stack(batched_kmeans(x, 5, each_class(0, len(x)))), expected)
 
 
 def test_padding_is_no_point() -> None:
@@ -112,9 +118,9 @@ def test_padding_is_no_point() -> None:
     assert together.shape == (3, 40, 3) and real.sum(1).tolist() == [9, 40, 6]
     for key in range(20):
         for k in (1, 2, 5):
-            for rows, p in zip(batched_kmeans(x, k, Draws("cpu", key)), x, strict=True):
+            for rows, p in zip(batched_kmeans(x, k, each_class(key, len(x))), x, strict=True):
                 assert len(rows.unique()) == k and rows.min() >= 0 and rows.max() < len(p)
-        centroids, _, _ = lloyd(together, real, 5, Draws("cpu", key))
+        centroids, _, _ = lloyd(together, real, 5, Draws("cpu", key).uniform(*real.shape))
         assert centroids.min() > 50
 
 
@@ -130,7 +136,7 @@ def test_inertia_is_close_to_scikit_learn_s() -> None:
     together, real = padded(x)
     ours = theirs = 0.0
     for seed in range(5):
-        _, _, distance = lloyd(together, real, 20, Draws("cpu", seed))
+        _, _, distance = lloyd(together, real, 20, Draws("cpu", seed).uniform(*real.shape))
         ours += distance[real].sum().item()
         theirs += sum(KMeans(20, init="random", n_init=1, random_state=seed).fit(p.numpy()).inertia_ for p in x)
     assert ours <= 1.02 * theirs
@@ -140,7 +146,7 @@ def test_scikit_learn_s_representatives_are_as_central_as_the_batched_ones() -> 
     x = [embeddings(400, 0), embeddings(300, 1)]
 
     def inertia(kmeans: str, seed: int) -> float:
-        picks = KMEANS[kmeans](x, 15, Draws("cpu", seed), 1)
+        picks = KMEANS[kmeans](x, 15, each_class(seed, len(x)), 1)
         assert all(len(rows.unique()) == 15 and rows.max() < len(p) for rows, p in zip(picks, x, strict=True))
         return sum(float(torch.cdist(p, p[rows]).amin(1).square().sum()) for rows, p in zip(picks, x, strict=True))
 
@@ -169,12 +175,12 @@ def test_empty_clusters_move_to_the_farthest_points() -> None:
 def test_representatives_are_different_images_even_among_duplicates(copies: int, kmeans: str) -> None:
     x = [torch.randn(50 // copies, 4).repeat(copies, 1), torch.randn(100 // copies, 4).repeat(copies, 1)]
     for k in (1, 7, 25, 49):
-        for rows, p in zip(KMEANS[kmeans](x, k, Draws("cpu", k), 1), x, strict=True):
+        for rows, p in zip(KMEANS[kmeans](x, k, each_class(k, len(x)), 1), x, strict=True):
             assert len(rows.unique()) == k and rows.min() >= 0 and rows.max() < len(p)
 
 
 def test_all_images_of_one_kind_still_give_different_ones() -> None:
-    for rows in batched_kmeans([torch.ones(6, 2), torch.ones(9, 2)], 5, Draws("cpu", 0)):
+    for rows in batched_kmeans([torch.ones(6, 2), torch.ones(9, 2)], 5, each_class(0, 2)):
         assert len(rows.unique()) == 5 and rows.max() < 9
 
 
@@ -239,11 +245,12 @@ def test_scikit_learn_selects_different_images_of_every_class_and_repeats_itself
 def test_classes_are_clustered_group_by_group_where_their_embeddings_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     real, groups = real_set((40, 10, 30, 20, 25)), []
 
-    def recorded(x: list[Tensor], k: int, draws: Draws, each: int) -> list[Tensor]:
+    def recorded(x: list[Tensor], k: int, draws: list[Draws], each: int) -> list[Tensor]:
         groups.append([len(p) for p in x])
         return batched_kmeans(x, k, draws, each)
 
     monkeypatch.setitem(KMEANS, "batched", recorded)
+    monkeypatch.setattr(Compute, "classes_together", True)  # as on a GPU
     select(context(real), 10, strategy="kmeans")
     monkeypatch.setattr(selection, "EMBEDDING_BYTES", 45 * embed(net(), real.images[:1], NORMALIZE, CPU).nbytes)
     picks = select(context(real), 10, strategy="kmeans")
@@ -270,7 +277,7 @@ def test_embedding_in_pieces_equals_embedding_at_once(norm: str) -> None:
 def test_clustering_sees_normalised_images_unless_the_published_raw_ones_are_asked_for() -> None:
     real, made = real_set((40, 40, 40)), net()
     expected = {
-        raw: batched_kmeans([embed(made, real.of_class(c), prepare, CPU) for c in range(3)], 10, Draws("cpu", 0))
+        raw: batched_kmeans([embed(made, real.of_class(c), prepare, CPU) for c in range(3)], 10, each_class(0, 3))
         for raw, prepare in ((False, NORMALIZE), (True, to_unit))
     }
     for raw in (False, True):

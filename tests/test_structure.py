@@ -26,11 +26,13 @@ NUMERIC = {
     "passes",
     "pixels",
     "selection",
+    "sources",
     "stages",
     "state",
     "synthetic",
     "training",
     "trajectory",
+    "vectors",
 }
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in SOURCES}
 
@@ -71,7 +73,7 @@ def test_numeric_parts_import_torch_models_and_each_other_only(path: Path) -> No
     for module in imports(path):
         top, *rest = module.split(".")
         if top == "utils":
-            assert rest[0] in NUMERIC | {"runtime", "device", "errors"}, module
+            assert rest[0] in NUMERIC | {"runtime", "device", "errors", "ranks"}, module
         else:
             allowed = {"torch", "models", "sklearn"} if path.stem == "selection" else {"torch", "models"}
             assert top in allowed or top in sys.stdlib_module_names, module
@@ -95,17 +97,23 @@ def test_a_large_library_is_imported_only_when_it_is_asked_for(path: str, librar
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_only_the_scripts_and_what_interprets_options_know_the_command_line(path: Path) -> None:
     knows = {"argparse", "utils.options", "utils.flags"} & imports(path)
-    interpreting = {f"utils.{stem}" for stem in ("options", "flags", "recipes", "overview", "expert_runs")}
+    interpreting = {f"utils.{stem}" for stem in ("options", "flags", "recipes", "overview", "expert_runs", "parts")}
     assert not knows or name(path) in SCRIPTS | interpreting or path.parent.name == "figs"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 @pytest.mark.parametrize(
-    ("word", "owner"),
-    [("torch.cuda", "utils.device"), ("os.environ", "utils.device"), (".isatty", "utils.runtime")],
+    ("word", "owners"),
+    [
+        ("torch.cuda", {"utils.device"}),
+        ("os.environ", {"utils.device", "utils.ranks"}),
+        (".isatty", {"utils.runtime"}),
+        ("torch.distributed", {"utils.ranks"}),
+        (".rank ", {"utils.ranks"}),
+    ],
 )
-def test_one_module_asks_about_the_machine_and_one_about_the_terminal(word: str, owner: str, path: Path) -> None:
-    assert word not in path.read_text() or name(path) == owner
+def test_one_module_each_asks_about_the_machine_the_terminal_and_ranks(word: str, owners: set[str], path: Path) -> None:
+    assert word not in path.read_text() or name(path) in owners
 
 
 def test_dependencies_have_one_direction() -> None:

@@ -318,7 +318,7 @@ def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pyte
 
     compute = Compute(torch.device("cpu"), pixels=pixels)
     score = evaluate(
-        SPEC, training_set, easy_set(40, 9), recipe(epochs=2), repeat=3, seed=0, compute=compute,
+        SPEC, training_set, easy_set(40, 9), recipe(epochs=2), trainings=range(3), seed=0, compute=compute,
         on_epoch=finished.append,
     )  # fmt: skip
     assert seen == [0, 1, 2] and score.n == 3
@@ -332,7 +332,9 @@ def test_an_evaluation_side_by_side_equals_one_in_turn() -> None:
 
     def score(pixels: int, *sizes: int) -> Score:
         compute = Compute(torch.device("cpu"), pixels=pixels)
-        return evaluate(SPEC, lambda r: easy_set(sizes[r], r), test, settings, repeat=3, seed=0, compute=compute)
+        return evaluate(
+            SPEC, lambda r: easy_set(sizes[r], r), test, settings, trainings=range(3), seed=0, compute=compute
+        )
 
     in_turn, together, uneven = score(1, 20, 20, 20), score(0, 20, 20, 20), score(0, 20, 22, 20)
     assert in_turn.accuracies == pytest.approx(together.accuracies, abs=1)  # rounding may turn an image or two
@@ -344,7 +346,7 @@ def test_the_losses_told_are_the_mean_cross_entropy_of_every_training_on_its_own
     told: list[tuple[int, int, float]] = []
     sets = [easy_set(12, r) for r in range(2)]
     score = evaluate(
-        SPEC, lambda r: sets[r], easy_set(40, 9), recipe(epochs=2), repeat=2, seed=0, compute=CPU,
+        SPEC, lambda r: sets[r], easy_set(40, 9), recipe(epochs=2), trainings=range(2), seed=0, compute=CPU,
         on_loss=lambda r, epoch, loss: told.append((r, epoch, loss)),
     )  # fmt: skip
     assert [(r, epoch) for r, epoch, _ in told] == [(0, 1), (1, 1), (0, 2), (1, 2)]

@@ -21,7 +21,8 @@ from utils.objectives import Comparison
 from utils.pixels import PixelSGD
 from utils.runtime import Draws
 from utils.training import fresh_network
-from utils.trajectory import LEAST_STEP, TrajectoryStep, flattened, load, separated, unrolled
+from utils.trajectory import LEAST_STEP, TrajectoryStep, unrolled
+from utils.vectors import flattened, load, separated
 
 CLASSES, SIDE, STEPS = 3, 8, 4
 NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -53,9 +53,19 @@ class Compute:
         """Images that pass through a network together: few stay in a CPU's cache, many fill a GPU."""
         return max(1, self.pixels // side**2)
 
+    @property
+    def classes_together(self) -> bool:
+        """Whether several classes are computed in one call. A GPU is not full otherwise. On a CPU there is nothing to
+        be had from it but rounding that depends on which classes they are."""
+        return self.device.type != "cpu"
+
     def group(self, images: int, side: int) -> int:
         """Classes of so many images each that are matched together: as many as a few gigabytes hold."""
-        return max(1, (4 if self.device.type == "cpu" else 1) * self.pixels // (images * side**2))
+        return max(1, self.kept(side) // images) if self.classes_together else 1
+
+    def kept(self, side: int) -> int:
+        """Images of which everything that derivatives take is kept: some gigabytes."""
+        return (4 if self.device.type == "cpu" else 1) * self.pixels // side**2
 
     def autocast(self) -> AbstractContextManager[object]:
         """For what autograd does by itself."""
@@ -81,13 +91,35 @@ def out_of_memory(error: BaseException) -> bool:
     return any(word in text for word in words) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UsageError when CUDA is asked for in vain."""
+def pick_device(name: str, number: int | None = None) -> torch.device:
+    """`auto` is CUDA where there is one. number: which GPU, where processes have one each.
+
+    Raises UsageError when CUDA is asked for in vain.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device auto or --device cpu")
-    return torch.device(name)
+    if name == "cpu" or number is None:
+        return torch.device(name)
+    if number >= torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun: process {number} of this machine has no GPU, there are {torch.cuda.device_count()}; start as "
+            "many processes (--nproc_per_node=gpu), or use --device cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def backends() -> str:
+    """What connects processes here with others, in PyTorch's words: gloo between processors, NCCL between GPUs."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def wait_for(device: torch.device) -> None:
+    """Until it has done what it was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
@@ -180,9 +212,10 @@ class Captured:
 
     WARM = 3  # calls before the capture
 
-    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+    def __init__(self, function: Callable[..., Any], device: torch.device, *, replay: bool = True) -> None:
+        """replay: False for a function that does not keep to this, and runs as it is."""
         self.function = function
-        self.off = device.type != "cuda"
+        self.off = device.type != "cuda" or not replay
         self.calls: dict[Any, int] = {}
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
 

@@ -28,7 +28,7 @@ MUST_AGREE = ("dataset", "ipc", "factor", "decode_type")  # without which the pi
 class Earlier:
     """Where another run was. The outer iteration that it was in begins anew, since the network is another one here."""
 
-    source: Path
+    source: str
     pixels: Tensor  # (classes, ipc, C, H, W)
     velocity: Tensor  # like pixels; zero from a snapshot, which does not hold it
     learned: dict[str, Tensor]  # besides pixels, by --method mtt; empty from a snapshot
@@ -49,11 +49,12 @@ class Earlier:
             )
 
 
-def begin_from(path: Path, options: Mapping[str, Any], folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
+def begin_from(source: str, options: Mapping[str, Any], folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
     """What a run with these options and pixels of this shape begins from; None once it has checkpoints of its own.
 
     Raises UserError or UsageError as below, and when the state lies where it would be overwritten.
     """
+    path = Path(source)
     if folder.begun and not options["restart"]:
         return None
     if folder.path.resolve() in (path.resolve(), *path.resolve().parents):
@@ -92,7 +93,7 @@ def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]
     learned = saved.get("learned", {})
     if not isinstance(learned, dict) or not all(_are_numbers(x, 1) and len(x) == 2 for x in learned.values()):
         raise UserError(f"{path}: holds something else than numbers under `learned`; {REMEDY}")
-    return Earlier(path, pixels, velocity, learned, it, seconds)
+    return Earlier(str(path), pixels, velocity, learned, it, seconds)
 
 
 def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
@@ -109,7 +110,7 @@ def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
     if (card := path.with_name(files.CARD)).exists():
         _must_agree(path, files.read_card(card), options)
     pixels = images.unflatten(0, (classes, ipc))
-    return Earlier(path, pixels, torch.zeros_like(pixels), {}, int(number[1]), 0.0)
+    return Earlier(str(path), pixels, torch.zeros_like(pixels), {}, int(number[1]), 0.0)
 
 
 def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ There is no choice among test results anywhere: not among epochs, not among repe
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from models import NetSpec
 from utils.device import Compute
 from utils.errors import UserError
 from utils.images import ImageSet
+from utils.ranks import Group
 from utils.runtime import Draws
 from utils.training import Recipe, Trainer, confusion_matrix, train_networks
 
@@ -64,29 +65,31 @@ def evaluate(
     test: ImageSet,
     recipe: Recipe,
     *,
-    repeat: int,
+    trainings: Sequence[int],
     seed: int,
     compute: Compute,
     on_epoch: Callable[[int], None] = lambda count: None,
     on_loss: Callable[[int, int, float], None] | None = None,
 ) -> Score:
-    """Train `repeat` fresh networks and test each once. `training_set(r)` gives the r-th training its images.
+    """Train fresh networks and test each once. `training_set(r)` gives the training of number r its images.
 
-    The trainings are independent of each other, whether they run side by side or in turn. on_epoch: told how many
-    trainings have finished an epoch. on_loss: told a training's number, its epochs so far, and the loss on its own
-    images, LOSSES times in a training.
+    The trainings are independent of each other, whether they run side by side or in turn, here or elsewhere. on_epoch:
+    told how many trainings have finished an epoch. on_loss: told a training's number, its epochs so far, and the loss
+    on its own images, LOSSES times in a training.
     """
-    sets = [training_set(r) for r in range(repeat)]
-    draws = [Draws(test.device, seed, "evaluate", r) for r in range(repeat)]
-    size = min(len(sets[0]), recipe.batch_size) * test.side**2  # pixels of one step of one training
-    few = all(len(train) == len(sets[0]) <= TOGETHER for train in sets)
-    together = repeat if few and (test.device.type == "cuda" or repeat * size <= compute.pixels) else 1
+    sets = {r: training_set(r) for r in trainings}
+    draws = {r: Draws(test.device, seed, "evaluate", r) for r in trainings}
+    sizes = {len(train) for train in sets.values()}
+    step = min(*sizes, recipe.batch_size) * test.side**2 if sizes else 0  # pixels of one step of one training
+    few = len(sizes) == 1 and max(sizes) <= TOGETHER
+    at_once = test.device.type == "cuda" or len(trainings) * step <= compute.pixels
+    together = max(1, len(trainings)) if few and at_once else 1
     found = []
     total = torch.zeros(test.classes, test.classes, dtype=torch.int64, device=test.device)
-    for first in range(0, repeat, together):
-        now = range(first, min(first + together, repeat))
+    for first in range(0, len(trainings), together):
+        now = trainings[first : first + together]
 
-        def after(epoch: int, trainer: Trainer, now: range = now) -> None:
+        def after(epoch: int, trainer: Trainer, now: Sequence[int] = now) -> None:
             on_epoch(len(now))
             if on_loss is not None and epoch % -(-recipe.epochs // LOSSES) == 0:
                 for r, loss in zip(now, trainer.losses().tolist(), strict=True):
@@ -102,3 +105,11 @@ def evaluate(
             found.append(100 * matrix.trace().item() / len(test))
             total += matrix
     return Score(tuple(found), total.cpu())
+
+
+def gathered(score: Score, trainings: Sequence[int], group: Group, repeat: int) -> Score:
+    """Of all `repeat` trainings, from the score of those that each rank has done."""
+    accuracies = torch.zeros(repeat, dtype=torch.float64)
+    accuracies[list(trainings)] = torch.tensor(score.accuracies, dtype=torch.float64)
+    assert score.confusion is not None
+    return Score(tuple(group.merge(accuracies).tolist()), group.add(score.confusion))

@@ -25,7 +25,7 @@ from utils.runtime import Draws
 from utils.selection import Context, select
 from utils.tensorfile import is_plain
 from utils.training import Trainer, batches
-from utils.trajectory import flattened
+from utils.vectors import flattened
 
 log = logging.getLogger("dream")
 
@@ -236,7 +236,7 @@ def representative_epoch(
     The images of `interval` mini-batches at a time are selected together, as many of every class, and their order is
     random. context_of, draws_of: given the number of the selection in this epoch.
     """
-    edges = batches(trainer.images.shape[1], trainer.recipe.batch_size)
+    edges = batches(len(trainer), trainer.recipe.batch_size)
     for number, first in enumerate(range(0, len(edges), interval)):
         count = edges[min(first + interval, len(edges)) - 1][1] - edges[first][0]
         context, draws = context_of(number), draws_of(number)

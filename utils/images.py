@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,9 +72,13 @@ class Whiten(Normalize):
         *,
         eps: float = EPS,
         dtype: torch.dtype = torch.float32,
+        add: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Whiten:
-        """With the mean image and the covariance of training images, (N, C, H, W) uint8, wherever they lie."""
-        centre, covariance = moments(images, device)
+        """With the mean image and the covariance of training images, (N, C, H, W) uint8, wherever they lie.
+
+        add: see `moments`.
+        """
+        centre, covariance = moments(images, device, add)
         return cls(mean, std, device, centre=centre, covariance=covariance, eps=eps, dtype=dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -88,11 +93,15 @@ class Whiten(Normalize):
         return std * product.view(gradients.shape)
 
 
-def moments(images: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def moments(
+    images: Tensor, device: torch.device | str = "cpu", add: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Tensor, Tensor]:
     """Mean (C, H, W) and unbiased covariance (D, D) of uint8 images (N, C, H, W), in units of [0, 1], float64.
 
     Products are those of whole numbers in float32, at its speed, and so few are added up there that all sums are exact.
+    add: the sum over processes that have other images.
     """
+    count = int(add(torch.tensor([len(images)])))
     size = images[0].numel()
     first = torch.zeros(size, dtype=torch.float64, device=device)
     second = torch.zeros(size, size, dtype=torch.float64, device=device)
@@ -100,8 +109,9 @@ def moments(images: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor,
         x = chunk.to(device).flatten(1).float() - 128
         first += x.sum(0)
         second += x.T @ x
-    second -= first[:, None] * first / len(images)
-    return (first / len(images) + 128).view(images.shape[1:]) / 255, second / (255**2 * max(1, len(images) - 1))
+    first, second = add(first), add(second)
+    second -= first[:, None] * first / count
+    return (first / count + 128).view(images.shape[1:]) / 255, second / (255**2 * max(1, count - 1))
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -109,11 +119,17 @@ def to_unit(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
+def starts(counts: Sequence[int]) -> list[int]:
+    """Where each class begins among images that are grouped by class."""
+    return [0, *itertools.accumulate(counts)][: len(counts)]
+
+
 class ImageSet:
     """Labelled images, grouped by class.
 
     images: (N, C, H, W), uint8 for real images, float32 in [0, 1] for synthetic ones, never normalised.
-    labels: (N,) int64, ascending. counts[c] images of class c begin at starts[c].
+    labels: (N,) int64, ascending. counts[c] images of class c begin at starts[c]. held: the classes that have images,
+    which may be some of all.
     soft: None, or (N, classes) float32, the probabilities that a network learns in place of the labels, which then are
     the most probable classes.
     """
@@ -130,7 +146,8 @@ class ImageSet:
         self.soft = soft if soft is None or already else soft[order]
         self.normalize = normalize
         self.counts: list[int] = torch.bincount(labels, minlength=classes).tolist()
-        self.starts: list[int] = [sum(self.counts[:c]) for c in range(classes)]
+        self.starts: list[int] = starts(self.counts)
+        self.held = [c for c, count in enumerate(self.counts) if count]
 
     def __len__(self) -> int:
         return len(self.images)

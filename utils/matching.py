@@ -44,9 +44,10 @@ class Matcher:
     ) -> tuple[Tensor, Tensor]:
         """Distances per class (classes,) and their gradients, like pixels; both stay on the device.
 
-        pixels: (classes, ipc, C, H, W) stored images. picks: (classes, B) positions in `real`; the rest as drawn.
-        The network is fixed meanwhile, so the classes are independent of each other.
+        pixels: (classes, ipc, C, H, W) stored images. picks: (classes, B) positions in `real`, which say what classes
+        they are; the rest as drawn. The network is fixed meanwhile, so the classes are independent of each other.
         """
+        classes = real.labels[picks[:, 0]]
         each = picks.shape[1] + decoded_count(pixels.shape[1], factor=self.factor, decode_type=self.decode_type)
         distances, gradients = [], []
         for group in torch.arange(len(pixels), device=pixels.device).split(self.compute.group(each, real.side)):
@@ -56,7 +57,7 @@ class Matcher:
                 syn = syn[torch.arange(len(group), device=pixels.device)[:, None], chosen[group]]
             syn = self._prepared(syn, real, shared[group])
             wanted = self._prepared(real.images[picks[group]], real, shared[group])
-            distance, gradient = forms.match(net, wanted, syn.detach(), group, self.how, self.compute)
+            distance, gradient = forms.match(net, wanted, syn.detach(), classes[group], self.how, self.compute)
             gradients.append(torch.autograd.grad(syn, stored, gradient)[0])
             distances.append(distance)
         return torch.cat(distances), torch.cat(gradients)
@@ -71,15 +72,16 @@ class MatchingStep:
     """One step of one run's pixels, against one network that stays at its place; on a GPU it is captured as a whole."""
 
     def __init__(self, matcher: Matcher, net: Network, pixels: PixelSGD, real: ImageSet) -> None:
+        """real: images of the classes that the pixels are of, which may be some of all."""
         self.matcher, self.net, self.pixels, self.real = matcher, net, pixels, real
         self.learned: dict[str, Tensor] = {}  # nothing but pixels
+        self.held = torch.tensor(real.held, device=real.device)
         self._captured = Captured(self._step, matcher.compute.device)
 
     def __call__(self, picks: Tensor, draws: Draws) -> Tensor:
         """Moves the pixels; returns the distances, (classes,), valid until the next call."""
-        return self._captured(
-            picks, *self.matcher.draw(self.pixels.pixels.shape[0], self.pixels.pixels.shape[1], draws)
-        )
+        drawn = self.matcher.draw(self.real.classes, self.pixels.pixels.shape[1], draws)  # for all there are
+        return self._captured(picks, *(d[self.held] for d in drawn))
 
     def _step(self, picks: Tensor, *drawn: Tensor) -> Tensor:
         ahead = self.pixels.lookahead()

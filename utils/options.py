@@ -26,7 +26,14 @@ from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, 
 log = logging.getLogger("dream")
 
 RESULTS_DIR = "results"
-PLACES = ("data_dir", "data_threads", "results_dir", "device", "compile")  # where and how to compute, not what
+PLACES = (
+    "data_dir",
+    "data_threads",
+    "results_dir",
+    "device",
+    "compile",
+    "wait_minutes",
+)  # where and how to compute, not what
 # What may differ when a run goes on, and what may until it is finished.
 FREE = (
     *PLACES,
@@ -38,6 +45,7 @@ FREE = (
     "snapshot_every",
     "tensorboard",
     "deterministic",
+    "share_update",
 )
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
@@ -87,6 +95,8 @@ class Options:
     device: str = _run("auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     compile: str = _run("auto", choices=("auto", "on", "off"),
         help="compile the passes through a ConvNet; auto: when there is a compiler and work enough to earn its time")
+    wait_minutes: float = _run(30, parse=number(open_end=True), metavar="MIN",
+        help="under torchrun, how long a rank waits for the others before all give up")
     seed: int = _run(0, parse=integer(0), metavar="N",
         help="every random draw derives from it; 0 is a seed like any other")
     deterministic: bool = _run(False,
@@ -202,6 +212,9 @@ class CondenseOptions(Options):
     step_size: float = _trajectories(0.01, parse=number(open_end=True), metavar="RATE",
         help="the student's learning rate to begin with; it is learned")
     lr_step: float = _trajectories(1e-5, parse=number(), metavar="RATE", help="at this rate")
+    share_update: str = _run("auto", choices=("auto", "on", "off"),
+        help="under torchrun, whether each rank trains the network on the images of its classes only, or on all of "
+             "them like every other; auto measures which is faster")
     eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
         help="outer iterations between evaluations, the start included; 0: only at the end")
     snapshot_every: int = _run(0, parse=integer(0), metavar="N",

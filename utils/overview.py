@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from data import Dataset
 from models import NetSpec, forward_flop
@@ -60,18 +61,24 @@ def summary(folder: RunFolder) -> str:
     return "\n".join([f"run folder: {folder.path}", head, *rows])
 
 
-def step_flop(o: CondenseOptions, spec: NetSpec, *, decoded: int, real: int) -> float:
-    """Floating-point operations of an average inner step: a forward pass is one, a backward pass two, and the gradient
-    of a distance between gradients seven in all."""
-    synthetic = spec.classes * min(decoded, o.batch_syn_max)
+def class_work(o: CondenseOptions, counts: Sequence[int], *, decoded: int) -> list[float]:
+    """What an average inner step takes for every class, in forward passes of an image: a backward pass is two of them,
+    and the gradient of a distance between gradients seven in all. counts: real images per class; decoded: synthetic."""
+    synthetic = min(decoded, o.batch_syn_max)
     if o.match == TRAJECTORY:
-        return forward_flop(spec) * 10 * o.student_steps * synthetic
+        return [10.0 * o.student_steps * synthetic] * len(counts)
     first, second = (3, 7) if "grad" in o.match else (1, 3)
-    trained = min(o.n_data, real) if o.train_on == "real" else spec.classes * decoded
-    updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # of an outer iteration
-    selected = real / o.interval if o.select != "random" else 0
-    passes = first * spec.classes * o.batch_real + second * synthetic + 3 * updates / o.inner_loop + selected
-    return forward_flop(spec) * passes
+    matched = first * o.batch_real + second * synthetic
+    return [matched + (count / o.interval if o.select != "random" else 0) for count in counts]
+
+
+def step_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int], *, decoded: int) -> float:
+    """Floating-point operations of an average inner step."""
+    real, updates = sum(counts), 0
+    if o.match != TRAJECTORY:
+        trained = min(o.n_data, real) if o.train_on == "real" else spec.classes * decoded
+        updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # of an outer iteration
+    return forward_flop(spec) * (sum(class_work(o, counts, decoded=decoded)) + 3 * updates / o.inner_loop)
 
 
 def describe(resolved: options.Resolved, dataset: Dataset, spec: NetSpec, folder: RunFolder) -> str:

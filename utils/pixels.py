@@ -15,6 +15,8 @@ on normalised images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,21 +28,32 @@ STEPS = ("sweep", "joint")  # class after class on pixels in [0, 1]; all togethe
 class PixelSGD:
     """SGD with momentum over pixels of shape (classes, ipc, C, H, W); updates them in place."""
 
-    def __init__(self, pixels: Tensor, *, lr: float, momentum: float, joint: Normalize | None = None) -> None:
-        """joint: step all classes together, at the rate of images that are normalised in this way."""
+    def __init__(
+        self,
+        pixels: Tensor,
+        *,
+        lr: float,
+        momentum: float,
+        joint: Normalize | None = None,
+        held: Sequence[int] | None = None,
+        classes: int | None = None,
+    ) -> None:
+        """joint: step all classes together, at the rate of images that are normalised in this way.
+
+        held: which of so many classes the pixels are of, where they are not of all.
+        """
         self.pixels = pixels
         self.velocity = torch.zeros_like(pixels)
         self.lr = lr
         self.momentum = momentum
         self.joint = joint
-        classes = len(pixels)
-        turns = [0] * classes if joint else list(range(classes))
-        self.visits = 1 if joint else classes
+        turns = [0] * len(pixels) if joint else held or range(len(pixels))
+        self.visits = 1 if joint else classes or len(pixels)
         total = [0.0]  # S(0), S(1), ..., S(C)
         for _ in range(self.visits):
             total.append(1.0 + momentum * total[-1])
 
-        def per_class(values: list[float]) -> Tensor:
+        def per_class(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1, 1, 1)
 
         self._before = per_class([total[c] for c in turns])  # S(c)

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from utils.board import FOLDER as BOARD
 from utils.board import Board
 from utils.errors import UsageError, UserError
 from utils.lock import locked
+from utils.report import logged_to
 
 log = logging.getLogger("dream")
 
@@ -29,7 +30,14 @@ OPTIONS, METRICS, LOG, LOCK = "options.json", "metrics.jsonl", "log.txt", ".lock
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints at most, plus one inner step
 OF_METRICS = "metrics_sha256"  # in a finished run's data.json
-CONDITIONS = ("torch", "device", "threads", "precision", "deterministic")  # of a session, on which rounding depends
+CONDITIONS = (
+    "torch",
+    "device",
+    "threads",
+    "precision",
+    "deterministic",
+    "network_update",
+)  # of a session, on which rounding depends
 
 
 class RunFolder:
@@ -50,6 +58,14 @@ class RunFolder:
         refusal = "wait for it or stop it, or keep both runs with --tag NAME"
         with locked(self.path / LOCK, doing="condense.py", wait=False, refusal=refusal):
             yield
+
+    def logged(self) -> AbstractContextManager[None]:
+        """Keep the program's messages in log.txt as well while the block runs."""
+        return logged_to(self.path / LOG)
+
+    def open_board(self, goes_on_after: int | None) -> None:
+        """Show what follows on a board as well."""
+        self.board = Board(self.path, goes_on_after=goes_on_after)
 
     # --- What is there ------------------------------------------------------------------------------------------------
 
@@ -240,6 +256,47 @@ class RunFolder:
         self.board.images(it, stored=stored, decoded=decoded)
         files.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
         files.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))
+
+
+class Elsewhere(RunFolder):
+    """The run folder of another process, which alone reads and writes there."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        yield
+
+    def logged(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def open_board(self, goes_on_after: int | None) -> None:
+        pass
+
+    def create(self, options: dict[str, Any], session: dict[str, Any], *, restart: bool) -> None:
+        pass
+
+    def checkpoint_due(self) -> bool:
+        return False
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        pass
+
+    def metric(self, **event: object) -> None:
+        pass
+
+    def session_metric(self, **position: float) -> None:
+        pass
+
+    def save_set(self, pixels: Tensor, card: dict[str, Any]) -> None:
+        pass
+
+    def save_final_card(self, card: dict[str, Any]) -> None:
+        pass
+
+    def save_snapshot(self, it: int, pixels: Tensor) -> None:
+        pass
+
+    def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
+        pass
 
 
 def _valid_record(record: Any, file: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 from torch import Tensor
 
+from utils import ranks
 from utils.device import device_name, keep_freed_memory, out_of_memory
 from utils.errors import UserError, first_line, printable
 
@@ -29,6 +30,7 @@ OUT_OF_MEMORY = (
     "error: the memory is full ({}); lower --batch_real, --batch_syn_max, --batch_size, --width or --size, or use a "
     "--device that has more; what was saved last is as it was"
 )
+DEADLINE = 1  # a reason to stop; signals come after it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -38,12 +40,14 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
     prepare_output()
+    if not ranks.is_first() and sys.stdout is not None:
+        discard(sys.stdout)
     name = Path(sys.argv[0]).name
-    status, message = 1, None
+    status, message, lost = 1, None, False
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        status, message = error.status, f"error: {error}"
+        status, message, lost = error.status, f"error: {error}", isinstance(error, ranks.LostRank)
     except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
         pass
     except OSError as error:
@@ -58,9 +62,9 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
             raise
         else:
             message = OUT_OF_MEMORY.format(first_line(error))
-    if message is not None:
+    if message is not None and (said := ranks.in_the_name_of(message, lost=lost)) is not None:
         with suppress(OSError):
-            print(f"{name}: {printable(message)}", file=sys.stderr)
+            print(f"{name}: {printable(said)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):  # here, since the interpreter would change the status if it cannot
         try:
             if stream is not None:
@@ -106,9 +110,13 @@ class Draws:
     def __init__(self, device: torch.device | str, *key: int | str) -> None:
         digest = hashlib.sha256(repr(key).encode()).digest()
         seed = int.from_bytes(digest[:8], "little") >> 1
-        self.device = torch.device(device)
+        self.device, self.key = torch.device(device), key
         self.host = random.Random(seed)
         self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def of_class(self, c: int) -> Draws:
+        """Numbers for one class that do not depend on which other classes are drawn for."""
+        return Draws(self.device, *self.key, "class", c)
 
     def uniform(self, *shape: int) -> Tensor:
         """In [0, 1)."""
@@ -166,14 +174,27 @@ class Stopper:
             again = "; again to stop at once" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one, which must not be entered twice.
             with suppress(OSError):
-                os.write(2, f"{self.signal.name}: finishing this step and saving{again}\n".encode())
+                if ranks.is_first():
+                    os.write(2, f"{self.signal.name}: finishing this step and saving{again}\n".encode())
+
+    def reason(self, *, signals_only: bool = False) -> int:
+        """Why to stop, as a number, 0 for no reason; the larger one counts. With `signals_only` the time is none."""
+        if self.signal is not None:
+            return DEADLINE + self.signal.value
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return DEADLINE if late and not signals_only else 0
+
+    def obey(self, reason: float) -> None:
+        """Raise Stopped if there is a reason, here or in another process."""
+        if reason > DEADLINE:
+            self.signal = signal.Signals(int(reason) - DEADLINE)
+            raise Stopped(self.signal.name)
+        if reason:
+            raise Stopped(f"--max_minutes {self.max_minutes:g}")
 
     def check(self, *, signals_only: bool = False) -> None:
-        """Raise Stopped if there is a reason; with `signals_only` the time limit is none."""
-        if self.signal is not None:
-            raise Stopped(self.signal.name)
-        if not signals_only and self.deadline is not None and time.monotonic() >= self.deadline:
-            raise Stopped(f"--max_minutes {self.max_minutes:g}")
+        """Raise Stopped if there is a reason here."""
+        self.obey(self.reason(signals_only=signals_only))
 
     @property
     def status(self) -> int:
@@ -225,4 +246,4 @@ def versions() -> dict[str, str]:
 
 def on_terminal() -> bool:
     """Whether a person sees the progress as it is drawn."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    return ranks.is_first() and sys.stderr is not None and sys.stderr.isatty()

@@ -32,30 +32,37 @@ class Context:
     kmeans: str = "batched"
     per_cluster: int = 1  # representatives of every cluster, those nearest its centroid
 
+    @property
+    def classes(self) -> list[int]:
+        """Those that are selected from, whatever others there are."""
+        return self.real.held
+
     def embedded(self, c: int) -> Tensor:
         """All images of class c in the network's embedding, (counts[c], D), in the precision of `compute`."""
         return embed(self.net, self.real.of_class(c), to_unit if self.raw else self.real.normalize, self.compute)
 
 
 def select(context: Context, count: int, *, strategy: str) -> Tensor:
-    """Positions in the real set of `count` images of every class, (classes, count) int64.
+    """Positions in the real set of `count` images of each of its classes, (classes, count) int64.
 
-    All different within a class that has as many; a smaller class gives all its images, repeated in turn.
+    All different within a class that has as many; a smaller class gives all its images, repeated in turn. What is found
+    of a class does not depend on the others, except on a GPU by rounding.
     """
     real = context.real
-    found = STRATEGIES[strategy](context, [min(count, have) for have in real.counts])
+    found = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.classes])
     rows = []
-    for within, start, have in zip(found, real.starts, real.counts, strict=True):
-        if have < count:  # let chance say which images come twice
-            within = within[context.draws.permutation(have)]
+    for c, within in zip(context.classes, found, strict=True):
+        if (have := real.counts[c]) < count:  # let chance say which images come twice
+            within = within[context.draws.of_class(c).permutation(have)]
             within = within[torch.arange(count, device=real.device) % have]
-        rows.append(start + within)
+        rows.append(real.starts[c] + within)
     return torch.stack(rows)
 
 
 def random_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """A true random draw without replacement."""
-    return [context.draws.permutation(have)[:k] for have, k in zip(context.real.counts, counts, strict=True)]
+    each = zip(context.classes, counts, strict=True)
+    return [context.draws.of_class(c).permutation(context.real.counts[c])[:k] for c, k in each]
 
 
 def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
@@ -65,26 +72,28 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """
     real, found = context.real, {}
     todo = []
-    for c, (have, k) in enumerate(zip(real.counts, counts, strict=True)):
-        if k == have:
-            found[c] = torch.arange(have, device=real.device)
+    for c, k in zip(context.classes, counts, strict=True):
+        if k == real.counts[c]:
+            found[c] = torch.arange(k, device=real.device)
         else:
-            todo.append(c)
+            todo.append((c, k))
+    together = EMBEDDING_BYTES if context.compute.classes_together else 0
     while todo:
         group: list[int] = []
+        clusters = todo[0][1]
         x: list[Tensor] = []
-        while todo and (not group or sum(e.nbytes for e in x) < EMBEDDING_BYTES):
-            group.append(todo.pop(0))
+        while todo and (not group or sum(e.nbytes for e in x) < together):
+            group.append(todo.pop(0)[0])
             x.append(context.embedded(group[-1]))
-        picked = KMEANS[context.kmeans](x, counts[group[0]], context.draws, context.per_cluster)
-        found.update(zip(group, picked, strict=True))
-    return [found[c] for c in range(real.classes)]
+        draws = [context.draws.of_class(c) for c in group]
+        found.update(zip(group, KMEANS[context.kmeans](x, clusters, draws, context.per_cluster), strict=True))
+    return [found[c] for c in context.classes]
 
 
 def central_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """The images nearest the mean of their class, in the network's embedding: typical, and much alike."""
     found = []
-    for c, k in enumerate(counts):
+    for c, k in zip(context.classes, counts, strict=True):
         x = widened(context.embedded(c))
         found.append((x - x.mean(0)).square().sum(1).topk(k, largest=False).indices)
     return found
@@ -96,7 +105,7 @@ def boundary_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     The margin is the distance between the logit of the image's own class and the highest of the others.
     """
     found = []
-    for c, k in enumerate(counts):
+    for c, k in zip(context.classes, counts, strict=True):
         x = widened(context.embedded(c))
         with torch.no_grad():
             logits = context.net.classifier(x)
@@ -110,7 +119,7 @@ def herded_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """Herding (Welling, ICML 2009): one image after the other, each the one that brings the mean of those chosen so
     far nearest the mean of the class, in the network's embedding."""
     found = []
-    for c, k in enumerate(counts):
+    for c, k in zip(context.classes, counts, strict=True):
         x = widened(context.embedded(c))
         mean, total, free = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
         picks = []
@@ -122,7 +131,7 @@ def herded_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     return found
 
 
-# A strategy names images of every class by their position within it: counts[c] different ones of class c.
+# A strategy names images of each of the context's classes by their position within it, as many as counts says.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
     "random": random_images,
@@ -156,24 +165,29 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
 
 
 def batched_kmeans(
-    x: Sequence[Tensor], k: int, draws: Draws, each: int = 1, *, iterations: int = KMEANS_ITERATIONS
+    x: Sequence[Tensor], k: int, draws: Sequence[Draws], each: int = 1, *, iterations: int = KMEANS_ITERATIONS
 ) -> list[Tensor]:
     """Row numbers of k different points of every class: of k / each clusters those nearest the centroid.
+
+    draws: of every class.
 
     Lloyd's algorithm from k random points, for all classes at once, a fixed number of iterations and no wait for the
     device in them. Clusters that run empty move to the points farthest from their own centroid.
     """
     points, real = padded(x)
-    _, nearest, distance = lloyd(points, real, k // each, draws, iterations=iterations)
+    chance, _ = padded([d.uniform(len(own)) for d, own in zip(draws, x, strict=True)])
+    _, nearest, distance = lloyd(points, real, k // each, chance, iterations=iterations)
     return list(representatives(real, nearest, distance, k // each, each))
 
 
 def lloyd(
-    points: Tensor, real: Tensor, k: int, draws: Draws, *, iterations: int = KMEANS_ITERATIONS
+    points: Tensor, real: Tensor, k: int, chance: Tensor, *, iterations: int = KMEANS_ITERATIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Centroids (classes, k, D), and of every point the number of its own and the squared distance to it."""
-    chance = draws.uniform(*real.shape).masked_fill(~real, torch.inf)
-    start = chance.topk(k, largest=False).indices  # k different points of each class, at random
+    """Centroids (classes, k, D), and of every point the number of its own and the squared distance to it.
+
+    chance: (classes, N) random numbers, which say where to start.
+    """
+    start = chance.masked_fill(~real, torch.inf).topk(k, largest=False).indices  # different points of each class
     centroids = points[torch.arange(len(points), device=points.device)[:, None], start]
     squares = widened(points).square().sum(2)  # products of bfloat16, distances in float32
     for _ in range(iterations):
@@ -182,13 +196,13 @@ def lloyd(
     return centroids, *assign(widened(points), squares, real, widened(centroids))
 
 
-def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws, each: int = 1) -> list[Tensor]:
+def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Sequence[Draws], each: int = 1) -> list[Tensor]:
     """The same by scikit-learn's KMeans to convergence, from k-means++: the reference, on the CPU, class by class."""
     from sklearn.cluster import KMeans
 
     found = []
-    for points in x:
-        fitted = KMeans(k // each, n_init=1, random_state=draws.host.getrandbits(31)).fit(points.float().cpu().numpy())
+    for points, d in zip(x, draws, strict=True):
+        fitted = KMeans(k // each, n_init=1, random_state=d.host.getrandbits(31)).fit(points.float().cpu().numpy())
         centroids = torch.from_numpy(fitted.cluster_centers_).to(points.device, torch.float32)
         one, real = padded([points.float()])
         nearest, distance = assign(one, one.square().sum(2), real, centroids[None])
@@ -196,14 +210,14 @@ def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Draws, each: int = 1) -> 
     return found
 
 
-KMEANS: dict[str, Callable[[Sequence[Tensor], int, Draws, int], list[Tensor]]] = {
+KMEANS: dict[str, Callable[[Sequence[Tensor], int, Sequence[Draws], int], list[Tensor]]] = {
     "batched": batched_kmeans,
     "sklearn": sklearn_kmeans,
 }
 
 
 def padded(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Classes of different sizes as one tensor (classes, N, D), and which rows are real, (classes, N)."""
+    """Classes of different sizes as one tensor (classes, N, ...), and which rows are real, (classes, N)."""
     longest = max(map(len, x))
     sizes = torch.tensor([len(points) for points in x]).to(x[0].device, non_blocking=True)
     return torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True), torch.arange(

@@ -13,6 +13,8 @@ from utils.pixels import PixelSGD
 from utils.runtime import Draws
 from utils.training import Trainer
 
+PER_CLASS = ("pixels", "velocity", "picks", "losses")  # what a checkpoint holds a row of for every class
+
 
 class Step(Protocol):
     """One matching step: moves the pixels, and returns the distances, (classes,), valid until the next call.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,8 @@ def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Ten
     """
     real = context.real
     if init == "noise":
-        shape = (real.classes, ipc, *real.images.shape[1:])
-        return (NOISE_MEAN + NOISE_STD * context.draws.normal(*shape)).clamp_(0, 1)
+        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.classes]
+        return (NOISE_MEAN + NOISE_STD * torch.stack(noise)).clamp_(0, 1)
     index = select(context, ipc * factor**2, strategy=init)
     return pack(to_unit(real.images[index]), factor=factor).clamp_(0, 1)
 
@@ -58,6 +60,14 @@ def training_images(
     )
 
 
-def coreset(context: Context, strategy: str, *, ipc: int) -> ImageSet:
-    """`ipc` real images per class: the baseline of the same size."""
-    return context.real.subset(select(context, ipc, strategy=strategy).flatten())
+def coreset(
+    context: Context, strategy: str, *, ipc: int, whole: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> ImageSet:
+    """`ipc` real images per class: the baseline of the same size.
+
+    whole: rows of the context's classes -> rows of all.
+    """
+    real = context.real
+    images = whole(real.images[select(context, ipc, strategy=strategy)])
+    labels = torch.arange(len(images), device=real.device).repeat_interleave(ipc)
+    return ImageSet(images.flatten(0, 1), labels, classes=real.classes, normalize=real.normalize)

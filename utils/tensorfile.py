@@ -47,6 +47,18 @@ def load(path: Path) -> Any:
     return torch.load(copy, map_location="cpu", weights_only=True)
 
 
+def packed(content: Any) -> Tensor:
+    """What `load` can read, as bytes, (n,) uint8, for another process of ours."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpacked(content: Tensor) -> Any:
+    """And back, on the CPU."""
+    return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
 def verified(path: Path) -> tuple[io.BytesIO, bytes]:
     """A file of torch.save once more, and the pickle in it. Raises ValueError and zipfile's errors unless it is whole.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,13 @@ from utils.augment import GEOMETRY, Augment
 from utils.device import Captured, Compute
 from utils.images import ImageSet
 from utils.runtime import Draws
+from utils.sources import Source
+from utils.vectors import joined, separated
 
 MIXUPS = ("cut", "vanilla")  # CutMix, or nothing
 CUTMIX_PROBABILITY = 0.5
 APPLY, SIZE, CENTRE_Y, CENTRE_X = range(4)  # the uniform numbers of a CutMix
+GATHERED = 2**24  # bytes of images that are gathered from a source at a time
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,13 @@ def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
     return Plan(order, u, (batch + chance).argsort() - first, mix)
 
 
+class Together(NamedTuple):
+    """Processes that train one network on the same batches, each on the images of its own classes."""
+
+    ours: Tensor  # (classes,) bool
+    add: Callable[[Tensor], Tensor]  # the sum over all of them, in place
+
+
 class Trainer:
     """K networks of one shape that train side by side, each on an image set of its own, or all on one."""
 
@@ -79,16 +90,26 @@ class Trainer:
         sets: Sequence[ImageSet],
         recipe: Recipe,
         compute: Compute,
-        current: Callable[[], Tensor] | None = None,
+        source: Source | None = None,
+        together: Together | None = None,
     ) -> None:
-        """current: gives the images of the one set as they are by now, (N, C, H, W), where they change."""
-        self.current = current
+        """source: where the images come from whenever they are needed, like those of the one set in shape and type.
+
+        together: with whom the one network is trained.
+        """
+        self.source, self.together = source, together
         self.nets, self.recipe, self.compute = list(nets), recipe, compute
         shared = all(train is sets[0] for train in sets)
         self.images, self.labels = (
             tensors[0][None] if shared else torch.stack(tensors)
             for tensors in ([train.images for train in sets], [train.labels for train in sets])
         )  # (K or 1, N, C, H, W) and (K or 1, N)
+        if source is not None:  # these then hold a few batches at a time
+            batch = recipe.batch_size * sets[0].images[0].nbytes
+            self.at_once = max(1, GATHERED // batch)
+            room = min(len(source), self.at_once * recipe.batch_size + 1)  # see `batches`
+            self.images = self.images.new_empty(1, room, *self.images.shape[2:])
+            self.labels = self.labels.new_empty(1, room)
         soft = [train.soft for train in sets if train.soft is not None]
         assert len(soft) in (0, len(sets))
         self.soft = None if not soft else soft[0][None] if shared else torch.stack(soft)  # (K or 1, N, classes)
@@ -102,7 +123,12 @@ class Trainer:
             self.sgd.param_groups[0]["lr"] = torch.tensor(recipe.lr, device=compute.device)
         for p in self.parameters:
             self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.step = Captured(self._step, compute.device)
+        # What waits for other processes, and has as many images as chance gives this one, is not replayed.
+        self.step = Captured(self._step, compute.device, replay=together is None)
+
+    def __len__(self) -> int:
+        """Images of each network."""
+        return self.images.shape[1] if self.source is None else len(self.source)
 
     @property
     def momentum(self) -> list[Tensor]:
@@ -128,16 +154,32 @@ class Trainer:
         order, u, partner, mix = (
             torch.stack([getattr(p, name) for p in plans]) for name in ("order", "u", "partner", "mix")
         )
-        for number, (start, end) in enumerate(edges):
-            self.step(order[:, start:end], u[:, start:end], partner[:, start:end], mix[:, number])
+        at_once = len(edges) if self.source is None else self.at_once
+        for first in range(0, len(edges), max(1, at_once)):
+            some = edges[first : first + at_once]
+            offset = some[0][0]
+            rows = self._gathered(order[:, offset : some[-1][1]])
+            for number, (start, end) in enumerate(some, first):
+                here = slice(start, end)
+                self.step(rows[:, start - offset : end - offset], u[:, here], partner[:, here], mix[:, number])
+
+    def _gathered(self, order: Tensor) -> Tensor:
+        """Where the images at these positions are to be found, (K, n) both."""
+        if self.source is None:
+            return order
+        images, labels = self.source.take(order[0])
+        self.images[0, : len(labels)] = images
+        self.labels[0, : len(labels)] = labels
+        return torch.arange(len(labels), device=order.device)[None]
 
     def all_images(self, draws: Sequence[Draws]) -> None:
         """One pass over all images."""
-        self.epoch(torch.arange(self.images.shape[1], device=self.images.device), draws)
+        self.epoch(torch.arange(len(self), device=self.images.device), draws)
 
     @torch.no_grad()
     def losses(self) -> Tensor:
         """Mean cross-entropy of every network on its images as they are, neither augmented nor mixed, (K,)."""
+        assert self.source is None
         n = self.images.shape[1]
         total = self.images.new_zeros(len(self.nets), dtype=torch.float64)
         for k, net in enumerate(self.nets):
@@ -159,17 +201,29 @@ class Trainer:
             target = self.soft[self.rows, index].to(x.dtype)
         if self.recipe.mixup == "cut":
             x, target = cutmix(x, target, partner, mix)
-        found = self.compute.retry(lambda: forms.gradients(self.nets, x, target, self.compute))
+        if self.together is None:
+            found = self._gradients(x, target)
+        else:
+            found = [self._gradients_together(x, target, self.together, self.labels[0, index[0]])]
         for p, g in zip(self.parameters, [g for net in found for g in net], strict=True):
             p.grad = g.contiguous()  # like p: the fused step takes both as they lie in memory
         self.sgd.step()
 
+    def _gradients(self, x: Tensor, target: Tensor) -> list[list[Tensor]]:
+        return self.compute.retry(lambda: forms.gradients(self.nets, x, target, self.compute))
+
+    def _gradients_together(self, x: Tensor, target: Tensor, together: Together, labels: Tensor) -> list[Tensor]:
+        """Of the whole batch, from each process's share of it, which counts as much as it has images."""
+        rows = together.ours[labels].nonzero().flatten()
+        total = torch.zeros(sum(p.numel() for p in self.parameters), dtype=x.dtype, device=x.device)
+        if len(rows):
+            total += joined(self._gradients(x[:, rows], target[:, rows])[0]) * (len(rows) / len(labels))
+        return separated(self.nets[0], together.add(total))
+
 
 def update_network(trainer: Trainer, *, n_data: int | None, draws: Draws) -> None:
     """`epochs` passes over n_data random images, or all: what keeps gradients informative while distilling."""
-    if trainer.current is not None:
-        trainer.images.copy_(trainer.current()[None])
-    drawn = draws.permutation(trainer.images.shape[1])[:n_data]
+    drawn = draws.permutation(len(trainer))[:n_data]
     for _ in range(trainer.recipe.epochs):
         trainer.epoch(drawn, [draws])
 

@@ -14,7 +14,7 @@ so all that has to be kept of a step is theta_t: what else its derivatives take 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,7 +28,9 @@ from utils.formation import decode, decoded_count
 from utils.images import ImageSet
 from utils.matching import Matcher
 from utils.pixels import PixelSGD
+from utils.ranks import ALONE, Group
 from utils.runtime import Draws
+from utils.vectors import joined, load, separated
 
 LEAST_STEP = 1e-6  # of a student: see TrajectoryStep
 
@@ -40,32 +42,6 @@ class Trajectories(Protocol):
 
     def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Parameters after `start` and after `end` epochs, (P,) each, on the CPU."""
-
-
-# --- Parameters as one vector -----------------------------------------------------------------------------------------
-
-
-def flattened(net: Network) -> Tensor:
-    """All parameters, in the order of `parameters()`: a copy, (P,)."""
-    return joined([p.detach() for p in net.parameters()])
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other, (P,)."""
-    return torch.cat([x.reshape(-1) for x in tensors])
-
-
-def separated(net: Network, theta: Tensor) -> list[Tensor]:
-    """(P,) -> views like the network's parameters."""
-    like = list(net.parameters())
-    return [part.view(p.shape) for p, part in zip(like, theta.split([p.numel() for p in like]), strict=True)]
-
-
-@torch.no_grad()
-def load(net: Network, theta: Tensor) -> None:
-    """Take over parameters (P,), at the same addresses."""
-    for p, part in zip(net.parameters(), separated(net, theta), strict=True):
-        p.copy_(part)
 
 
 # --- The student ------------------------------------------------------------------------------------------------------
@@ -87,16 +63,20 @@ def unrolled(
     labels: Sequence[Tensor],
     step_size: Tensor,
     compute: Compute,
+    *,
+    share: float = 1.0,
+    add: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Unrolled:
     """A step on each batch, from `start` towards `target`, (P,) each.
 
     batches: (n, C, H, W) normalised and augmented images, labels: (n,) int64. step_size: (). The network's parameters
-    are overwritten; batch norm normalises by the batch and remembers nothing.
+    are overwritten; batch norm normalises by the batch and remembers nothing. share: of the whole batches, where
+    others have the rest of their images; add: the sum over all of these, in place.
     """
     net.train()
     targets = [F.one_hot(y, net.classifier.out_features).to(start.dtype) for y in labels]
     # To keep all that the way back needs takes 2 to 12 times the memory, to make it again 1.2 to 1.6 times the time.
-    keep = sum(map(len, batches)) <= compute.group(1, batches[0].shape[-1])
+    keep = sum(map(len, batches)) <= compute.kept(batches[0].shape[-1])
     path, kept = [start], []
     with forms.frozen_statistics(net):
         for x, y in zip(batches, targets, strict=True):
@@ -106,7 +86,7 @@ def unrolled(
             else:
                 load(net, path[-1])
                 gradient = joined(forms.gradients([net], x[None], y[None], compute)[0])
-            path.append(path[-1] - step_size * gradient)
+            path.append(path[-1] - step_size * add(share * gradient))
         missed, whole = path.pop() - target, (start - target).square().sum()
         adjoint = 2 * missed / whole
         images, by_size = [], torch.zeros_like(step_size)
@@ -114,10 +94,10 @@ def unrolled(
             parameters = separated(net, path.pop())
             batch = kept.pop() if keep else forms.pieces(net, parameters, x, y, compute, gradients=False)
             slope, by_theta, by_x = forms.along(batch, separated(net, adjoint))
-            by_size -= slope
-            images.append(-step_size * by_x)
-            adjoint = adjoint - step_size * joined(by_theta)
-    return Unrolled(missed.square().sum() / whole, images[::-1], by_size)
+            by_size -= share * slope
+            images.append(-step_size * share * by_x)
+            adjoint = adjoint - step_size * add(share * joined(by_theta))
+    return Unrolled(missed.square().sum() / whole, images[::-1], add(by_size))
 
 
 # --- The synthetic images ---------------------------------------------------------------------------------------------
@@ -143,22 +123,23 @@ class TrajectoryStep:
         max_start: int,
         step_size: float,
         lr_step: float,
+        group: Group = ALONE,
     ) -> None:
         """steps: of the student, `epochs` of the expert's worth, from one of the first `max_start` epochs on.
 
-        step_size: to begin with. lr_step: its learning rate, with the momentum of the pixels.
+        step_size: to begin with. lr_step: its learning rate, with the momentum of the pixels. group: with whom the
+        student is trained, each rank on the images of its classes.
         """
         self.matcher, self.net, self.pixels, self.real, self.trajectories = matcher, net, pixels, real, trajectories
+        self.group = group
         self.steps, self.epochs, self.max_start, self.lr_step = steps, epochs, max_start, lr_step
         stored = pixels.pixels
-        self.classes, self.decoded = (
-            len(stored),
-            decoded_count(stored.shape[1], factor=matcher.factor, decode_type=matcher.decode_type),
-        )
+        self.held = torch.tensor(real.held, device=stored.device)
+        self.decoded = decoded_count(stored.shape[1], factor=matcher.factor, decode_type=matcher.decode_type)
         self.each = min(self.decoded, matcher.batch_syn_max)  # images per class and step of the student
         self.learned = {"step_size": torch.tensor([step_size, 0.0], dtype=stored.dtype, device=stored.device)}
-        self.labels = torch.arange(self.classes, device=stored.device).repeat_interleave(self.each)
-        self._captured = Captured(self._step, matcher.compute.device)
+        self.labels = self.held.repeat_interleave(self.each)
+        self._captured = Captured(self._step, matcher.compute.device, replay=group.alone)
 
     def __call__(self, picks: Tensor, draws: Draws) -> Tensor:
         """Moves the pixels; returns the distance once per class, (classes,), valid until the next call.
@@ -166,27 +147,32 @@ class TrajectoryStep:
         picks: not used, no real images take part.
         """
         expert, start = draws.host.randrange(self.trajectories.count), draws.host.randrange(self.max_start)
-        ends = self.trajectories.pair(expert, start, start + self.epochs)
+        ends = self.group.same(lambda: self.trajectories.pair(expert, start, start + self.epochs))
         return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
         """For every step of the student, an augmentation of every image, (steps, n, 9), and, where more images are
         decoded than may take part, which of each class do, (steps, classes, each)."""
-        n = self.classes * self.each
-        u = self.matcher.augment.draw(self.steps, n, draws).unflatten(0, (self.steps, n))
+        classes = self.real.classes  # drawn for all there are
+        u = self.matcher.augment.draw(self.steps, classes * self.each, draws)
+        u = u.unflatten(0, (self.steps, classes, self.each))[:, self.held].flatten(1, 2)
         if self.each == self.decoded:
             return (u,)
-        return u, draws.uniform(self.steps, self.classes, self.decoded).argsort(2)[:, :, : self.each]
+        return u, draws.uniform(self.steps, classes, self.decoded).argsort(2)[:, self.held, : self.each]
 
     def _step(self, start: Tensor, target: Tensor, *drawn: Tensor) -> Tensor:
         ahead = self.pixels.lookahead()
-        distance, by_pixels, by_size = self.matcher.compute.retry(lambda: self._gradients(ahead, start, target, *drawn))
+        if self.group.alone:
+            found = self.matcher.compute.retry(lambda: self._gradients(ahead, start, target, *drawn))
+        else:  # others have got on, or wait: it cannot be tried again
+            found = self._gradients(ahead, start, target, *drawn)
+        distance, by_pixels, by_size = found
         self.pixels.step(by_pixels)
         size, velocity = self.learned["step_size"]
         velocity.mul_(self.pixels.momentum).add_(by_size)
         # A student with a step of zero stays where it is and teaches the images nothing, one below climbs the loss.
         size.sub_(self.lr_step * velocity).clamp_(min=LEAST_STEP)
-        return distance.expand(self.classes)
+        return distance.expand(len(self.held))
 
     def _gradients(
         self, pixels: Tensor, start: Tensor, target: Tensor, u: Tensor, chosen: Tensor | None = None
@@ -199,7 +185,9 @@ class TrajectoryStep:
         with torch.no_grad():
             batches = [self._prepared(everything, *each) for each in zip(u, picked, strict=True)]
         size = self.learned["step_size"][0].clone()
-        found = unrolled(self.net, start, target, batches, [self.labels] * self.steps, size, self.matcher.compute)
+        labels, share = [self.labels] * self.steps, len(self.held) / self.real.classes
+        compute, add = self.matcher.compute, self.group.add
+        found = unrolled(self.net, start, target, batches, labels, size, compute, share=share, add=add)
         total = torch.zeros_like(everything)
         for gradient, *each in zip(
             found.images, u, picked, strict=True
@@ -210,5 +198,5 @@ class TrajectoryStep:
     def _prepared(self, decoded: Tensor, u: Tensor, chosen: Tensor | None) -> Tensor:
         """A batch of the student: (classes, S, C, H, W) -> (n, C, H, W), thinned out, normalised and augmented."""
         if chosen is not None:
-            decoded = decoded[torch.arange(self.classes, device=decoded.device)[:, None], chosen]
+            decoded = decoded[torch.arange(len(decoded), device=decoded.device)[:, None], chosen]
         return self.matcher.augment(self.real.normalize(decoded.flatten(0, 1)), u)
