@@ -304,7 +304,7 @@ def main(argv: Sequence[str]) -> int:
         experts = experts_for(o, spec) if o.match == TRAJECTORY else None
         if experts is not None and o.experts_only:
             return prepare(experts, o, dataset, spec, stopper, group) or 0
-        restart = o.restart and not ranks.restarted()
+        restart = o.restart and not ranks.restarts()
         check = partial(folder.check, saved, free=options.FREE, resumable=options.RESUMABLE, restart=restart)
         if group.same(check) == "finished":
             return say_finished(folder, group)

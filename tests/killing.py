@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
+import importlib
 import io
 import json
 import os
@@ -24,13 +25,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
+
+from torch.distributed import TCPStore
 
 from tests import sabotage
 from tests.faults import Fault
@@ -74,6 +78,10 @@ class Plan:
     then: str = "kill"  # before it, `halfway` through it if it writes; signals such as `SIGINT SIGINT`, which the run
     # sends to itself; or an errno's name, with which it fails, and everything after it
     record: str = ""  # a file that is to list the operations
+    program: str = "condense:main"  # module and function, which is given argv
+    environment: dict[str, str] = field(default_factory=dict)  # added to the server's
+    computing: int | None = None  # the number of the computation at which `then` happens, in place of an operation;
+    # `full` says that the memory is, then and later
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Child:
 
     def __init__(self, server: Server, pid: int) -> None:
         self.server, self.pid = server, pid
+        self.store: TCPStore | None = None
 
     def send(self, number: int) -> None:
         """A signal; none if it is over. Its number is not given to another process before `wait`."""
@@ -151,6 +160,35 @@ class Server:
 
     def run(self, argv: Sequence[str], **plan: Any) -> Ended:
         return self.start(argv, **plan).wait()
+
+
+def start_group(
+    server: Server, count: int, argv: Sequence[str], *, of: Mapping[int, dict[str, Any]] | None = None, **plan: Any
+) -> list[Child]:
+    """As many ranks as torchrun would start on one machine, without it: nobody ends those that are left.
+
+    of: fields of single ranks' Plan.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where ranks look for each other
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_RUN_ID": "test",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # where no name is resolved
+    }
+    children = []
+    for rank in range(count):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(server.start(argv, environment=environment, **{**plan, **(of or {}).get(rank, {})}))
+        children[-1].store = store  # as long as one of them is of interest
+    return children
+
+
+def run_group(server: Server, count: int, argv: Sequence[str], **plan: Any) -> list[Ended]:
+    return [child.wait() for child in start_group(server, count, argv, **plan)]
 
 
 def two_at_a_time(check: Callable[[Case], None], cases: Sequence[Case]) -> None:
@@ -225,7 +263,8 @@ def serve() -> None:
     import sklearn.datasets  # noqa: F401
     import torchvision.datasets  # noqa: F401
 
-    import condense
+    import condense  # noqa: F401
+    import train  # noqa: F401
     from utils import runtime
 
     with suppress(ImportError):
@@ -243,7 +282,7 @@ def serve() -> None:
             streams = {"out": output(plan.stdout), "err": output(plan.stderr)}
             if (pid := os.fork()) == 0:
                 arrange(plan, [writer for _, writer in streams.values()])
-                end_of(lambda: runtime.run_main(condense.main))
+                end_of(partial(runtime.run_main, named(plan.program)))
             for _, writer in streams.values():
                 if writer is not None:
                     os.close(writer)
@@ -252,6 +291,12 @@ def serve() -> None:
         os.write(1, (json.dumps(answer) + "\n").encode())
     for pid in readers:  # of a test that failed before it waited for them
         os.kill(pid, signal.SIGKILL)
+
+
+def named(program: str) -> Callable[[Sequence[str]], int]:
+    module, _, function = program.partition(":")
+    found: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def output(where: str) -> tuple[int | None, int | None]:
@@ -300,7 +345,8 @@ def arrange(plan: Plan, writers: list[int | None]) -> None:
     os.closerange(3, 128)
     sys.stdout = standard_stream(1, line_buffering=bool(plan.terminal))
     sys.stderr = standard_stream(2, line_buffering=True)
-    sys.argv = ["condense.py", *plan.argv]
+    sys.argv = [f"{plan.program.partition(':')[0]}.py", *plan.argv]
+    os.environ.update(plan.environment)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     for number in plan.ignored:
         signal.signal(number, signal.SIG_IGN)
@@ -310,10 +356,13 @@ def arrange(plan: Plan, writers: list[int | None]) -> None:
         drop_override()
     if plan.wild_clock:
         sabotage.derange_clock()
-    if plan.root:
+    if plan.computing is not None:
+        sabotage.interrupt(plan.computing, plan.then)
+    elif plan.root:
         sabotage.watch(plan.root, at=plan.at, then=plan.then, record=plan.record)
-    from utils import run
+    from utils import ranks, run
 
+    ranks.LAST_WORDS = 0.2  # nobody ends the others
     run.CHECKPOINT_SECONDS = plan.checkpoint_seconds
 
 

@@ -121,3 +121,22 @@ def derange_clock() -> None:
     """time.time jumps by a decade and back, from call to call."""
     real, jumps = time.time, itertools.cycle((0.0, DECADE, -DECADE, 3600.0))
     time.time = lambda: real() + next(jumps)
+
+
+def interrupt(at: int, then: str) -> None:
+    """Something happens at the computation of this number, of those that may run out of memory."""
+    from utils.device import Compute
+
+    real, number = Compute.retry, itertools.count()
+
+    def retry(compute: Any, function: Callable[[], Any]) -> Any:
+        now = next(number)
+        if then == "full" and now >= at:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
+        if now == at and then == "kill":
+            die()
+        if now == at and then.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[then])
+        return real(compute, function)
+
+    Compute.retry = retry  # type: ignore[assignment, method-assign]

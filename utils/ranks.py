@@ -53,9 +53,9 @@ def is_first() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
-def restarted() -> bool:
-    """Whether torchrun has started it again, after a failure (--max-restarts)."""
-    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has started it again, after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
 
 
 def local_rank() -> int | None:
@@ -96,6 +96,7 @@ def joined(backends: str, *, minutes: float) -> Iterator[Group]:
     timeout = timedelta(minutes=minutes)
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt {restarts()}", store)  # one store may serve all, with addresses of the dead
         dist.init_process_group(backends, store=store, rank=rank, world_size=count, timeout=timeout)
     except RuntimeError as error:
         raise UserError(f"torchrun: the ranks do not find each other ({first_line(error)})") from error

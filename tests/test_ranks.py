@@ -1,0 +1,522 @@
+"""Runs that several processes share: the same result as one process has, whoever owns the classes, and one clear end
+whatever happens to one of them.
+
+Ranks are forks of one process (tests/killing.py), connected by gloo as torchrun's are; torchrun itself is at the end.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.faults import injected
+from tests.files import image_folder
+from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, tiny
+from tests.outcome import Outcome, metrics, outcome
+from utils import ranks
+from utils.images import ImageSet, Normalize
+from utils.ranks import ALONE, Owned, shares
+from utils.sources import RealImages, SyntheticImages
+
+UNEVEN = {"a": 12, "b": 30, "c": 9, "d": 45, "e": 20}  # images of a folder's classes
+WEIGHTS, PIXELS = 1e-4, 1e-2  # differences allowed: of weights, and of pixels as a part of how far they moved
+REPEATED, SHARED = ("--share_update", "off"), ("--share_update", "on")
+LINE = re.compile(r"condense\.py: rank (\d): error: (.*)\n")
+
+
+def ended_well(ended: list[Ended]) -> None:
+    assert [(e.status, e.err) for e in ended] == [(0, "")] * len(ended), ended
+    assert not any(e.out for e in ended[1:])  # one rank speaks for all
+
+
+# --- Who owns what ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=60), st.integers(1, 12))
+def test_work_is_shared_out_whole_once_and_evenly(work: list[float], count: int) -> None:
+    found = shares(work, count)
+    assert sorted(piece for pieces in found for piece in pieces) == list(range(len(work)))
+    assert all(pieces == sorted(pieces) for pieces in found)
+    loads = [sum(work[piece] for piece in pieces) for pieces in found]
+    assert max(loads) - min(loads) <= max(work) + 1e-9
+    assert min(map(len, found)) > 0 or len(work) < count
+
+
+def test_equal_classes_are_dealt_out_and_a_large_one_counts_for_what_it_is() -> None:
+    assert shares([1.0] * 10, 3) == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    assert shares([5.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2) == [[0], [1, 2, 3, 4, 5]]
+
+
+def test_one_process_owns_everything_and_sends_nothing() -> None:
+    owned, x = ALONE.share([1.0, 2.0, 3.0]), torch.randn(3, 2)
+    assert owned.classes == [0, 1, 2] and owned.whole(x) is x and owned.own(x) is x
+    assert ALONE.add(x) is x and ALONE.most(1, 2.5) == [1.0, 2.5] and ALONE.same(lambda: "x") == "x"
+    assert ALONE.sent == 0 and ALONE.mine([1.0] * 3) == [0, 1, 2]
+
+
+class Holders:
+    """Several ranks in one process: each one's tensors are recorded, then their sum is what all of them have."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+
+    def merge(self, x: Tensor) -> Tensor:
+        self.given.append(x.clone())
+        return x
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_drawn_images_are_those_of_one_process_whoever_holds_them(count: int) -> None:
+    sizes = list(UNEVEN.values())
+    images = torch.randint(0, 256, (sum(sizes), 1, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(5).repeat_interleave(torch.tensor(sizes))
+    whole = ImageSet(images, labels, classes=5, normalize=Normalize([0.5], [0.5]))
+    index = torch.randperm(len(images))[:50]
+    expected = RealImages(whole, sizes, None).take(index)
+    assert torch.equal(expected[0], images[index]) and torch.equal(expected[1], labels[index])
+
+    holders, picks = Holders(), torch.stack([torch.arange(8) + start for start in whole.starts])
+    for classes in shares([float(n) for n in sizes], count):
+        part = whole.subset(torch.isin(labels, torch.tensor(classes)).nonzero().flatten())
+        assert part.held == classes and part.classes == 5
+        source = RealImages(part, sizes, holders.merge)
+        found, its_labels = source.take(index)
+        assert len(source) == len(whole) and torch.equal(its_labels, labels[index])
+        ours = torch.isin(its_labels, torch.tensor(classes))
+        assert torch.equal(found[ours], images[index][ours]) and not found[~ours].any()
+        here = source.here(picks[classes])
+        assert torch.equal(part.images[here], images[picks[classes]])
+        assert torch.equal(source.everywhere(here), picks[classes])
+    assert torch.equal(torch.stack(holders.given).sum(0, dtype=torch.uint8), images[index])
+
+
+def test_synthetic_images_are_taken_as_they_are_at_the_moment() -> None:
+    pixels = torch.rand(3, 2, 1, 4, 4)
+    source = SyntheticImages(lambda: pixels, 3, 2)
+    index = torch.tensor([5, 0, 3])
+    assert len(source) == 6 and source.take(index)[1].tolist() == [2, 0, 1]
+    pixels.zero_()
+    assert not source.take(index)[0].any()
+
+
+# --- What they tell each other, in real processes ---------------------------------------------------------------------
+
+
+def telling(argv: list[str]) -> int:
+    """A program of several ranks: everything that they can tell each other; raises AssertionError."""
+    with ranks.joined("gloo", minutes=1) as group:
+        assert group.count == 3 and group.either(True, False) == (group.rank == 0)
+        odd = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-42])
+        rows = odd[None] if group.rank == 1 else torch.zeros(1, 4)
+        owned = Owned(group, [[0, 3], [1], [2]][group.rank], 4)
+        mine = odd.repeat(len(owned.classes), 1) * 1.0 if group.rank == 1 else torch.full((len(owned.classes), 4), 2.0)
+        whole = owned.whole(mine)
+        assert torch.equal(whole[1].view(torch.int32), odd.view(torch.int32)), whole  # bit for bit
+        assert (whole[[0, 2, 3]] == 2).all() and torch.equal(owned.own(whole).view(torch.int32), mine.view(torch.int32))
+        for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.float64):
+            x = torch.full((3, 2), 3, dtype=dtype) if group.rank == 2 else torch.zeros(3, 2, dtype=dtype)
+            assert (group.merge(x) == 3).all(), dtype
+        assert group.add(torch.tensor([1.0, group.rank])).tolist() == [3.0, 3.0]
+        assert group.most(group.rank, -group.rank, 0.5) == [2.0, 0.0, 0.5]
+        content: dict[str, Any] = {"x": rows, "n": None, "t": ("a", 1.5, True), "d": {"y": torch.arange(3)}}
+        found: dict[str, Any] = group.same(lambda: content | {"rank": group.rank})
+        assert found["rank"] == 0 and found["t"] == ("a", 1.5, True) and torch.equal(found["d"]["y"], torch.arange(3))
+        told: list[int] = []
+        group.once(told.append, 1)
+        assert told == ([1] if group.rank == 0 else [])
+        assert group.mine([1.0] * 7) == [[0, 3, 6], [1, 4], [2, 5]][group.rank]
+        slow = group.faster(lambda: time.sleep(0.05 * group.rank), lambda: None, wait=lambda: None, warm=0)
+        assert slow[0] >= 0.1 > slow[1]
+        assert group.sent > 0
+    return 0
+
+
+def refusing(argv: list[str]) -> int:
+    """The first rank finds that something is wrong; all of them end with it."""
+    with ranks.joined("gloo", minutes=1) as group:
+
+        def find() -> None:
+            raise ranks.UsageError("--x: is wrong")
+
+        group.same(find)
+    return 0
+
+
+def silent(argv: list[str]) -> int:
+    """The last rank does not answer."""
+    with ranks.joined("gloo", minutes=1 / 60) as group:
+        if group.rank == group.count - 1:
+            time.sleep(30)
+        group.most(1.0)
+    return 0
+
+
+def program(function: Any) -> dict[str, Any]:
+    return {"program": f"tests.test_ranks:{function.__name__}"}
+
+
+def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> None:
+    ended_well(run_group(server, 3, [], **program(telling)))
+
+
+def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all(server: Server) -> None:
+    ended = run_group(server, 2, [], **program(refusing))
+    assert [e.status for e in ended] == [2, 2]
+    assert re.fullmatch(r"tests\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
+
+
+def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
+    children = start_group(server, 2, [], **program(silent))
+    ended = children[0].wait(20)
+    assert ended.status == 1 and "rank 0: error: another rank has ended or does not answer" in ended.err, ended
+    children[1].send(signal.SIGKILL)
+    children[1].wait()
+
+
+# --- The same run, whatever the number of ranks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_with_repeated_updates_a_run_is_bit_for_bit_that_of_one_process(
+    server: Server, tmp_path: Path, undisturbed: Outcome, count: int
+) -> None:
+    ended_well(run_group(server, count, tiny(tmp_path, *REPEATED)))
+    assert outcome(tmp_path / FOLDER) == undisturbed
+
+
+CASES = {
+    "random": "--select random --init random",
+    "sklearn": "--select kmeans --kmeans sklearn --interval 1",
+    "herding": "--select herding --init noise",
+    "boundary": "--select boundary --n_data 0",
+    "few": "--batch_syn_max 3 --decode_type multi --batch_real 200",  # more than a class has: some twice
+    "pretrained": "--method dream+ --niter 1 --match grad+embed --metric cos",
+    "dm": "--method dm --select kmeans --batch_real 8 --niter 3 --interval 2",
+    "dc": "--method dc --batch_real 8 --niter 2 --inner_loop 3 --net_epoch 2",
+    "batch norm": "--norm_type batch",
+    "resnet": "--net_type resnet10 --width 4 --niter 1",
+}
+
+
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+def test_so_it_is_for_every_selection_objective_and_network(server: Server, tmp_path: Path, flags: str) -> None:
+    found = []
+    for count in (1, 2):
+        argv = tiny(tmp_path / str(count), *REPEATED, *shlex.split(flags))
+        if count == 1:
+            ended = server.run(argv)
+            assert (ended.status, ended.err) == (0, ""), ended
+        else:
+            ended_well(run_group(server, count, argv))
+        (folder,) = (tmp_path / str(count) / "digits").iterdir()
+        found.append(outcome(folder))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("whiten", ["none", "zca"])
+def test_classes_of_a_folder_may_be_of_any_size(server: Server, tmp_path: Path, whiten: str) -> None:
+    """Mean, standard deviation and covariance, too, are those of all images, of which no rank has more than its own."""
+    folder = image_folder(tmp_path / "images", UNEVEN, dict.fromkeys(UNEVEN, 3))
+    found = []
+    for count in (1, 3):
+        argv = tiny(tmp_path / str(count), *REPEATED, "--image_folder", str(folder), "--depth", "2", "--whiten", whiten)
+        ended = run_group(server, count, argv) if count > 1 else [server.run(argv)]
+        assert [e.status for e in ended] == [0] * count and not any(e.err for e in ended), ended
+        (run,) = (tmp_path / str(count) / "folder").iterdir()
+        found.append((outcome(run), json.loads((run / "data.json").read_text())["normalization"]))
+    assert found[0] == found[1]
+    assert "3 ranks own 1 or 2 classes each" in (run / "log.txt").read_text()  # the largest one is alone
+
+
+def test_shared_updates_add_up_to_those_of_one_process(server: Server, tmp_path: Path) -> None:
+    """After 100 inner steps against one network, up to the order of summation in float32.
+
+    k-means answers a difference in the last digit with another representative now and then, random sampling does not.
+    """
+    flags = shlex.split("--niter 1 --inner_loop 100 --interval 10 --n_data 16 --eval_every 0 --select random")
+
+    def saved(count: int, name: str) -> Any:
+        return torch.load(tmp_path / str(count) / FOLDER / name, weights_only=True)
+
+    for count in (1, 2, 3):
+        argv = tiny(tmp_path / str(count), *flags, *SHARED)
+        ended_well(run_group(server, count, argv, checkpoint_seconds=1000.0))
+    one = saved(1, "checkpoint.pt")
+    moved = (one["pixels"].flatten(0, 1) - saved(1, "data_000000.pt")[0]).abs().max()
+    for count in (2, 3):
+        other = saved(count, "checkpoint.pt")
+        assert any(not torch.equal(a, b) for a, b in zip(one["net"].values(), other["net"].values(), strict=True))
+        for name, weight in one["net"].items():
+            torch.testing.assert_close(other["net"][name], weight, rtol=0, atol=WEIGHTS)
+        assert (other["pixels"] - one["pixels"]).abs().max() < PIXELS * moved
+
+
+def test_the_faster_update_is_measured_and_said(server: Server, tmp_path: Path) -> None:
+    ended = run_group(server, 2, tiny(tmp_path))
+    ended_well(ended)
+    said = re.search(r"network updates are (.*) \((.*) ms on every rank, (.*) ms shared out\)", ended[0].out)
+    assert said is not None
+    faster = "shared out" if float(said[3]) < float(said[2]) else "repeated by every rank"
+    assert said[1] == faster
+    kind = "whole" if faster != "shared out" else "shared by 2 ranks"
+    assert metrics(tmp_path / FOLDER)[0]["network_update"] == kind
+
+
+def test_a_network_that_looks_at_whole_batches_does_not_share_them(server: Server, tmp_path: Path) -> None:
+    ended = run_group(server, 2, tiny(tmp_path, *SHARED, "--norm_type", "batch"))
+    assert [e.status for e in ended] == [2, 2] and "".join(e.err for e in ended).count("--share_update on") == 1
+
+
+def test_trajectories_are_matched_by_ranks_together(server: Server, tmp_path: Path) -> None:
+    """Up to the order of summation; experts have to be there."""
+    flags = shlex.split("--method mtt --experts 1 --expert_epochs 3 --match_epochs 1 --max_start 2 --student_steps 3")
+    argv = tiny(tmp_path, *flags, "--niter", "4", "--inner_loop", "1", "--snapshot_every", "0")
+    ended = run_group(server, 2, argv)
+    assert [e.status for e in ended] == [2, 2] and "--experts_only" in "".join(e.err for e in ended), ended
+    assert server.run(argv).status == 0
+    ended_well(run_group(server, 2, [*argv, "--tag", "two"]))
+    one, two = (
+        torch.load(next((tmp_path / "digits").glob(f"convnet*{end}")) / "checkpoint.pt", weights_only=True)
+        for end in ("mtt", "mtt_two")
+    )
+    torch.testing.assert_close(two["pixels"], one["pixels"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(two["learned"]["step_size"], one["learned"]["step_size"])
+    assert not torch.equal(one["velocity"], torch.zeros_like(one["velocity"]))
+
+
+def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tmp_path: Path) -> None:
+    assert server.run(tiny(tmp_path)).status == 0
+    run = tmp_path / FOLDER
+    flags = shlex.split(
+        "-n convnet alexnet --epochs 2 --repeat 3 --width 4 --device cpu --baselines random --confusion"
+    )
+    argv = [str(run), *flags, "--results_dir", str(tmp_path), "--json"]
+    one = server.run([*argv], program="train:main")
+    assert one.status == 0, one
+    (run / "eval.json").unlink()
+    many = run_group(server, 3, argv, program="train:main")
+    ended_well(many)
+
+    def results(ended: Ended) -> list[tuple[Any, ...]]:
+        records = json.loads(ended.out.splitlines()[-1])["results"]
+        return [(r["net"], r["trained_on"], r["accuracies"], r["confusion"]) for r in records]
+
+    assert results(many[0]) == results(one) and len(results(one)) == 6
+    assert len((run / "eval.json").read_text().split('"trained_on"')) == 1 + 6
+
+
+# --- Stops, and one rank that fails -----------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
+    """2 ranks, 1, 3, 2, each stopped by a signal that any of them gets."""
+    argv = tiny(tmp_path, *REPEATED)
+    for count, receiver in ((2, 1), (1, 0), (3, 2)):
+        ended = run_group(server, count, argv, of={receiver: {"computing": 4, "then": "SIGTERM"}})
+        assert [e.status for e in ended] == [128 + signal.SIGTERM] * count, ended
+        assert "stopped (SIGTERM) and saved" in ended[0].out and not any(e.out for e in ended[1:])
+    ended = run_group(server, 2, argv)
+    ended_well(ended)
+    assert "going on after outer iteration" in ended[0].out
+    assert outcome(tmp_path / FOLDER) == undisturbed
+
+
+def test_a_time_limit_ends_all_ranks_at_the_same_step(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
+    for _ in range(2):
+        ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED, "--max_minutes", "1e-4")))
+    ended_well(run_group(server, 3, tiny(tmp_path, *REPEATED)))
+    assert outcome(tmp_path / FOLDER) == undisturbed
+
+
+def test_a_stop_while_ranks_evaluate_ends_all_of_them(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
+    """The one that gets the signal is in a training, the other one has none."""
+    stop = {"computing": 1, "then": "SIGINT"}  # the first one is that of the initial selection
+    ended = run_group(server, 2, tiny(tmp_path, *REPEATED), of={0: stop})
+    assert [e.status for e in ended] == [130, 130], ended
+    ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED)))
+    assert outcome(tmp_path / FOLDER) == undisturbed
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_rank_that_is_killed_ends_the_others_which_say_so(
+    server: Server, tmp_path: Path, undisturbed: Outcome, victim: int
+) -> None:
+    argv = tiny(tmp_path, *REPEATED)
+    with injected("a rank of several is killed") as fault:
+        began = time.monotonic()
+        ended = run_group(server, 3, argv, of={victim: {"computing": 9, "then": "kill"}})
+        assert time.monotonic() - began < 20
+        assert ended[victim].status == -signal.SIGKILL
+        for rank in {0, 1, 2} - {victim}:
+            assert ended[rank].status == 1 and ended[rank].err.count("\n") <= 1, ended
+        said = LINE.findall("".join(e.err for e in ended))
+        assert said and all("another rank has ended" in message for _, message in said), ended
+        ended_well(run_group(server, 2, argv))
+        fault.kept(outcome(tmp_path / FOLDER) == undisturbed)
+
+
+def test_one_rank_without_memory_says_so_and_ends_all(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
+    argv = tiny(tmp_path, *REPEATED)
+    ended = run_group(server, 3, argv, of={1: {"computing": 9, "then": "full"}})
+    assert [e.status for e in ended] == [1, 1, 1], ended
+    assert ended[1].err.startswith("condense.py: rank 1: error: the memory is full (DefaultCPUAllocator")
+    assert ended[0].err == ended[2].err == "", ended  # they know that it has been said
+    ended_well(run_group(server, 3, argv))
+    assert outcome(tmp_path / FOLDER) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--facter", "2"], "condense.py: error: unknown option --facter"),
+        (["--image_folder", "/nowhere"], "--image_folder /nowhere: cannot use"),
+        (["--ipc", "4000"], "--ipc 4000: class"),
+        (["--resume_from", "/nowhere"], "/nowhere: no such file"),
+        (["--device", "cuda"], "--device cuda: PyTorch sees no CUDA device here"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_told_once(server: Server, tmp_path: Path, flags: list[str], says: str) -> None:
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is one")
+    ended = run_group(server, 2, tiny(tmp_path, *flags))
+    said = "".join(e.err for e in ended)
+    assert {e.status for e in ended} <= {1, 2} and said.count("\n") == 1 and says in said, ended
+
+
+def test_more_ranks_than_classes_are_told_how_many_may_be_started(server: Server, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", {"a": 4, "b": 4})
+    ended = run_group(server, 3, tiny(tmp_path, "--image_folder", str(folder), "--depth", "2"))
+    assert [e.status for e in ended] == [2, 2, 2]
+    said = "".join(e.err for e in ended)
+    assert "3 ranks cannot share 2 classes" in said and "start 2 processes or fewer" in said and said.count("\n") == 1
+
+
+def test_two_groups_do_not_share_a_run_folder(server: Server, tmp_path: Path) -> None:
+    first = start_group(server, 2, tiny(tmp_path, "--niter", "400"))
+    while not (tmp_path / FOLDER / ".lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    second = run_group(server, 2, tiny(tmp_path, "--niter", "400"))
+    for child in first:
+        child.send(signal.SIGTERM)
+    assert [child.wait().status for child in first] == [143, 143]
+    said = "".join(e.err for e in second)
+    assert [e.status for e in second] == [1, 1] and "in use by process" in said and said.count("\n") == 1
+
+
+# --- The program ------------------------------------------------------------------------------------------------------
+
+
+def test_the_main_loop_says_nothing_of_ranks() -> None:
+    tree = ast.parse((ROOT / "condense.py").read_text())
+    (loop,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "condense")
+    text = ast.unparse(loop.body[1:])  # type: ignore[arg-type]
+    assert not re.search(r"rank|group|owned|dist", text)
+
+
+LOCAL = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0", "OMP_NUM_THREADS": "1"}
+
+
+class Torchrun:
+    """condense.py under PyTorch's launcher, which starts it again after a failure, so many times."""
+
+    def __init__(self, count: int, argv: list[str], *, restarts: int = 0) -> None:
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={count}",
+            "--monitor-interval=0.1",
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, f"--max-restarts={restarts}", str(ROOT / "condense.py"), *argv],
+            env={**os.environ, **LOCAL},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def workers(self) -> dict[int, int]:
+        """Process numbers by rank, of those that are there at the moment."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, StopIteration):
+                if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == self.process.pid:
+                    words = (path / "environ").read_text().split("\0")
+                    found[int(next(w for w in words if w.startswith("RANK="))[5:])] = int(path.name)
+        return found
+
+    def wait(self) -> Ended:
+        out, err = self.process.communicate(timeout=300)
+        return Ended(self.process.returncode, out, err)
+
+
+def kill_at_random_moments(results: Path, undisturbed: Outcome, kills: int) -> None:
+    """One rank or the other, while they load, find each other, distil, save or evaluate."""
+    chance = random.Random(0)
+    run = Torchrun(2, tiny(results, *REPEATED), restarts=kills)
+    with injected("a rank under torchrun is killed") as fault:
+        for _ in range(kills):
+            while len(workers := run.workers()) < 2 and run.process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 8))  # loading takes some seconds, the run one
+            if run.process.poll() is not None:
+                break  # it was over before
+            with suppress(ProcessLookupError):
+                os.kill(workers[chance.randrange(2)], signal.SIGKILL)
+            while set(run.workers().values()) & set(workers.values()) and run.process.poll() is None:
+                time.sleep(0.01)
+        ended = run.wait()
+        assert ended.status == 0, ended
+        fault.kept(outcome(results / FOLDER) == undisturbed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_torchrun_starts_a_killed_run_again_which_goes_on_to_the_same_bytes(
+    tmp_path: Path, undisturbed: Outcome
+) -> None:
+    """With --restart, too, which is meant once."""
+    run = Torchrun(2, tiny(tmp_path, *REPEATED, "--niter", "3", "--restart"), restarts=1)
+    while not (tmp_path / FOLDER / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    os.kill(run.workers()[1], signal.SIGKILL)
+    ended = run.wait()
+    assert ended.status == 0, ended
+    assert outcome(tmp_path / FOLDER).distilled == undisturbed.distilled
+    sessions = [event for event in metrics(tmp_path / FOLDER) if "session" in event]
+    assert [event["session"] for event in sessions] == [1, 2]
+
+
+def test_ctrl_c_ends_what_torchrun_has_started_with_one_checkpoint(tmp_path: Path) -> None:
+    run = Torchrun(2, tiny(tmp_path, *REPEATED, "--niter", "4000"))
+    while not (tmp_path / FOLDER / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    run.process.send_signal(signal.SIGINT)
+    ended = run.wait()
+    assert ended.out.count("stopped (SIGINT) and saved in") == 1, ended
+    assert "condense.py" not in LINE.sub("", ended.err).replace(str(ROOT / "condense.py"), ""), ended
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, undisturbed: Outcome) -> None:
+    kill_at_random_moments(tmp_path, undisturbed, kills=20)
