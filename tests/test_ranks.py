@@ -202,29 +202,32 @@ def test_with_repeated_updates_a_run_is_bit_for_bit_that_of_one_process(
 
 
 CASES = {
-    "random": "--select random --init random",
+    "random": "--select random --init random --norm_type batch",
     "sklearn": "--select kmeans --kmeans sklearn --interval 1",
-    "herding": "--select herding --init noise",
-    "boundary": "--select boundary --n_data 0",
     "few": "--batch_syn_max 3 --decode_type multi --batch_real 200",  # more than a class has: some twice
     "pretrained": "--method dream+ --niter 1 --match grad+embed --metric cos",
-    "dm": "--method dm --select kmeans --batch_real 8 --niter 3 --interval 2",
     "dc": "--method dc --batch_real 8 --niter 2 --inner_loop 3 --net_epoch 2",
-    "batch norm": "--norm_type batch",
+}
+MORE = {
+    "herding": "--select herding --init noise",
+    "boundary": "--select boundary --n_data 0",
+    "central": "--select central --match feat",
+    "dm": "--method dm --select kmeans --batch_real 8 --niter 3 --interval 2",
+    "dsa": "--method dsa --select kmeans --niter 1 --inner_loop 3",
     "resnet": "--net_type resnet10 --width 4 --niter 1",
 }
 
 
-@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "flags",
+    [*(pytest.param(x, id=name) for name, x in CASES.items())]
+    + [pytest.param(x, id=name, marks=pytest.mark.slow) for name, x in MORE.items()],
+)
 def test_so_it_is_for_every_selection_objective_and_network(server: Server, tmp_path: Path, flags: str) -> None:
     found = []
     for count in (1, 2):
         argv = tiny(tmp_path / str(count), *REPEATED, *shlex.split(flags))
-        if count == 1:
-            ended = server.run(argv)
-            assert (ended.status, ended.err) == (0, ""), ended
-        else:
-            ended_well(run_group(server, count, argv))
+        ended_well(run_group(server, count, argv, checkpoint_seconds=1000.0))
         (folder,) = (tmp_path / str(count) / "digits").iterdir()
         found.append(outcome(folder))
     assert found[0] == found[1]

@@ -115,7 +115,10 @@ class Analytic:
 
         with torch.enable_grad():
             given = [g.requires_grad_() for g in given]
-            losses = torch.func.vmap(partial(total, how.metric))(wanted, given)
+            if len(real) == 1:  # without vmap's overhead, as on a CPU
+                losses = total(how.metric, [w[0] for w in wanted], [g[0] for g in given])[None]
+            else:
+                losses = torch.func.vmap(partial(total, how.metric))(wanted, given)
             slopes = list(torch.autograd.grad(losses.sum(), given))
         dtype = self.net.classifier.dtype
         embedding = slopes.pop()[:, None] / syn.shape[1] if what.embedding else None

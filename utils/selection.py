@@ -171,8 +171,8 @@ def batched_kmeans(
 
     draws: of every class.
 
-    Lloyd's algorithm from k random points, for all classes at once, a fixed number of iterations and no wait for the
-    device in them. Clusters that run empty move to the points farthest from their own centroid.
+    Lloyd's algorithm from k random points, for all classes at once, so many iterations and no wait for a GPU in them.
+    Clusters that run empty move to the points farthest from their own centroid.
     """
     points, real = padded(x)
     chance, _ = padded([d.uniform(len(own)) for d, own in zip(draws, x, strict=True)])
@@ -191,8 +191,10 @@ def lloyd(
     centroids = points[torch.arange(len(points), device=points.device)[:, None], start]
     squares = widened(points).square().sum(2)  # products of bfloat16, distances in float32
     for _ in range(iterations):
-        nearest, distance = assign(points, squares, real, centroids)
+        before, (nearest, distance) = centroids, assign(points, squares, real, centroids)
         centroids = update_centroids(points, real, nearest, distance, k)
+        if points.device.type == "cpu" and torch.equal(centroids, before):  # a GPU would have to be waited for
+            break
     return centroids, *assign(widened(points), squares, real, widened(centroids))
 
 
