@@ -4,6 +4,8 @@
     $ python3 tests/bench.py --device cuda --json bench.json
     $ python3 tests/bench.py --work mnist cifar100 --image_folder data/cifar10_jpg
     $ python3 tests/bench.py --methods --repeats 3       # the inner step of every framework against its naive form
+    $ python3 tests/bench.py --scaling --works digits    # the same parts in one process and in two, by torchrun
+    $ python3 tests/bench.py --forecast                  # published budgets on many GPUs, forecast from this device
 
 Every variant runs in a process of its own, one after the other, so that its peak memory is its own: the published form
 as it comes; the same with the C allocator kept from returning memory, so that no ratio is one of page faults alone;
@@ -34,7 +36,7 @@ from torch import Tensor
 import models
 from data import Dataset
 from models import NetSpec
-from tests import bench_methods, published
+from tests import bench_methods, bench_ranks, forecast, published
 from utils import device as machine
 from utils.augment import Augment
 from utils.compilation import compiler_error
@@ -367,7 +369,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", help="write everything that was measured to this file")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--precisions", nargs="+", help="of fp32, tf32, bf16 (default: those that the device has)")
-    bench_methods.add_flags(parser)
+    for more in (bench_methods, bench_ranks, forecast):
+        more.add_flags(parser)
     given = parser.parse_args(argv)
     device = machine.pick_device(given.device)
     if given.precisions is None:
@@ -393,6 +396,14 @@ def main(argv: Sequence[str]) -> int:
         "python": platform.python_version(),
         "repeats": given.repeats,
     }
+    if given.scaling or given.forecast:
+        if given.scaling and (problem := bench_ranks.problem(given)):
+            parser.error(problem)
+        text, numbers = (bench_ranks if given.scaling else forecast).run(given, device)
+        print(json.dumps(about) + "\n\n" + text)
+        if given.json:
+            Path(given.json).write_text(json.dumps({"machine": about, "ranks": numbers}, indent=1) + "\n")
+        return 0
     if given.methods is not None:
         variants = [*bench_methods.NAIVE, *(f"ours {p}" for p in given.precisions)]
         results = {
