@@ -264,8 +264,8 @@ class Job:
         """What the run came to."""
         each = "" if self.group.alone else " on each rank"
         memory = f"peak memory: {peak_memory(self.device) / 1e9:.2g} GB{each}"
-        if not self.group.alone and self.steps_here:
-            memory += f"; {self.group.sent / self.steps_here / 1e6:.3g} MB from each rank to others per inner step"
+        if not self.group.alone:
+            memory += f", which has given {self.group.sent / 1e6:.3g} MB to others in {self.steps_here} inner steps"
         log.info("%s\n%s", overview.summary(self.folder), memory)
 
 
@@ -325,12 +325,13 @@ def main(argv: Sequence[str]) -> int:
         warnings = checks.check_sizes(dataset.counts, dataset.class_names, **asked)
         flop = o.niter * o.inner_loop * overview.step_flop(o, spec, counts=dataset.counts, decoded=decoded)
         compute = computing(device, o.compile, o.precision, flop)
-        parts = Parts(o, dataset, spec, compute, owned, experts)
+        parts = Parts(o, dataset, spec, compute, owned, experts, group.same(lambda: folder.last_session))
         about = runtime.session("condense.py", argv, device, precision=o.precision, deterministic=o.deterministic)
         with folder.held():
             if group.same(check) == "finished":  # by another process in the meantime
                 return say_finished(folder, group)
-            folder.create(saved, {**about, "network_update": parts.update_kind}, restart=restart)
+            about |= {"ranks": group.count, "network_update": parts.update_kind}
+            folder.create(saved, about, restart=restart)
             with folder.logged(), stopper:
                 shown = printable(f"{about['command']} on {about['device']}: {folder.path}")
                 log.info("%s", shown)

@@ -5,7 +5,8 @@ All of it is about the classes that this process owns (utils/ranks.py), which ar
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from utils.synthetic import BASELINE, coreset, initial_pixels, training_images
 from utils.training import Together, Trainer, fresh_network, update_network
 from utils.trajectory import TrajectoryStep
 
-log = logging.getLogger("dream")
+WHOLE = "whole"  # network updates, of every rank
 
 
 class Parts:
@@ -47,8 +48,10 @@ class Parts:
         compute: Compute,
         owned: Owned,
         experts: Experts | None = None,
+        last_session: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """experts: whose trajectories are matched, instead of the effect of real images."""
+        """experts: whose trajectories are matched, instead of the effect of real images. last_session: of the run, as
+        options.json has it."""
         self.o, self.dataset, self.spec, self.owned, self.experts = o, dataset, spec, owned, experts
         self.group, self.device, self.real = owned.group, dataset.device, dataset.train
         self.shape = (o.ipc, dataset.channels, dataset.side, dataset.side)  # of a class's stored pixels
@@ -65,7 +68,7 @@ class Parts:
         self.update = recipes.update_recipe(o)
         self.everyone = RealImages(self.real, dataset.counts, self.group.merge)
         self.took = ""  # seconds of a network update, where they were measured
-        self.shares_update = self.choose_update()
+        self.shares_update = self.choose_update(last_session)
 
     def draws(self, purpose: str, *position: int) -> Draws:
         return Draws(self.device, self.o.seed, purpose, *position)
@@ -157,9 +160,12 @@ class Parts:
         images = SyntheticImages(current, classes, decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type))
         return Trainer([net], [self.synthetic(pixels)], self.update, self.compute, images, shared)
 
-    def choose_update(self) -> bool:
-        """Whether ranks share out the network's training. Otherwise each repeats all of it, which costs nothing but
-        its time; measured, unless a flag says it. Raises UsageError where it cannot be."""
+    def choose_update(self, last_session: Mapping[str, Any]) -> bool:
+        """Whether ranks share out the network's training. Otherwise each repeats all of it, and only images are sent.
+
+        As a flag says, or as the last session of as many ranks did, so that a run that goes on does not depend on
+        chance; otherwise it is measured. Raises UsageError where it cannot be.
+        """
         o, group = self.o, self.group
         whole_batch = any(isinstance(module, nn.BatchNorm2d) for module in self.network(0).modules())
         if whole_batch and o.share_update == "on":
@@ -173,6 +179,8 @@ class Parts:
             return False
         if o.share_update != "auto":
             return o.share_update == "on"
+        if last_session.get("ranks") == group.count:
+            return last_session.get("network_update") != WHOLE
         pixels = torch.zeros(len(self.owned.classes), *self.shape, device=self.device)
 
         def way(together: bool) -> Any:
@@ -180,14 +188,14 @@ class Parts:
             return lambda: update_network(trainer, n_data=self.n_data, draws=self.draws("measured"))
 
         warm = 1 if self.device.type == "cpu" else Captured.WARM + 1
-        alike, shared = group.faster(way(False), way(True), wait=lambda: wait_for(self.device), warm=warm)
+        alike, shared = group.seconds(way(False), way(True), wait=lambda: wait_for(self.device), warm=warm)
         self.took = f" ({1e3 * alike:.3g} ms on every rank, {1e3 * shared:.3g} ms shared out)"
         return shared < alike
 
     @property
     def update_kind(self) -> str:
         """On which the rounding of network updates depends."""
-        return f"shared by {self.group.count} ranks" if self.shares_update else "whole"
+        return f"shared by {self.group.count} ranks" if self.shares_update else WHOLE
 
     @property
     def shared_by(self) -> str:

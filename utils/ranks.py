@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.uint8, 4: torch.int32, 8: torch.int64}  # that hold an element's bits
 ERROR = "error"  # where the first rank that fails says why
+TIMED = 3  # calls of which the median counts
 LAST_WORDS = 5.0  # seconds that torchrun lets another rank speak, which it ends when the first one has ended
 _group: Group | None = None
 
@@ -209,8 +211,9 @@ class Group:
         self.shares = shares(work, self.count)
         return Owned(self, self.shares[self.rank], len(work))
 
-    def faster(self, *ways: Callable[[], object], wait: Callable[[], object], warm: int) -> list[float]:
-        """Seconds that each of several ways to do the same takes the slowest rank, after `warm` calls.
+    def seconds(self, *ways: Callable[[], object], wait: Callable[[], object], warm: int) -> list[float]:
+        """Seconds that each of several ways to do the same takes the slowest rank: the median of some calls, after
+        `warm` others.
 
         wait: for the device to be done.
         """
@@ -218,12 +221,16 @@ class Group:
         for way in ways:
             for _ in range(warm):
                 way()
-            wait()
-            began = time.perf_counter()
-            way()
-            wait()
-            found.append(time.perf_counter() - began)
-        return self.most(*found)
+            seconds = []
+            for _ in range(TIMED):
+                wait()
+                self.most(0)  # all start together
+                began = time.perf_counter()
+                way()
+                wait()
+                seconds.append(time.perf_counter() - began)
+            found.append(statistics.median(self.most(*seconds)))
+        return found
 
 
 class Owned:

@@ -156,6 +156,12 @@ class RunFolder:
         return None
 
     @property
+    def last_session(self) -> dict[str, Any]:
+        """Of the run that goes on, once checked; empty before the first."""
+        sessions = self._record.get("sessions", [])
+        return dict(sessions[-1]) if sessions else {}
+
+    @property
     def begun(self) -> bool:
         """Whether there are checkpoints, whole or not."""
         return any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS))
