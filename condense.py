@@ -148,7 +148,9 @@ class Job:
         self.folder.save_pictures(when, it, stored, decoded)
 
     def card(self, state: State, *, finished: bool) -> dict[str, object]:
-        of_experts = {} if self.experts is None else {"expert_seconds": round(self.experts.seconds, 1)}
+        experts = self.experts
+        seconds = 0.0 if experts is None else self.group.same(lambda: experts.seconds)
+        of_experts = {} if experts is None else {"expert_seconds": round(seconds, 1)}
         return {**overview.card(self.o, self.dataset, self.parts.spec, state, finished=finished), **of_experts}
 
     # --- Around a step ------------------------------------------------------------------------------------------------

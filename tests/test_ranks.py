@@ -443,16 +443,10 @@ LOCAL = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0", "OMP_
 class Torchrun:
     """condense.py under PyTorch's launcher, which starts it again after a failure, so many times."""
 
-    def __init__(self, count: int, argv: list[str], *, restarts: int = 0) -> None:
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={count}",
-            "--monitor-interval=0.1",
-        ]
+    def __init__(self, count: int, argv: list[str], *, restarts: int = 0, script: Path = ROOT / "condense.py") -> None:
+        how = ["--standalone", f"--nproc_per_node={count}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
         self.process = subprocess.Popen(
-            [sys.executable, *launcher, f"--max-restarts={restarts}", str(ROOT / "condense.py"), *argv],
+            [sys.executable, "-m", "torch.distributed.run", *how, str(script), *argv],
             env={**os.environ, **LOCAL},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -472,26 +466,6 @@ class Torchrun:
     def wait(self) -> Ended:
         out, err = self.process.communicate(timeout=300)
         return Ended(self.process.returncode, out, err)
-
-
-def kill_at_random_moments(results: Path, undisturbed: Outcome, kills: int) -> None:
-    """One rank or the other, while they load, find each other, distil, save or evaluate."""
-    chance = random.Random(0)
-    run = Torchrun(2, tiny(results, *REPEATED), restarts=kills)
-    with injected("a rank under torchrun is killed") as fault:
-        for _ in range(kills):
-            while len(workers := run.workers()) < 2 and run.process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 8))  # loading takes some seconds, the run one
-            if run.process.poll() is not None:
-                break  # it was over before
-            with suppress(ProcessLookupError):
-                os.kill(workers[chance.randrange(2)], signal.SIGKILL)
-            while set(run.workers().values()) & set(workers.values()) and run.process.poll() is None:
-                time.sleep(0.01)
-        ended = run.wait()
-        assert ended.status == 0, ended
-        fault.kept(outcome(results / FOLDER) == undisturbed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -517,8 +491,40 @@ def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_with_one_checkpoi
     assert outcome(tmp_path / FOLDER).distilled == outcome(tmp_path / "alone" / FOLDER).distilled
 
 
+OFTEN = """import sys
+sys.path.insert(0, {root!r})
+import condense
+from utils import run, runtime
+run.CHECKPOINT_SECONDS = 0.3
+runtime.run_main(condense.main)
+"""
+KILLS = 20
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, undisturbed: Outcome) -> None:
-    kill_at_random_moments(tmp_path, undisturbed, kills=20)
+def test_twenty_kills_at_random_moments_change_nothing(server: Server, tmp_path: Path) -> None:
+    """One rank or the other, while they load, find each other, distil, or save, which they do three times a second."""
+    script, chance = tmp_path / "often.py", random.Random(0)
+    script.write_text(OFTEN.format(root=str(ROOT)))
+    argv = shlex.split("--ipc 1 -f 1 --niter 700 --snapshot_every 0 --eval_every 0 --share_update off")
+    alone = server.start(tiny(tmp_path / "alone", *argv), checkpoint_seconds=1000.0).wait(300)
+    assert alone.status == 0, alone
+    run = Torchrun(2, tiny(tmp_path, *argv), restarts=KILLS, script=script)
+    workers: dict[int, int] = {}
+    for _ in range(KILLS):
+        old = set(workers.values())
+        while len(workers := run.workers()) < 2 or set(workers.values()) & old:
+            assert run.process.poll() is None, run.wait()
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 7))  # loading takes four of them
+        os.kill(workers[chance.randrange(2)], signal.SIGKILL)
+    ended = run.wait()
+    assert ended.status == 0, ended
+    sessions = [event for event in metrics(tmp_path / "digits" / "convnet2_f1_ipc1") if "session" in event]
+    assert len(sessions) > KILLS // 4 and len({event["iteration"] for event in sessions}) > KILLS // 5
+    results = [outcome(path / "digits" / "convnet2_f1_ipc1") for path in (tmp_path, tmp_path / "alone")]
+    for _ in range(KILLS):
+        with injected("a rank under torchrun is killed") as fault:
+            fault.kept(results[0].distilled == results[1].distilled)

@@ -253,6 +253,7 @@ class Captured:
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
         static = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, such as NCCL's, may look at the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = self.function(*static)
         return graph, static, result
