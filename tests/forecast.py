@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import models
 from models import NetSpec
@@ -29,7 +30,7 @@ from utils.images import starts
 from utils.options import CondenseOptions, network
 from utils.parts import Parts
 from utils.ranks import ALONE, Owned, shares
-from utils.selection import KMEANS_ITERATIONS, batched_kmeans, embed
+from utils.selection import KMEANS_ITERATIONS, assign, embed, padded, update_centroids, widened
 from utils.training import GATHERED, batches, update_network
 
 FORECAST = ("cifar100_ipc50", "imagenet100")
@@ -315,7 +316,7 @@ def of_classes(count: int, amount: Amount, whole: Amount, compute: Compute, cloc
         ),
         part(
             "k-means",
-            lambda: batched_kmeans(points, whole.o.batch_real, [parts.draws("select", c) for c in range(count)]),
+            lambda: all_iterations(points, whole.o.batch_real),
             f"{classes} of {sizes.per_class} points of {amount.features}",
             count * whole.kmeans,
             1.0,
@@ -327,6 +328,14 @@ def of_classes(count: int, amount: Amount, whole: Amount, compute: Compute, cloc
         found.append(part(UPDATE, update(False), what, amount.update, times, 0))
         found.append(part(SHARED, update(True), f"{what}, those of one class of {sizes.classes}", 0.0, times, 0))
     return found
+
+
+def all_iterations(x: Sequence[Tensor], k: int) -> None:
+    """Of k-means, without the early end that a CPU allows itself where nothing moves any more."""
+    points, real = padded(x)
+    squares, centroids = widened(points).square().sum(2), points[:, :k]
+    for _ in range(KMEANS_ITERATIONS):
+        centroids = update_centroids(points, real, *assign(points, squares, real, centroids), k)
 
 
 def load_of(work: Work, parts: Sequence[Part], ratio: float) -> Load:
