@@ -28,6 +28,7 @@ from torch import Tensor
 
 import models
 from data import Dataset
+from models import Network
 from tests.faults import injected
 from tests.files import image_folder
 from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, tiny
@@ -258,9 +259,9 @@ def test_classes_of_a_folder_may_be_of_any_size(server: Server, tmp_path: Path, 
 class InTurn(Trainer):
     """Ranks that share out updates, one after the other in this process."""
 
-    def __init__(self, *arguments: Any, owned: list[list[int]]) -> None:
-        self.everybody = [torch.tensor([c in classes for c in range(10)]) for classes in owned]
-        super().__init__(*arguments, None, Together(self.everybody[0], lambda total: total))
+    def __init__(self, net: Network, real: ImageSet, recipe: Recipe, compute: Compute, count: int) -> None:
+        self.everybody = [torch.tensor([c in classes for c in range(10)]) for classes in shares([1.0] * 10, count)]
+        super().__init__([net], [real], recipe, compute, None, Together(self.everybody[0], lambda total: total))
 
     def _gradients_together(self, x: Tensor, target: Tensor, together: Together, labels: Tensor) -> list[Tensor]:
         of_one = super()._gradients_together
@@ -287,9 +288,9 @@ def test_the_tolerance_of_shared_updates_after_a_hundred_inner_steps(dtype: torc
     with torch.no_grad():
         for p in nets[2].parameters():
             p.mul_(1 + torch.finfo(dtype).eps * torch.randn_like(p).sign())
-    more: Any = ([real], Recipe(32, Augment("color_crop"), "cut"), Compute(torch.device("cpu")))
-    shared = InTurn([nets[1]], *more, owned=shares([1.0] * 10, 3))
-    trainers = [Trainer([nets[0]], *more), shared, Trainer([nets[2]], *more)]
+    recipe, compute = Recipe(32, Augment("color_crop"), "cut"), Compute(torch.device("cpu"))
+    whole_ones = [Trainer([net], [real], recipe, compute) for net in nets[::2]]
+    trainers = [*whole_ones, InTurn(nets[1], real, recipe, compute, 3)]
     for step in range(100):
         for trainer in trainers:
             update_network(trainer, n_data=128, draws=Draws("cpu", step))
