@@ -264,11 +264,12 @@ class Job:
 
     def say_finished(self) -> None:
         """What the run came to."""
-        each = "" if self.group.alone else " on each rank"
-        memory = f"peak memory: {peak_memory(self.device) / 1e9:.2g} GB{each}"
+        (peak,) = self.group.most(peak_memory(self.device))
+        memory = f"peak memory: {peak / 1e9:.2g} GB"
         if not self.group.alone:
-            memory += f", which has given {self.group.sent / 1e6:.3g} MB to others in {self.steps_here} inner steps"
-        log.info("%s\n%s", overview.summary(self.folder), memory)
+            sent = f"{self.group.sent / 1e6:.3g} MB to others in {self.steps_here} inner steps"
+            memory += f", of the rank that took most; the first one has given {sent}"
+        self.group.once(lambda: log.info("%s\n%s", overview.summary(self.folder), memory))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -377,7 +378,7 @@ def run(job: Job) -> int:
         return job.stopper.status
     finally:
         job.folder.board.close()
-    job.group.once(job.say_finished)
+    job.say_finished()
     return 0
 
 

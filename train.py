@@ -6,6 +6,7 @@
     $ python3 train.py RUN --real                               # beside all real images, the upper bound
     $ python3 train.py RUN --export DIR                         # as PNG files for everybody; trains nothing
     $ python3 train.py -d cifar10 --coreset random --ipc 10     # ten real images per class, and no set
+    $ torchrun --nproc_per_node=8 train.py RUN -n all           # trainings spread over eight GPUs
 
 The accuracy is that of the last epoch. A set's own settings apply unless a flag says otherwise.
 """
