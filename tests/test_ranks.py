@@ -288,7 +288,7 @@ def test_the_tolerance_of_shared_updates_after_a_hundred_inner_steps(dtype: torc
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in nets[2].parameters():
-            p.mul_(1 + torch.finfo(dtype).eps * torch.randn(p.shape, generator=chance).sign())
+            p.mul_(1 + torch.finfo(dtype).eps * torch.randn(p.shape, generator=chance, dtype=dtype).sign())
     recipe, compute = Recipe(32, Augment("color_crop"), "cut"), Compute(torch.device("cpu"))
     whole_ones = [Trainer([net], [real], recipe, compute) for net in nets[::2]]
     trainers = [*whole_ones, InTurn(nets[1], real, recipe, compute, 3)]

@@ -147,7 +147,10 @@ class TrajectoryStep:
         picks: not used, no real images take part.
         """
         expert, start = draws.host.randrange(self.trajectories.count), draws.host.randrange(self.max_start)
-        ends = self.group.same(lambda: self.trajectories.pair(expert, start, start + self.epochs))
+        pair = self.trajectories.pair
+        ends = self.group.same(
+            lambda: [theta.clone() for theta in pair(expert, start, start + self.epochs)]
+        )  # no views
         return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
