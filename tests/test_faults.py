@@ -396,6 +396,7 @@ def test_a_terminal_closed_at_random_moments_loses_nothing(
     two_at_a_time(check, range(12))
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_only_ascii_shows_any_path(undisturbed: Outcome, tmp_path: Path) -> None:
     with injected("terminal that lacks characters") as fault:
         results = tmp_path / "r\u00e9sultats \u96ea"

@@ -339,7 +339,7 @@ BUDGET = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["random", "kmeans"])
+@pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "kmeans"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, strategy: str
@@ -402,7 +402,7 @@ def test_another_run_s_step_size_is_taken_over_with_its_pixels(tmp_path: Path) -
 
 def test_experts_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
     """Killed between two saves, the same command ends with the same bytes."""
-    argv = [*TINY, "-m", "mtt", *BUDGET["mtt"].split(), "--expert_epochs", "40", "--experts_only"]
+    argv = [*TINY, "-m", "mtt", *BUDGET["mtt"].split(), "--expert_epochs", "16", "--experts_only"]
     assert condense.main([*argv, "--results_dir", str(tmp_path / "whole")]) == 0
     words = [sys.executable, str(ROOT / "condense.py"), *argv, "--results_dir", str(tmp_path / "parts")]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)

@@ -73,6 +73,7 @@ def test_a_sweep_runs_once_and_tabulates(tmp_path: Path, capfd: pytest.CaptureFi
     assert all(str(folder) in out for folder in folders)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv = ["--vary", "ipc=2000", "--seeds", "1", "--", *QUICK[:-4], "--results_dir", str(tmp_path)]
     with pytest.raises(UserError, match="ended with status 2"):
@@ -80,6 +81,7 @@ def test_a_run_that_fails_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFi
     assert "--ipc 2000" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_run_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
     more = [*QUICK, "--niter", "2000", "--results_dir", str(tmp_path)]
     words = ["-m", "figs.sweep", "--vary", "select=random", "--seeds", "1", "--", *more]
