@@ -13,7 +13,7 @@ import torch
 
 from tests import bench_ranks, forecast
 from tests.bench_ranks import PARTS, REPEATED, SELECTION, SHARED, WORKS, Work
-from tests.forecast import Curve, Links, Load, fullest_part, inner_step, limit
+from tests.scaling_model import Curve, Links, Load, fullest_part, inner_step, limit
 from utils.ranks import ALONE
 
 CPU = torch.device("cpu")
