@@ -30,12 +30,10 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec
-from utils import checks, options, overview, ranks, recipes, runtime
+from utils import checks, options, overview, recipes
 from utils.board import check_board
 from utils.compilation import computing
-from utils.device import backends, be_deterministic, peak_memory, pick_device, set_precision
 from utils.earlier import Earlier, begin_from
-from utils.errors import UsageError, UserError, first_line, printable
 from utils.evaluation import Score, evaluate, gathered
 from utils.expert_runs import experts_for, train_experts
 from utils.experts import Experts
@@ -45,11 +43,15 @@ from utils.images import ImageSet
 from utils.methods import TRAJECTORY
 from utils.options import CondenseOptions
 from utils.parts import Parts
-from utils.report import Progress, messages, span
 from utils.run import Elsewhere, RunFolder
-from utils.runtime import Stopped, Stopper
 from utils.selection import select
 from utils.state import State
+from utils.system import distributed as ranks
+from utils.system import process as runtime
+from utils.system.device import backends, be_deterministic, peak_memory, pick_device, set_precision
+from utils.system.errors import UsageError, UserError, first_line, printable
+from utils.system.process import Stopped, Stopper
+from utils.system.report import Progress, messages, span
 from utils.training import update_network
 
 log = logging.getLogger("dream")

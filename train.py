@@ -36,11 +36,9 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import checks, confusion, exchange, export, files, options, ranks, recipes, results, runtime
+from utils import checks, confusion, exchange, export, files, options, recipes, results
 from utils.board import Board, check_board
 from utils.compilation import computing
-from utils.device import Compute, backends, be_deterministic, device_name, peak_memory, pick_device, set_precision
-from utils.errors import UsageError, UserError
 from utils.evaluation import Score, evaluate, gathered
 from utils.exchange import Stored
 from utils.flags import make_parser
@@ -49,11 +47,23 @@ from utils.images import ImageSet, to_unit
 from utils.layout import factor_warning
 from utils.options import TrainOptions
 from utils.pictures import COLUMNS
-from utils.report import Progress, messages, span
 from utils.results import ALL_REAL, EVALUATIONS, Record
-from utils.runtime import Draws
 from utils.selection import Context
 from utils.synthetic import BASELINE, coreset, training_images
+from utils.system import distributed as ranks
+from utils.system import process as runtime
+from utils.system.device import (
+    Compute,
+    backends,
+    be_deterministic,
+    device_name,
+    peak_memory,
+    pick_device,
+    set_precision,
+)
+from utils.system.errors import UsageError, UserError
+from utils.system.process import Draws
+from utils.system.report import Progress, messages, span
 from utils.training import fresh_network
 
 log = logging.getLogger("dream")

@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from figs import common
 from figs.common import Group, Run
 from utils import files
-from utils.errors import UsageError, UserError
 from utils.flags import number
-from utils.report import messages
-from utils.runtime import run_main
+from utils.system.errors import UsageError, UserError
+from utils.system.process import run_main
+from utils.system.report import messages
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from utils import exchange, files
-from utils.errors import UsageError, UserError
 from utils.flags import Parser
 from utils.formation import decode
 from utils.options import FREE, CondenseOptions
 from utils.run import METRICS, OPTIONS
+from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
 Picture = npt.NDArray[np.uint8]  # (H, W, 3)

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from figs import common
-from utils.errors import UsageError, UserError
 from utils.flags import integer
-from utils.report import messages
-from utils.runtime import run_main
+from utils.system.errors import UsageError, UserError
+from utils.system.process import run_main
+from utils.system.report import messages
 
 GAP = 14  # pixels between images and labels
 LETTERS = 28  # in a line of a label

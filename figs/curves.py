@@ -25,9 +25,9 @@ from matplotlib.ticker import MaxNLocator
 
 from figs import common
 from figs.common import Group, Run, Series
-from utils.errors import UsageError, UserError
-from utils.report import messages
-from utils.runtime import run_main
+from utils.system.errors import UsageError, UserError
+from utils.system.process import run_main
+from utils.system.report import messages
 
 Values = npt.NDArray[np.float64]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from figs import common
 from utils.flags import integer
-from utils.report import messages
-from utils.runtime import run_main
+from utils.system.process import run_main
+from utils.system.report import messages
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from figs import common
-from utils.errors import UsageError, UserError
 from utils.flags import integer
-from utils.report import messages
-from utils.runtime import run_main
+from utils.system.errors import UsageError, UserError
+from utils.system.process import run_main
+from utils.system.report import messages
 
 FRAME_COLUMNS = 10  # images in a row of the animation
 HEAD, TEXT = 34, 20  # pixels above a frame's images, and of the letters there

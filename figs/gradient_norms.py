@@ -26,9 +26,9 @@ from figs.subject import Subject
 from models import Network
 from utils.flags import integer
 from utils.images import ImageSet
-from utils.report import Progress, messages
-from utils.runtime import run_main
 from utils.selection import select
+from utils.system.process import run_main
+from utils.system.report import Progress, messages
 
 GRADIENT_BYTES = 2**28  # of all gradients that are held at once
 CHUNK_PIXELS = 2**16  # of the images that they belong to, whose features are held as well

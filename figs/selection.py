@@ -20,9 +20,9 @@ from torch import Tensor
 
 from figs import common, subject
 from figs.subject import Subject
-from utils.report import messages
-from utils.runtime import Draws, run_main
 from utils.selection import lloyd, padded, representatives
+from utils.system.process import Draws, run_main
+from utils.system.report import messages
 
 RANDOM_STATE = 0  # of PCA and t-SNE
 TSNE_DIMENSIONS = 50  # principal components that t-SNE begins with: the usual choice, and much faster than all

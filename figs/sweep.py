@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 
 from figs.common import ending, write
 from utils import files, options
-from utils.errors import UsageError, UserError
 from utils.evaluation import Score
 from utils.flags import make_parser
 from utils.options import CondenseOptions
-from utils.report import messages, span
 from utils.run import RunFolder
-from utils.runtime import run_main
+from utils.system.errors import UsageError, UserError
+from utils.system.process import run_main
+from utils.system.report import messages, span
 
 log = logging.getLogger("dream")
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)

@@ -70,7 +70,7 @@ def published(name: str, classes: int, side: int) -> nn.Module:
     net = torchvision.models.get_model(name, weights=None, num_classes=classes, **settings)
     for module in net.modules():
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
-            # Every random number of a training derives from --seed (utils/runtime.py); these would draw from the
+            # Every random number of a training derives from --seed (utils/system/process.py); these would draw from the
             # global generator instead, and a run would not be reproducible.
             module.p = 0.0
     return net

@@ -37,17 +37,17 @@ import models
 from data import Dataset
 from models import NetSpec
 from tests import bench_methods, bench_ranks, forecast, published
-from utils import device as machine
 from utils.augment import Augment
 from utils.compilation import compiler_error
-from utils.device import Compute
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
 from utils.methods import METHODS
 from utils.objectives import Comparison
 from utils.pixels import PixelSGD
-from utils.runtime import Draws
 from utils.selection import KMEANS_ITERATIONS, batched_kmeans, embed
+from utils.system import device as machine
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import Recipe, Trainer, fresh_network, update_network
 
 DETERMINISTIC = ", deterministic"  # at the end of a variant's name

@@ -20,15 +20,15 @@ from models import NetSpec
 from tests import published
 from utils import options, recipes
 from utils.compilation import compiler_error
-from utils.device import Captured, Compute, set_precision
 from utils.flags import make_parser
 from utils.images import ImageSet, Normalize
 from utils.methods import METHODS, TRAJECTORY
 from utils.options import CondenseOptions
 from utils.parts import Parts
 from utils.pixels import PixelSGD
-from utils.ranks import ALONE
-from utils.runtime import Draws
+from utils.system.device import Captured, Compute, set_precision
+from utils.system.distributed import ALONE
+from utils.system.process import Draws
 from utils.training import fresh_network, update_network
 from utils.vectors import flattened
 

@@ -26,17 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from data import Dataset
-from utils import device as machine
-from utils import options, overview, ranks, runtime
+from utils import options, overview
 from utils.compilation import compiler_error
-from utils.device import Captured, Compute
 from utils.flags import make_parser
 from utils.formation import decoded_count
 from utils.images import ImageSet, Normalize
 from utils.options import CondenseOptions
 from utils.parts import Parts
-from utils.ranks import Group
 from utils.selection import select
+from utils.system import device as machine
+from utils.system import distributed as ranks
+from utils.system import process as runtime
+from utils.system.device import Captured, Compute
+from utils.system.distributed import Group
 from utils.training import update_network
 
 MINUTES = 10  # that ranks wait for each other

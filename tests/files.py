@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -20,7 +20,7 @@ import condense
 from utils import options
 from utils.flags import make_parser
 from utils.run import METRICS
-from utils.runtime import run_main
+from utils.system.process import run_main
 
 # Accuracy in per cent at outer iterations, CIFAR-10, ipc 10, f = 2, as published (read off a curve, +-0.5).
 PUBLISHED_KMEANS = {0: 54.2, 40: 64.0, 200: 66.9, 1000: 68.9}

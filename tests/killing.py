@@ -265,7 +265,7 @@ def serve() -> None:
 
     import condense  # noqa: F401
     import train  # noqa: F401
-    from utils import runtime
+    from utils.system import process as runtime
 
     with suppress(ImportError):
         import torch.utils.tensorboard  # noqa: F401
@@ -360,7 +360,8 @@ def arrange(plan: Plan, writers: list[int | None]) -> None:
         sabotage.interrupt(plan.computing, plan.then)
     elif plan.root:
         sabotage.watch(plan.root, at=plan.at, then=plan.then, record=plan.record)
-    from utils import ranks, run
+    from utils import run
+    from utils.system import distributed as ranks
 
     ranks.LAST_WORDS = 0.2  # nobody ends the others
     run.CHECKPOINT_SECONDS = plan.checkpoint_seconds

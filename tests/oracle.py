@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models import Network
 from utils.images import ImageSet, Normalize
-from utils.runtime import Draws
+from utils.system.process import Draws
 from utils.training import Recipe, plan
 
 

@@ -21,7 +21,7 @@ import condense
 from utils import files, options
 from utils.flags import make_parser
 from utils.options import CondenseOptions
-from utils.runtime import run_main
+from utils.system.process import run_main
 
 
 def accuracy(words: Sequence[str]) -> float:

@@ -18,7 +18,7 @@ from tests.oracle import class_distance
 from utils.augment import Augment
 from utils.formation import decode
 from utils.images import ImageSet
-from utils.runtime import Draws
+from utils.system.process import Draws
 from utils.trajectory import separated
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.ranks import shares
+from utils.system.distributed import shares
 
 WORTH = 1.25  # what doubling the GPUs has to gain
 DRAWN = 128  # mini-batches whose fullest part is averaged

@@ -16,9 +16,9 @@ from models import Network
 from tests.oracle import class_distance
 from utils import analytic, forms, stages
 from utils.compilation import compiler_error
-from utils.device import Compute
 from utils.objectives import METRICS, Comparison
-from utils.runtime import Draws
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import fresh_network
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 
 from tests.oracle import augment_one
 from utils.augment import ALWAYS, GEOMETRY, ONE_OF, Augment, parse, without
-from utils.runtime import Draws
+from utils.system.process import Draws
 
 EVERYTHING = "_".join(ALWAYS + ONE_OF)
 

@@ -26,11 +26,11 @@ from models import FAMILIES
 from tests.faults import injected
 from tests.files import Payload, image_folder, noise, quick, refused, tree
 from utils import run as run_module
-from utils.errors import UserError
 from utils.files import read_tensors
 from utils.objectives import METRICS
 from utils.options import DATASET_SETTINGS
 from utils.state import State
+from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["--epochs", "1", "--repeat", "1", "--device", "cpu"]

@@ -14,7 +14,7 @@ import torch
 from tests import bench_ranks, forecast
 from tests.bench_ranks import PARTS, REPEATED, SELECTION, SHARED, WORKS, Work
 from tests.scaling_model import Curve, Links, Load, fullest_part, inner_step, limit
-from utils.ranks import ALONE
+from utils.system.distributed import ALONE
 
 CPU = torch.device("cpu")
 FREE = Links(within=1e30, between=1e30, latency_within=0, latency_between=0, latency_host=0)

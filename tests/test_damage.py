@@ -18,8 +18,8 @@ from tests.faults import injected
 from tests.files import Payload, image_folder, quick, refused
 from tests.outcome import metrics
 from utils import files, run
-from utils.errors import UsageError, UserError
 from utils.run import valid_checkpoint
+from utils.system.errors import UsageError, UserError
 
 FLAGS = ("--niter", "2", "--inner_loop", "2", "--eval_every", "1", "--repeat", "2", "--ipc", "2")
 NAME = "convnet2_f1_ipc2"

@@ -34,9 +34,9 @@ from tests.archives import (
     write_svhn,
 )
 from tests.files import image_folder, noise, save
-from utils.errors import UsageError, UserError
 from utils.images import ImageSet, Normalize, to_unit
 from utils.presets import PUBLISHED
+from utils.system.errors import UsageError, UserError
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,7 @@ from tests import sabotage
 from tests.archives import write_cifar10_archive, write_mnist, write_svhn
 from tests.faults import injected
 from tests.killing import drop_override
-from utils.report import messages
+from utils.system.report import messages
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

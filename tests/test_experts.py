@@ -14,12 +14,12 @@ from torch import Tensor
 import models
 from utils import experts, files
 from utils.augment import Augment
-from utils.device import Compute
-from utils.errors import UserError
 from utils.experts import Experts, representative_epoch
 from utils.images import ImageSet, Normalize
-from utils.runtime import Draws, Stopped
 from utils.selection import Context
+from utils.system.device import Compute
+from utils.system.errors import UserError
+from utils.system.process import Draws, Stopped
 from utils.training import Recipe, Trainer, batches, fresh_network
 from utils.vectors import flattened
 

@@ -16,8 +16,8 @@ import models
 from figs import ablation, common, compare, curves, distilled, evolution, gradient_norms, selection, subject
 from tests import headline
 from tests.files import image_folder, refused
-from utils.errors import UserError
 from utils.selection import select
+from utils.system.errors import UserError
 
 TINY = shlex.split(
     "--device cpu --niter 1 --inner_loop 2 --interval 2 --batch_real 4 --n_data 4 --width 4 --epochs 1 --repeat 2"

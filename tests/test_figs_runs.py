@@ -12,7 +12,7 @@ from PIL import Image
 
 from figs import ablation, common, curves
 from tests.files import refused
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 Points = Mapping[int, tuple[float, float]]  # iteration: seconds, value
 

@@ -29,11 +29,11 @@ from tests.files import Payload, noise
 from tests.fuzz import Property, little_memory
 from utils import exchange, files, options
 from utils.earlier import read_earlier
-from utils.errors import UserError, printable
 from utils.export import card_without_run
 from utils.images import Normalize
 from utils.layout import factor_warning
 from utils.options import CondenseOptions, TrainOptions
+from utils.system.errors import UserError, printable
 
 FAULT = "a hostile or damaged file of a stranger"
 

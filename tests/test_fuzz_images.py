@@ -35,8 +35,8 @@ from tests.faults import injected
 from tests.files import image_folder, noise, quick, save
 from tests.fuzz import Property
 from utils import exchange, imagefiles
-from utils.errors import UserError, printable
 from utils.imagefiles import EXTENSIONS, MAX_PIXELS, mode_and_size, read_image
+from utils.system.errors import UserError, printable
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -506,7 +506,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
     code = f"""
 import torch
 from data import Dataset
-from utils.errors import UserError
+from utils.system.errors import UserError
 for root in {list(map(str, roots))!r}:
     try:
         Dataset("folder", device=torch.device("cpu"), image_folder=root)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import models
 from utils.augment import Augment
-from utils.device import Captured, Compute, set_precision
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
 from utils.objectives import Comparison
 from utils.pixels import PixelSGD
-from utils.runtime import Draws
 from utils.selection import KMEANS, Context, embed, select
 from utils.state import State
+from utils.system.device import Captured, Compute, set_precision
+from utils.system.process import Draws
 from utils.training import Recipe, Trainer, confusion_matrix, fresh_network, train_networks, update_network
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -10,14 +10,14 @@ import models
 from models import NetSpec, Network
 from tests.oracle import PublishedPixels, class_distance
 from utils.augment import Augment
-from utils.device import Compute
 from utils.formation import decoded_count
 from utils.forms import frozen_statistics
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
 from utils.objectives import METRICS, Comparison, distance, gradient_distance, matched_parameters, parse
 from utils.pixels import PixelSGD
-from utils.runtime import Draws
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import Recipe, Trainer, fresh_network, update_network
 
 CLASSES, PER_CLASS, SIDE = 3, 12, 8

@@ -28,11 +28,11 @@ from tests.faults import injected
 from tests.files import noise, quick, save, tree
 from tests.outcome import metrics, outcome
 from utils import evaluation, files
-from utils.device import Compute
 from utils.images import ImageSet
 from utils.parts import Parts
-from utils.runtime import Draws
 from utils.selection import STRATEGIES, Context
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import Recipe, Trainer
 
 pytestmark = pytest.mark.faults

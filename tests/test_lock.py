@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import injected
-from utils.errors import UserError
 from utils.lock import locked
+from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -42,7 +42,8 @@ PROBED = f"""
 import ctypes, sys
 sys.path.insert(0, {str(ROOT)!r})
 import condense
-from utils import run, runtime
+from utils import run
+from utils.system import process as runtime
 
 class Heap(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used".split()]

@@ -18,8 +18,8 @@ import condense
 from tests.faults import injected
 from tests.files import quick
 from utils import files, forms
-from utils.device import LEAST_PIXELS, Compute, out_of_memory
 from utils.run import valid_checkpoint
+from utils.system.device import LEAST_PIXELS, Compute, out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,7 +101,7 @@ LIMITED = """
 import resource, sys
 import torch, sklearn.datasets, sklearn.model_selection, PIL.Image
 import condense
-from utils import runtime
+from utils.system import process as runtime
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = now + int(sys.argv.pop(1)) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

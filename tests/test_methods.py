@@ -25,16 +25,16 @@ from data import Dataset
 from models import Network
 from tests.oracle import augment_one, augment_shared, class_distance
 from utils.augment import Augment
-from utils.device import Compute
-from utils.errors import UsageError
 from utils.flags import make_parser
 from utils.images import Normalize
 from utils.methods import METHODS
 from utils.options import CondenseOptions, resolve
 from utils.pixels import PixelSGD
-from utils.runtime import Draws
 from utils.selection import Context, batched_kmeans, select
 from utils.synthetic import initial_pixels
+from utils.system.device import Compute
+from utils.system.errors import UsageError
+from utils.system.process import Draws
 from utils.training import Recipe, Trainer, fresh_network, plan, update_network
 
 ROOT = Path(__file__).resolve().parent.parent

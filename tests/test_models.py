@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import models
 from models import FAMILIES, NORMS, PAPER_TABLE, NetSpec, Network, zoo
 from utils.augment import Augment
-from utils.device import Compute
 from utils.images import ImageSet, Normalize
-from utils.runtime import Draws
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import Recipe, fresh_network, train_networks
 
 ZOO = ("mobilenet_v3_small", "shufflenet_v2_x0_5")  # two small ones of torchvision, with and without dropout

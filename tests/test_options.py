@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from utils import compilation, options, recipes
-from utils.errors import UsageError
 from utils.flags import make_parser
 from utils.options import CondenseOptions, TrainOptions, resolve
 from utils.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
 from utils.recipes import pixel_lr
+from utils.system.errors import UsageError
 
 # dream.md's table, written out once more: what --reproduce has to show.
 COMMON = dict(

@@ -33,13 +33,13 @@ from tests.faults import injected
 from tests.files import image_folder
 from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, tiny
 from tests.outcome import Outcome, metrics, outcome
-from utils import ranks
 from utils.augment import Augment
-from utils.device import Compute
 from utils.images import ImageSet, Normalize
-from utils.ranks import ALONE, Owned, shares
-from utils.runtime import Draws
 from utils.sources import RealImages, SyntheticImages
+from utils.system import distributed as ranks
+from utils.system.device import Compute
+from utils.system.distributed import ALONE, Owned, shares
+from utils.system.process import Draws
 from utils.training import Recipe, Together, Trainer, fresh_network, update_network
 from utils.vectors import flattened
 
@@ -547,7 +547,8 @@ def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_with_one_checkpoi
 OFTEN = """import sys
 sys.path.insert(0, {root!r})
 import condense
-from utils import run, runtime
+from utils import run
+from utils.system import process as runtime
 run.CHECKPOINT_SECONDS = 0.3
 runtime.run_main(condense.main)
 """

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import pictures, report
-from utils.report import Progress, log, logged_to, messages, span
+from utils import pictures
+from utils.system import report
+from utils.system.report import Progress, log, logged_to, messages, span
 
 
 class Clock:

@@ -27,11 +27,11 @@ from tests.oracle import PublishedPixels
 from utils import files
 from utils.augment import Augment
 from utils.compilation import compiler_error
-from utils.device import Compute
-from utils.errors import UsageError
-from utils.runtime import Draws
 from utils.selection import Context, select
 from utils.synthetic import initial_pixels
+from utils.system.device import Compute
+from utils.system.errors import UsageError
+from utils.system.process import Draws
 from utils.training import Recipe, Trainer, fresh_network, update_network
 
 ROOT = Path(__file__).resolve().parent.parent

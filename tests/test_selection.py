@@ -11,9 +11,7 @@ import models
 from models import Network
 from tests import oracle
 from utils import selection
-from utils.device import Compute
 from utils.images import ImageSet, Normalize, to_unit
-from utils.runtime import Draws
 from utils.selection import (
     KMEANS,
     STRATEGIES,
@@ -28,6 +26,8 @@ from utils.selection import (
     update_centroids,
 )
 from utils.synthetic import coreset, initial_pixels
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import fresh_network
 
 CPU = Compute(torch.device("cpu"))

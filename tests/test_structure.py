@@ -105,11 +105,11 @@ def test_only_the_scripts_and_what_interprets_options_know_the_command_line(path
 @pytest.mark.parametrize(
     ("word", "owners"),
     [
-        ("torch.cuda", {"utils.device"}),
-        ("os.environ", {"utils.device", "utils.ranks"}),
-        (".isatty", {"utils.runtime"}),
-        ("torch.distributed", {"utils.ranks"}),
-        (".rank ", {"utils.ranks"}),
+        ("torch.cuda", {"utils.system.device"}),
+        ("os.environ", {"utils.system.device", "utils.system.distributed"}),
+        (".isatty", {"utils.system.process"}),
+        ("torch.distributed", {"utils.system.distributed"}),
+        (".rank ", {"utils.system.distributed"}),
     ],
 )
 def test_one_module_each_asks_about_the_machine_the_terminal_and_ranks(word: str, owners: set[str], path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from figs import sweep
 from tests.files import QUICK
-from utils.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError
 
 
 def test_every_combination_and_seed_is_a_command_of_its_own_with_the_first_seed_first() -> None:

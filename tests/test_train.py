@@ -18,10 +18,10 @@ from torchvision.datasets import ImageFolder
 import condense
 import train
 from tests.files import last_json, tree
-from utils import runtime
-from utils.errors import UsageError, UserError
 from utils.flags import make_parser
 from utils.options import TrainOptions
+from utils.system import process as runtime
+from utils.system.errors import UsageError, UserError
 
 TINY = shlex.split(
     "--device cpu --ipc 2 -f 2 --niter 3 --inner_loop 4 --interval 2 --batch_real 8 --n_data 16 --batch_syn_max 6 "

@@ -11,11 +11,11 @@ import models
 from models import Network
 from tests.oracle import naive_epoch
 from utils.augment import GEOMETRY, Augment
-from utils.device import Compute
 from utils.evaluation import Score, evaluate
 from utils.images import ImageSet, Normalize
-from utils.runtime import Draws
 from utils.synthetic import training_images
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import (
     APPLY,
     SIZE,

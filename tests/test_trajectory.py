@@ -14,12 +14,12 @@ import models
 from models import Network
 from tests.oracle import augment_one, decode_naively
 from utils.augment import Augment
-from utils.device import Compute
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher
 from utils.objectives import Comparison
 from utils.pixels import PixelSGD
-from utils.runtime import Draws
+from utils.system.device import Compute
+from utils.system.process import Draws
 from utils.training import fresh_network
 from utils.trajectory import LEAST_STEP, TrajectoryStep, unrolled
 from utils.vectors import flattened, load, separated

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data import WHITENED, Dataset
 from tests.files import image_folder
-from utils.errors import UsageError
 from utils.exchange import read
 from utils.export import WHITENING, card_without_run, export_safetensors, how_to_use, readme
 from utils.images import EPS, EXACT, ImageSet, Normalize, Whiten, moments, to_unit
 from utils.pixels import PixelSGD
+from utils.system.errors import UsageError
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from models import ConvNet, Network
 from utils.compilation import cpu_stages
-from utils.device import Compute
 from utils.objectives import Comparison, total
 from utils.passes import Directions, FirstOrder, Matched, Parameters, Passes, channels_last, compiled_passes, weights_of
 from utils.stages import Stages
+from utils.system.device import Compute
 
 
 def suits(net: Network) -> TypeGuard[ConvNet]:

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from utils import pictures
-from utils.errors import UsageError
 from utils.files import naming
+from utils.system.errors import UsageError
 
 FOLDER = "tensorboard"
 SHOWN = {"loss": "matching loss", "accuracy_mean": "test accuracy %"}  # of a metrics event, against its iteration

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 import models
-from utils.device import free_memory
-from utils.errors import UsageError
 from utils.methods import TRAJECTORY
+from utils.system.device import free_memory
+from utils.system.errors import UsageError
 
 COPIES = 4  # of a network's weights, at least: themselves, their gradients, their momentum, and one under way
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from utils import stages
-from utils.device import Compute
-from utils.errors import UsageError, first_line
 from utils.stages import Stages
+from utils.system.device import Compute
+from utils.system.errors import UsageError, first_line
 
 log = logging.getLogger("dream")
 T = TypeVar("T")

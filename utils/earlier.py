@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from utils import files
-from utils.errors import UsageError, UserError
 from utils.run import RunFolder, valid_checkpoint
+from utils.system.errors import UsageError, UserError
 from utils.tensorfile import is_plain
 
 log = logging.getLogger("dream")

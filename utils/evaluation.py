@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from models import NetSpec
-from utils.device import Compute
-from utils.errors import UserError
 from utils.images import ImageSet
-from utils.ranks import Group
-from utils.runtime import Draws
+from utils.system.device import Compute
+from utils.system.distributed import Group
+from utils.system.errors import UserError
+from utils.system.process import Draws
 from utils.training import Recipe, Trainer, confusion_matrix, train_networks
 
 

@@ -12,9 +12,9 @@ from utils import files, options, recipes
 from utils.compilation import computing
 from utils.experts import Experts, representative_epoch
 from utils.options import CondenseOptions
-from utils.report import Progress
-from utils.runtime import Draws, Stopper
 from utils.selection import Context
+from utils.system.process import Draws, Stopper
+from utils.system.report import Progress
 from utils.training import Trainer, fresh_network
 
 log = logging.getLogger("dream")

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from utils import files
-from utils.errors import UserError, first_line
 from utils.lock import locked
 from utils.run import CHECKPOINT_SECONDS
-from utils.runtime import Draws
 from utils.selection import Context, select
+from utils.system.errors import UserError, first_line
+from utils.system.process import Draws
 from utils.tensorfile import is_plain
 from utils.training import Trainer, batches
 from utils.vectors import flattened

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils import tensorfile
-from utils.errors import UserError, first_line
+from utils.system.errors import UserError, first_line
 
 log = logging.getLogger("dream")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils import augment, objectives
-from utils.errors import UsageError
 from utils.methods import METHODS, TRAJECTORY
 from utils.presets import DATASET_SETTINGS
+from utils.system.errors import UsageError
 
 GROUPS = (
     "method", "data", "synthetic set", "what to train on", "budget", "selection", "matching",

@@ -15,8 +15,8 @@ from torch.func import functional_call, vmap
 
 from models import Network
 from utils import analytic
-from utils.device import Compute
 from utils.objectives import Comparison, distance
+from utils.system.device import Compute
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as transforms
 
-from utils.errors import UserError, first_line
-from utils.report import Progress
+from utils.system.errors import UserError, first_line
+from utils.system.report import Progress
 
 S = TypeVar("S")
 T = TypeVar("T")

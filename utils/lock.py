@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils.errors import UserError, printable
+from utils.system.errors import UserError, printable
 
 log = logging.getLogger("dream")
 

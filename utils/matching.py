@@ -12,12 +12,12 @@ from torch import Tensor
 from models import Network
 from utils import forms
 from utils.augment import Augment
-from utils.device import Captured, Compute
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
 from utils.objectives import Comparison
 from utils.pixels import PixelSGD
-from utils.runtime import Draws
+from utils.system.device import Captured, Compute
+from utils.system.process import Draws
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from data import Dataset
 from models import NetSpec, forward_flop
 from utils import files, options, recipes
-from utils.errors import printable
 from utils.evaluation import Score
 from utils.expert_runs import experts_for
 from utils.export import WHITENING
@@ -17,6 +16,7 @@ from utils.methods import TRAJECTORY
 from utils.options import CondenseOptions
 from utils.run import RunFolder
 from utils.state import State
+from utils.system.errors import printable
 
 
 def card(o: CondenseOptions, dataset: Dataset, spec: NetSpec, state: State, *, finished: bool) -> dict[str, object]:

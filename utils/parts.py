@@ -1,6 +1,6 @@
 """What a run of condense.py is made of, as its options say: network and trainer, the pixels and their step, the sets.
 
-All of it is about the classes that this process owns (utils/ranks.py), which are all of them unless there are others.
+All of it is about the classes that this process owns (utils/system/distributed.py), which are all of them unless there are others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from data import Dataset
 from models import NetSpec, Network
 from utils import recipes
 from utils.augment import Augment
-from utils.device import Captured, Compute, wait_for
-from utils.errors import UsageError
 from utils.experts import Experts
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
@@ -25,12 +23,14 @@ from utils.matching import Matcher, MatchingStep
 from utils.objectives import Comparison
 from utils.options import CondenseOptions
 from utils.pixels import PixelSGD
-from utils.ranks import Owned
-from utils.runtime import Draws
 from utils.selection import Context
 from utils.sources import RealImages, Source, SyntheticImages
 from utils.state import PER_CLASS, State, Step
 from utils.synthetic import BASELINE, coreset, initial_pixels, training_images
+from utils.system.device import Captured, Compute, wait_for
+from utils.system.distributed import Owned
+from utils.system.errors import UsageError
+from utils.system.process import Draws
 from utils.training import Together, Trainer, fresh_network, update_network
 from utils.trajectory import TrajectoryStep
 

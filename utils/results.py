@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from utils import files
-from utils.errors import UserError
 from utils.evaluation import Score
 from utils.lock import locked
-from utils.report import span
+from utils.system.errors import UserError
+from utils.system.report import span
 
 log = logging.getLogger("dream")
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from utils import files, pictures
 from utils.board import FOLDER as BOARD
 from utils.board import Board
-from utils.errors import UsageError, UserError
 from utils.lock import locked
-from utils.report import logged_to
+from utils.system.errors import UsageError, UserError
+from utils.system.report import logged_to
 
 log = logging.getLogger("dream")
 

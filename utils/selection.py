@@ -12,9 +12,9 @@ from torch import Tensor
 
 from models import Network
 from utils import forms
-from utils.device import Compute
 from utils.images import ImageSet, to_unit
-from utils.runtime import Draws
+from utils.system.device import Compute
+from utils.system.process import Draws
 
 KMEANS_ITERATIONS = 15  # inertia within 1 % of scikit-learn's at a third of the iterations to convergence
 EMBEDDING_BYTES = 2**28  # of the classes that are clustered together

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from utils.images import ImageSet, starts
 
-Merge = Callable[[Tensor], Tensor]  # of tensors that are zero wherever they belong to others, see utils/ranks.py
+Merge = Callable[
+    [Tensor], Tensor
+]  # of tensors that are zero wherever they belong to others, see utils/system/distributed.py
 
 
 class Source(Protocol):

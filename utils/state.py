@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import Network
 from utils.pixels import PixelSGD
-from utils.runtime import Draws
+from utils.system.process import Draws
 from utils.training import Trainer
 
 PER_CLASS = ("pixels", "velocity", "picks", "losses")  # what a checkpoint holds a row of for every class

@@ -15,10 +15,10 @@ import models
 from models import NetSpec, Network
 from utils import forms
 from utils.augment import GEOMETRY, Augment
-from utils.device import Captured, Compute
 from utils.images import ImageSet
-from utils.runtime import Draws
 from utils.sources import Source
+from utils.system.device import Captured, Compute
+from utils.system.process import Draws
 from utils.vectors import joined, separated
 
 MIXUPS = ("cut", "vanilla")  # CutMix, or nothing

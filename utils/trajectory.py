@@ -23,13 +23,13 @@ from torch import Tensor
 
 from models import Network
 from utils import forms
-from utils.device import Captured, Compute
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
 from utils.matching import Matcher
 from utils.pixels import PixelSGD
-from utils.ranks import ALONE, Group
-from utils.runtime import Draws
+from utils.system.device import Captured, Compute
+from utils.system.distributed import ALONE, Group
+from utils.system.process import Draws
 from utils.vectors import joined, load, separated
 
 LEAST_STEP = 1e-6  # of a student: see TrajectoryStep

@@ -12,8 +12,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from utils.errors import printable
-from utils.runtime import on_terminal, output_failed
+from utils.system.errors import printable
+from utils.system.process import on_terminal, output_failed
 
 log = logging.getLogger("dream")
 

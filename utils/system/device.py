@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from utils.errors import UsageError, first_line
+from utils.system.errors import UsageError, first_line
 
 log = logging.getLogger("dream")
 

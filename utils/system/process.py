@@ -22,9 +22,9 @@ from typing import Any, NoReturn, TextIO
 import torch
 from torch import Tensor
 
-from utils import ranks
-from utils.device import device_name, keep_freed_memory, out_of_memory
-from utils.errors import UserError, first_line, printable
+from utils.system import distributed as ranks
+from utils.system.device import device_name, keep_freed_memory, out_of_memory
+from utils.system.errors import UserError, first_line, printable
 
 OUT_OF_MEMORY = (
     "error: the memory is full ({}); lower --batch_real, --batch_syn_max, --batch_size, --width or --size, or use a "

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils import tensorfile
-from utils.errors import UsageError, UserError, first_line
+from utils.system.errors import UsageError, UserError, first_line
 
 log = logging.getLogger("dream")
 T = TypeVar("T")
