@@ -36,17 +36,18 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import checks, confusion, exchange, export, files, options, recipes, results
+from utils import checks, confusion, exchange, export, options, recipes, results
 from utils.board import Board, check_board
 from utils.compilation import computing
 from utils.evaluation import Score, evaluate, gathered
 from utils.exchange import Stored
+from utils.files import atomic as files
+from utils.files.pictures import COLUMNS
 from utils.flags import make_parser
 from utils.formation import decoded_count
 from utils.images import ImageSet, to_unit
 from utils.layout import factor_warning
 from utils.options import TrainOptions
-from utils.pictures import COLUMNS
 from utils.results import ALL_REAL, EVALUATIONS, Record
 from utils.selection import Context
 from utils.synthetic import BASELINE, coreset, training_images

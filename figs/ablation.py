@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from figs import common
 from figs.common import Group, Run
-from utils import files
+from utils.files import atomic as files
 from utils.flags import number
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main

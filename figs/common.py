@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils import exchange, files
+from utils import exchange
+from utils.files import atomic as files
 from utils.flags import Parser
 from utils.formation import decode
 from utils.options import FREE, CondenseOptions

@@ -29,8 +29,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from figs.common import ending, write
-from utils import files, options
+from utils import options
 from utils.evaluation import Score
+from utils.files import atomic as files
 from utils.flags import make_parser
 from utils.options import CondenseOptions
 from utils.run import RunFolder

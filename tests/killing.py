@@ -39,7 +39,7 @@ from torch.distributed import TCPStore
 from tests import sabotage
 from tests.faults import Fault
 from tests.outcome import Outcome, metrics, outcome
-from utils import files
+from utils.files import atomic as files
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(

@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import condense
-from utils import files, options
+from utils import options
+from utils.files import atomic as files
 from utils.flags import make_parser
 from utils.options import CondenseOptions
 from utils.system.process import run_main

@@ -26,7 +26,7 @@ from models import FAMILIES
 from tests.faults import injected
 from tests.files import Payload, image_folder, noise, quick, refused, tree
 from utils import run as run_module
-from utils.files import read_tensors
+from utils.files.atomic import read_tensors
 from utils.objectives import METRICS
 from utils.options import DATASET_SETTINGS
 from utils.state import State

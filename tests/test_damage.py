@@ -17,7 +17,8 @@ import train
 from tests.faults import injected
 from tests.files import Payload, image_folder, quick, refused
 from tests.outcome import metrics
-from utils import files, run
+from utils import run
+from utils.files import atomic as files
 from utils.run import valid_checkpoint
 from utils.system.errors import UsageError, UserError
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import models
-from utils import experts, files
+from utils import experts
 from utils.augment import Augment
 from utils.experts import Experts, representative_epoch
+from utils.files import atomic as files
 from utils.images import ImageSet, Normalize
 from utils.selection import Context
 from utils.system.device import Compute

@@ -38,7 +38,7 @@ from tests.killing import (
     two_at_a_time,
 )
 from tests.outcome import Outcome, outcome
-from utils import files
+from utils.files import atomic as files
 
 pytestmark = pytest.mark.faults
 

@@ -27,9 +27,10 @@ from tests import hostile
 from tests.faults import injected
 from tests.files import Payload, noise
 from tests.fuzz import Property, little_memory
-from utils import exchange, files, options
+from utils import exchange, options
 from utils.earlier import read_earlier
 from utils.export import card_without_run
+from utils.files import atomic as files
 from utils.images import Normalize
 from utils.layout import factor_warning
 from utils.options import CondenseOptions, TrainOptions

@@ -27,7 +27,8 @@ from models import NetSpec, Network
 from tests.faults import injected
 from tests.files import noise, quick, save, tree
 from tests.outcome import metrics, outcome
-from utils import evaluation, files
+from utils import evaluation
+from utils.files import atomic as files
 from utils.images import ImageSet
 from utils.parts import Parts
 from utils.selection import STRATEGIES, Context

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import injected
-from utils.lock import locked
+from utils.files.lock import locked
 from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path
-from utils.lock import locked
+from utils.files.lock import locked
 with locked(Path(sys.argv[1]), doing="the test", wait=False):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -29,7 +29,7 @@ with locked(Path(sys.argv[1]), doing="the test", wait=False):
 COUNT = """
 import sys
 from pathlib import Path
-from utils.lock import locked
+from utils.files.lock import locked
 lock, counter = Path(sys.argv[1]), Path(sys.argv[2])
 for _ in range(int(sys.argv[3])):
     with locked(lock, doing="counting", wait=True):

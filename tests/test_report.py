@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import pictures
+from utils.files import pictures
 from utils.system import report
 from utils.system.report import Progress, log, logged_to, messages, span
 

@@ -24,9 +24,9 @@ from models import Network
 from tests.faults import injected
 from tests.files import last_json
 from tests.oracle import PublishedPixels
-from utils import files
 from utils.augment import Augment
 from utils.compilation import compiler_error
+from utils.files import atomic as files
 from utils.selection import Context, select
 from utils.synthetic import initial_pixels
 from utils.system.device import Compute

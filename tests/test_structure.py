@@ -169,7 +169,7 @@ def test_nothing_is_loaded_but_tensors(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_files_of_tensors_are_read_in_one_place(path: Path) -> None:
-    assert "torch.load(" not in path.read_text() or name(path) == "utils.tensorfile"
+    assert "torch.load(" not in path.read_text() or name(path) == "utils.files.tensors"
     assert not UNPICKLERS & {module.split(".")[0] for module in imports(path)}
 
 

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from utils import pictures
-from utils.files import naming
+from utils.files import pictures
+from utils.files.atomic import naming
 from utils.system.errors import UsageError
 
 FOLDER = "tensorboard"

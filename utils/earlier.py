@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import files
+from utils.files import atomic as files
+from utils.files.tensors import is_plain
 from utils.run import RunFolder, valid_checkpoint
 from utils.system.errors import UsageError, UserError
-from utils.tensorfile import is_plain
 
 log = logging.getLogger("dream")
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import files
-from utils.lock import locked
+from utils.files import atomic as files
+from utils.files.lock import locked
+from utils.files.tensors import is_plain
 from utils.run import CHECKPOINT_SECONDS
 from utils.selection import Context, select
 from utils.system.errors import UserError, first_line
 from utils.system.process import Draws
-from utils.tensorfile import is_plain
 from utils.training import Trainer, batches
 from utils.vectors import flattened
 

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from models import NetSpec
 from utils.evaluation import Score
 from utils.exchange import SAFETENSORS, folder_names
-from utils.files import check_card, write_atomically
+from utils.files.atomic import check_card, write_atomically
 from utils.formation import BOUND
 from utils.images import EPS, ImageSet, Normalize, Whiten
 from utils.system.errors import UsageError, UserError

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils import tensorfile
+from utils.files import tensors as tensorfile
 from utils.system.errors import UsageError, UserError, first_line
 
 log = logging.getLogger("dream")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import tensorfile
+from utils.files import tensors as tensorfile
 from utils.system.errors import UserError, first_line
 
 log = logging.getLogger("dream")
