@@ -32,7 +32,6 @@ from data import Dataset
 from models import NetSpec
 from utils import checks, options, overview, recipes
 from utils.board import check_board
-from utils.compilation import computing
 from utils.earlier import Earlier, begin_from
 from utils.evaluation import Score, evaluate, gathered
 from utils.expert_runs import experts_for, train_experts
@@ -41,6 +40,7 @@ from utils.flags import make_parser
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
 from utils.methods import TRAJECTORY
+from utils.numerics.compilation import computing
 from utils.options import CondenseOptions
 from utils.parts import Parts
 from utils.run import Elsewhere, RunFolder

@@ -38,7 +38,6 @@ from data import Dataset
 from models import NetSpec, forward_flop
 from utils import checks, confusion, exchange, export, options, recipes, results
 from utils.board import Board, check_board
-from utils.compilation import computing
 from utils.evaluation import Score, evaluate, gathered
 from utils.exchange import Stored
 from utils.files import atomic as files
@@ -47,6 +46,7 @@ from utils.flags import make_parser
 from utils.formation import decoded_count
 from utils.images import ImageSet, to_unit
 from utils.layout import factor_warning
+from utils.numerics.compilation import computing
 from utils.options import TrainOptions
 from utils.results import ALL_REAL, EVALUATIONS, Record
 from utils.selection import Context

@@ -38,10 +38,10 @@ from data import Dataset
 from models import NetSpec
 from tests import bench_methods, bench_ranks, forecast, published
 from utils.augment import Augment
-from utils.compilation import compiler_error
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
 from utils.methods import METHODS
+from utils.numerics.compilation import compiler_error
 from utils.objectives import Comparison
 from utils.pixels import PixelSGD
 from utils.selection import KMEANS_ITERATIONS, batched_kmeans, embed
@@ -76,7 +76,7 @@ class Work:
         return min(self.ipc * self.factor**2, BATCH)
 
     def gflop(self) -> dict[str, float]:
-        """Convolutions of each part: see utils/analytic.py. The first layer has no gradient to pass on."""
+        """Convolutions of each part: see utils/numerics/analytic.py. The first layer has no gradient to pass on."""
         net = models.build(self.spec)
         side, layers = 32 if self.side == 28 else self.side, []
         assert isinstance(net, models.ConvNet)

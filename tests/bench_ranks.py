@@ -27,10 +27,10 @@ import torch
 
 from data import Dataset
 from utils import options, overview
-from utils.compilation import compiler_error
 from utils.flags import make_parser
 from utils.formation import decoded_count
 from utils.images import ImageSet, Normalize
+from utils.numerics.compilation import compiler_error
 from utils.options import CondenseOptions
 from utils.parts import Parts
 from utils.selection import select

@@ -23,9 +23,9 @@ from tests import bench_ranks
 from tests.bench_ranks import WORKS, Clock, RandomImages, Sizes, Work, resolved
 from tests.scaling_model import Curve, Links, Load, duration, inner_step, limit
 from utils import overview
-from utils.compilation import compiler_error
 from utils.formation import decoded_count
 from utils.images import starts
+from utils.numerics.compilation import compiler_error
 from utils.options import CondenseOptions, network
 from utils.parts import Parts
 from utils.selection import KMEANS_ITERATIONS, assign, embed, padded, update_centroids, widened

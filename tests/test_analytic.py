@@ -14,8 +14,10 @@ from torch.autograd.functional import jvp
 import models
 from models import Network
 from tests.oracle import class_distance
-from utils import analytic, forms, stages
-from utils.compilation import compiler_error
+from utils.numerics import analytic
+from utils.numerics import block as stages
+from utils.numerics import derivatives as forms
+from utils.numerics.compilation import compiler_error
 from utils.objectives import METRICS, Comparison
 from utils.system.device import Compute
 from utils.system.process import Draws
@@ -239,7 +241,7 @@ def test_parts_are_as_few_and_as_even_as_can_be(n: int, limit: int, expected: li
     assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
 
 
-# --- utils/stages.py --------------------------------------------------------------------------------------------------
+# --- utils/numerics/block.py --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_image", [False, True])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils import compilation, stages
-from utils.compilation import LANES, compiler_error, cpu_stages
-from utils.stages import Stages
+from utils.numerics import block as stages
+from utils.numerics import compilation
+from utils.numerics.block import Stages
+from utils.numerics.compilation import LANES, compiler_error, cpu_stages
 
 EXACT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 NORMS = {"instance": LANES * 2, "group": 4, "layer": 1}

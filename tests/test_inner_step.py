@@ -11,9 +11,9 @@ from models import NetSpec, Network
 from tests.oracle import PublishedPixels, class_distance
 from utils.augment import Augment
 from utils.formation import decoded_count
-from utils.forms import frozen_statistics
 from utils.images import ImageSet, Normalize
 from utils.matching import Matcher, MatchingStep
+from utils.numerics.derivatives import frozen_statistics
 from utils.objectives import METRICS, Comparison, distance, gradient_distance, matched_parameters, parse
 from utils.pixels import PixelSGD
 from utils.system.device import Compute

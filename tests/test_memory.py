@@ -17,8 +17,8 @@ import torch
 import condense
 from tests.faults import injected
 from tests.files import quick
-from utils import forms
 from utils.files import atomic as files
+from utils.numerics import derivatives as forms
 from utils.run import valid_checkpoint
 from utils.system.device import LEAST_PIXELS, Compute, out_of_memory
 

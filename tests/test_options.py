@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import compilation, options, recipes
+from utils import options, recipes
 from utils.flags import make_parser
+from utils.numerics import compilation
 from utils.options import CondenseOptions, TrainOptions, resolve
 from utils.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
 from utils.recipes import pixel_lr

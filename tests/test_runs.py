@@ -25,8 +25,8 @@ from tests.faults import injected
 from tests.files import last_json
 from tests.oracle import PublishedPixels
 from utils.augment import Augment
-from utils.compilation import compiler_error
 from utils.files import atomic as files
+from utils.numerics.compilation import compiler_error
 from utils.selection import Context, select
 from utils.synthetic import initial_pixels
 from utils.system.device import Compute
@@ -386,7 +386,7 @@ def test_tf32_is_refused_on_a_cpu(tmp_path: Path) -> None:
 def test_compilation_without_a_compiler_is_refused_when_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utils.compilation.compiler_error", lambda device: "no compiler")
+    monkeypatch.setattr("utils.numerics.compilation.compiler_error", lambda device: "no compiler")
     with pytest.raises(UsageError, match=r"--compile on: no compiler; install .* or use --compile auto"):
         run(tmp_path, "--compile", "on")
 
@@ -394,8 +394,8 @@ def test_compilation_without_a_compiler_is_refused_when_it_was_asked_for(
 def test_compilation_without_a_compiler_is_left_out_when_it_is_up_to_the_program(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("utils.compilation.compiler_error", lambda device: "no compiler")
-    monkeypatch.setattr("utils.compilation.WORTH_COMPILING", {"cpu": 0.0})
+    monkeypatch.setattr("utils.numerics.compilation.compiler_error", lambda device: "no compiler")
+    monkeypatch.setattr("utils.numerics.compilation.WORTH_COMPILING", {"cpu": 0.0})
     folder = run(tmp_path, "--eval_every", "2", "--compile", "auto")
     assert "not compiled (no compiler): slower" in capsys.readouterr().out
     assert (folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes()
@@ -404,7 +404,7 @@ def test_compilation_without_a_compiler_is_left_out_when_it_is_up_to_the_program
 def test_the_compiler_is_not_asked_where_the_work_is_not_worth_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("utils.compilation.compiler_error", lambda device: pytest.fail("it takes seconds"))
+    monkeypatch.setattr("utils.numerics.compilation.compiler_error", lambda device: pytest.fail("it takes seconds"))
     for choice in ("auto", "off"):
         run(tmp_path, "--niter", "1", "--tag", choice, "--compile", choice)
     assert "compiled" not in capsys.readouterr().out

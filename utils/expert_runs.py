@@ -9,9 +9,9 @@ from pathlib import Path
 from data import Dataset
 from models import NetSpec, forward_flop
 from utils import options, recipes
-from utils.compilation import computing
 from utils.experts import Experts, representative_epoch
 from utils.files import atomic as files
+from utils.numerics.compilation import computing
 from utils.options import CondenseOptions
 from utils.selection import Context
 from utils.system.process import Draws, Stopper

@@ -20,12 +20,12 @@ from torch import Tensor
 from utils.files import atomic as files
 from utils.files.lock import locked
 from utils.files.tensors import is_plain
+from utils.numerics.vectors import flattened
 from utils.run import CHECKPOINT_SECONDS
 from utils.selection import Context, select
 from utils.system.errors import UserError, first_line
 from utils.system.process import Draws
 from utils.training import Trainer, batches
-from utils.vectors import flattened
 
 log = logging.getLogger("dream")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from models import Network
-from utils import forms
 from utils.augment import Augment
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
+from utils.numerics import derivatives as forms
 from utils.objectives import Comparison
 from utils.pixels import PixelSGD
 from utils.system.device import Captured, Compute

@@ -13,13 +13,13 @@ from torch import Tensor
 
 import models
 from models import NetSpec, Network
-from utils import forms
 from utils.augment import GEOMETRY, Augment
 from utils.images import ImageSet
+from utils.numerics import derivatives as forms
+from utils.numerics.vectors import joined, separated
 from utils.sources import Source
 from utils.system.device import Captured, Compute
 from utils.system.process import Draws
-from utils.vectors import joined, separated
 
 MIXUPS = ("cut", "vanilla")  # CutMix, or nothing
 CUTMIX_PROBABILITY = 0.5

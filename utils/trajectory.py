@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import Network
-from utils import forms
 from utils.formation import decode, decoded_count
 from utils.images import ImageSet
 from utils.matching import Matcher
+from utils.numerics import derivatives as forms
+from utils.numerics.vectors import joined, load, separated
 from utils.pixels import PixelSGD
 from utils.system.device import Captured, Compute
 from utils.system.distributed import ALONE, Group
 from utils.system.process import Draws
-from utils.vectors import joined, load, separated
 
 LEAST_STEP = 1e-6  # of a student: see TrajectoryStep
 

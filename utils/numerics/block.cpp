@@ -1,4 +1,4 @@
-// The stages of utils/stages.py for a CPU, with its names and formulas: two or three sweeps over an image that stays in
+// The stages of utils/numerics/block.py for a CPU, with its names and formulas: two or three sweeps over an image that stays in
 // the processor's cache. Images are channels-last, of 16 n channels.
 //
 // One thread takes one image and sums in a fixed order, so that results do not depend on the number of threads.

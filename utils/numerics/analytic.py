@@ -7,7 +7,7 @@ minimum for an exact step. Matching mean embeddings needs first derivatives only
 and 1 of the real ones; next to gradients it costs none, as all that it needs is on the way. Matching trajectories asks
 for the gradients of a directional derivative by all parameters as well: 8 convolutions.
 
-No graph is kept, images pass in pieces that stay in cache, and every pass over a piece (utils/passes.py) is a plain
+No graph is kept, images pass in pieces that stay in cache, and every pass over a piece (utils/numerics/passes.py) is a plain
 function of tensors, which compiles. Images come as (K, n, C, H, W): K classes that meet one network, or K networks that
 train side by side.
 """
@@ -24,10 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ConvNet, Network
-from utils.compilation import cpu_stages
+from utils.numerics.block import Stages
+from utils.numerics.compilation import cpu_stages
+from utils.numerics.passes import (
+    Directions,
+    FirstOrder,
+    Matched,
+    Parameters,
+    Passes,
+    channels_last,
+    compiled_passes,
+    weights_of,
+)
 from utils.objectives import Comparison, total
-from utils.passes import Directions, FirstOrder, Matched, Parameters, Passes, channels_last, compiled_passes, weights_of
-from utils.stages import Stages
 from utils.system.device import Compute
 
 

@@ -172,7 +172,7 @@ def spread(value: Tensor, a: Tensor) -> Tensor:
 
 
 class Stages(NamedTuple):
-    """The functions, as they are or compiled for a CPU (utils/compilation.py)."""
+    """The functions, as they are or compiled for a CPU (utils/numerics/compilation.py)."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = forward
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = backward

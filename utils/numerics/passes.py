@@ -1,4 +1,4 @@
-"""The passes of utils/analytic.py over one piece of images, plain functions of tensors.
+"""The passes of utils/numerics/analytic.py over one piece of images, plain functions of tensors.
 
 Images come as (k, n, C, H, W) and meet one network, or k networks.
 """
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from models import ConvNet
-from utils.compilation import compiled
-from utils.stages import Stages
+from utils.numerics.block import Stages
+from utils.numerics.compilation import compiled
 
 # --- Parameters as the passes see them --------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class Directions(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What `first_order` leaves of one block for `second_order`; N = k * n, see utils/stages.py."""
+    """What `first_order` leaves of one block for `second_order`; N = k * n, see utils/numerics/block.py."""
 
     h: Tensor  # the block's input
     a: Tensor

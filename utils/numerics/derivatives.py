@@ -1,4 +1,4 @@
-"""The forms in which a network is computed, and the only place that chooses: written out (utils/analytic.py) where that
+"""The forms in which a network is computed, and the only place that chooses: written out (utils/numerics/analytic.py) where that
 exists for the network, by autograd otherwise. Both give the same numbers up to rounding.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from models import Network
-from utils import analytic
+from utils.numerics import analytic
 from utils.objectives import Comparison, distance
 from utils.system.device import Compute
 

@@ -1,4 +1,4 @@
-"""Compiled code: the passes by torch.compile on a GPU; on a CPU, whose cache asks for more, utils/stages.cpp."""
+"""Compiled code: the passes by torch.compile on a GPU; on a CPU, whose cache asks for more, utils/numerics/block.cpp."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from utils import stages
-from utils.stages import Stages
+from utils.numerics import block as stages
+from utils.numerics.block import Stages
 from utils.system.device import Compute
 from utils.system.errors import UsageError, first_line
 
@@ -50,7 +50,7 @@ def _probe(x: Tensor) -> Tensor:
     return x * 2 + 1
 
 
-# --- utils/stages.cpp -------------------------------------------------------------------------------------------------
+# --- utils/numerics/block.cpp -------------------------------------------------------------------------------------------------
 
 LANES = 16  # channels come in as many, or in several times as many
 COMPUTED_IN = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
@@ -60,10 +60,10 @@ COMPUTED_IN = {torch.float64: torch.float64, torch.float32: torch.float32, torch
 def cpu_stages() -> Stages:
     """The stages as compiled functions, made once per process in a few seconds.
 
-    What they are not made for, such as a number of channels that 16 does not divide, takes those of utils/stages.py.
+    What they are not made for, such as a number of channels that 16 does not divide, takes those of utils/numerics/block.py.
     Raises OSError or subprocess.SubprocessError where there is no compiler, or none that can make them.
     """
-    library = _library(Path(__file__).with_name("stages.cpp"))
+    library = _library(Path(__file__).with_name("block.cpp"))
 
     def run(stage: str, groups: int, eps: float, a: Tensor, *rest: Tensor) -> None:
         """rest: all other tensors, arguments and results, dense along every image, one number for all or one each."""

@@ -1,0 +1,1 @@
+"""Derivatives of networks, fast; knows no objective."""
