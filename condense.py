@@ -33,26 +33,26 @@ from models import NetSpec
 from utils import checks, options, overview, recipes
 from utils.board import check_board
 from utils.earlier import Earlier, begin_from
-from utils.evaluation import Score, evaluate, gathered
 from utils.expert_runs import experts_for, train_experts
 from utils.experts import Experts
 from utils.flags import make_parser
-from utils.formation import decode, decoded_count
-from utils.images import ImageSet
+from utils.method.evaluation import Score, evaluate, gathered
+from utils.method.formation import decode, decoded_count
+from utils.method.images import ImageSet
+from utils.method.selection import select
+from utils.method.state import State
+from utils.method.training import update_network
 from utils.methods import TRAJECTORY
 from utils.numerics.compilation import computing
 from utils.options import CondenseOptions
 from utils.parts import Parts
 from utils.run import Elsewhere, RunFolder
-from utils.selection import select
-from utils.state import State
 from utils.system import distributed as ranks
 from utils.system import process as runtime
 from utils.system.device import backends, be_deterministic, peak_memory, pick_device, set_precision
 from utils.system.errors import UsageError, UserError, first_line, printable
 from utils.system.process import Stopped, Stopper
 from utils.system.report import Progress, messages, span
-from utils.training import update_network
 
 log = logging.getLogger("dream")
 

@@ -28,7 +28,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from utils.files.atomic import write_atomically
 from utils.files.imagefiles import EXTENSIONS, for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.files.lock import locked
-from utils.images import ImageSet, Normalize, Whiten
+from utils.method.images import ImageSet, Normalize, Whiten
 from utils.presets import NOT_MIRRORED
 from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError, first_line, printable

@@ -38,19 +38,20 @@ from data import Dataset
 from models import NetSpec, forward_flop
 from utils import checks, confusion, exchange, export, options, recipes, results
 from utils.board import Board, check_board
-from utils.evaluation import Score, evaluate, gathered
 from utils.exchange import Stored
 from utils.files import atomic as files
 from utils.files.pictures import COLUMNS
 from utils.flags import make_parser
-from utils.formation import decoded_count
-from utils.images import ImageSet, to_unit
 from utils.layout import factor_warning
+from utils.method.evaluation import Score, evaluate, gathered
+from utils.method.formation import decoded_count
+from utils.method.images import ImageSet, to_unit
+from utils.method.selection import Context
+from utils.method.synthetic import BASELINE, coreset, training_images
+from utils.method.training import fresh_network
 from utils.numerics.compilation import computing
 from utils.options import TrainOptions
 from utils.results import ALL_REAL, EVALUATIONS, Record
-from utils.selection import Context
-from utils.synthetic import BASELINE, coreset, training_images
 from utils.system import distributed as ranks
 from utils.system import process as runtime
 from utils.system.device import (
@@ -65,7 +66,6 @@ from utils.system.device import (
 from utils.system.errors import UsageError, UserError
 from utils.system.process import Draws
 from utils.system.report import Progress, messages, span
-from utils.training import fresh_network
 
 log = logging.getLogger("dream")
 

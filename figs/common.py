@@ -24,7 +24,7 @@ from torch import Tensor
 from utils import exchange
 from utils.files import atomic as files
 from utils.flags import Parser
-from utils.formation import decode
+from utils.method.formation import decode
 from utils.options import FREE, CondenseOptions
 from utils.run import METRICS, OPTIONS
 from utils.system.errors import UsageError, UserError

@@ -25,8 +25,8 @@ from figs import common, subject
 from figs.subject import Subject
 from models import Network
 from utils.flags import integer
-from utils.images import ImageSet
-from utils.selection import select
+from utils.method.images import ImageSet
+from utils.method.selection import select
 from utils.system.process import run_main
 from utils.system.report import Progress, messages
 

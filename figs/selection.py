@@ -20,7 +20,7 @@ from torch import Tensor
 
 from figs import common, subject
 from figs.subject import Subject
-from utils.selection import lloyd, padded, representatives
+from utils.method.selection import lloyd, padded, representatives
 from utils.system.process import Draws, run_main
 from utils.system.report import messages
 

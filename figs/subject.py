@@ -13,13 +13,13 @@ from data import Dataset
 from figs.common import class_number
 from models import Network
 from utils import checks, flags, options, recipes
-from utils.images import ImageSet
-from utils.selection import Context
+from utils.method.images import ImageSet
+from utils.method.selection import Context
+from utils.method.training import Trainer, fresh_network, update_network
 from utils.system.device import Compute, pick_device, set_precision
 from utils.system.errors import UsageError
 from utils.system.process import Draws
 from utils.system.report import Progress
-from utils.training import Trainer, fresh_network, update_network
 
 # Flags of condense.py, with the same defaults and data sets' settings.
 BORROWED = (

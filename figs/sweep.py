@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 
 from figs.common import ending, write
 from utils import options
-from utils.evaluation import Score
 from utils.files import atomic as files
 from utils.flags import make_parser
+from utils.method.evaluation import Score
 from utils.options import CondenseOptions
 from utils.run import RunFolder
 from utils.system.errors import UsageError, UserError

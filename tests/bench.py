@@ -37,18 +37,18 @@ import models
 from data import Dataset
 from models import NetSpec
 from tests import bench_methods, bench_ranks, forecast, published
-from utils.augment import Augment
-from utils.images import ImageSet, Normalize
-from utils.matching import Matcher, MatchingStep
+from utils.method.augment import Augment
+from utils.method.images import ImageSet, Normalize
+from utils.method.matching import Matcher, MatchingStep
+from utils.method.objectives import Comparison
+from utils.method.pixels import PixelSGD
+from utils.method.selection import KMEANS_ITERATIONS, batched_kmeans, embed
+from utils.method.training import Recipe, Trainer, fresh_network, update_network
 from utils.methods import METHODS
 from utils.numerics.compilation import compiler_error
-from utils.objectives import Comparison
-from utils.pixels import PixelSGD
-from utils.selection import KMEANS_ITERATIONS, batched_kmeans, embed
 from utils.system import device as machine
 from utils.system.device import Compute
 from utils.system.process import Draws
-from utils.training import Recipe, Trainer, fresh_network, update_network
 
 DETERMINISTIC = ", deterministic"  # at the end of a variant's name
 INTERVAL, BATCH, STEPS = 10, 128, 2000 * 100
@@ -266,7 +266,7 @@ def inertia(work: Work, real: ImageSet, timer: Timer) -> dict[str, float]:
     embeddings, the centroids of ours found in the precision in which selection embeds."""
     from sklearn.cluster import KMeans
 
-    from utils.selection import lloyd, padded
+    from utils.method.selection import lloyd, padded
 
     compute = Compute(timer.device)
     net = fresh_network(work.spec, Draws(timer.device, 0))

@@ -20,17 +20,17 @@ from models import NetSpec
 from tests import published
 from utils import options, recipes
 from utils.flags import make_parser
-from utils.images import ImageSet, Normalize
+from utils.method.images import ImageSet, Normalize
+from utils.method.pixels import PixelSGD
+from utils.method.training import fresh_network, update_network
 from utils.methods import METHODS, TRAJECTORY
 from utils.numerics.compilation import compiler_error
 from utils.numerics.vectors import flattened
 from utils.options import CondenseOptions
 from utils.parts import Parts
-from utils.pixels import PixelSGD
 from utils.system.device import Captured, Compute, set_precision
 from utils.system.distributed import ALONE
 from utils.system.process import Draws
-from utils.training import fresh_network, update_network
 
 NAIVE = ("naive", "naive, allocator kept")
 PER_CLASS = 500  # real images: what there is beyond those that are matched does not matter

@@ -28,18 +28,18 @@ import torch
 from data import Dataset
 from utils import options, overview
 from utils.flags import make_parser
-from utils.formation import decoded_count
-from utils.images import ImageSet, Normalize
+from utils.method.formation import decoded_count
+from utils.method.images import ImageSet, Normalize
+from utils.method.selection import select
+from utils.method.training import update_network
 from utils.numerics.compilation import compiler_error
 from utils.options import CondenseOptions
 from utils.parts import Parts
-from utils.selection import select
 from utils.system import device as machine
 from utils.system import distributed as ranks
 from utils.system import process as runtime
 from utils.system.device import Captured, Compute
 from utils.system.distributed import Group
-from utils.training import update_network
 
 MINUTES = 10  # that ranks wait for each other
 REPEATED, SHARED = "network update, repeated", "network update, shared out"

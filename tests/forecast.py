@@ -23,16 +23,16 @@ from tests import bench_ranks
 from tests.bench_ranks import WORKS, Clock, RandomImages, Sizes, Work, resolved
 from tests.scaling_model import Curve, Links, Load, duration, inner_step, limit
 from utils import overview
-from utils.formation import decoded_count
-from utils.images import starts
+from utils.method.formation import decoded_count
+from utils.method.images import starts
+from utils.method.selection import KMEANS_ITERATIONS, assign, embed, padded, update_centroids, widened
+from utils.method.training import GATHERED, batches, update_network
 from utils.numerics.compilation import compiler_error
 from utils.options import CondenseOptions, network
 from utils.parts import Parts
-from utils.selection import KMEANS_ITERATIONS, assign, embed, padded, update_centroids, widened
 from utils.system import device as machine
 from utils.system.device import Compute
 from utils.system.distributed import ALONE, Owned
-from utils.training import GATHERED, batches, update_network
 
 FORECAST = ("cifar100_ipc50", "imagenet100")
 STEPS = 2000 * 100  # inner steps of the published budget

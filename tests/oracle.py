@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Network
-from utils.images import ImageSet, Normalize
+from utils.method.images import ImageSet, Normalize
+from utils.method.training import Recipe, plan
 from utils.system.process import Draws
-from utils.training import Recipe, plan
 
 
 def decode_single(stored: Tensor, factor: int) -> Tensor:

@@ -15,11 +15,11 @@ from torch.func import functional_call
 
 from models import Network
 from tests.oracle import class_distance
-from utils.augment import Augment
-from utils.formation import decode
-from utils.images import ImageSet
+from utils.method.augment import Augment
+from utils.method.formation import decode
+from utils.method.images import ImageSet
+from utils.method.trajectory import separated
 from utils.system.process import Draws
-from utils.trajectory import separated
 
 
 def matching(

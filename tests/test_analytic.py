@@ -14,14 +14,14 @@ from torch.autograd.functional import jvp
 import models
 from models import Network
 from tests.oracle import class_distance
+from utils.method.objectives import METRICS, Comparison
+from utils.method.training import fresh_network
 from utils.numerics import analytic
 from utils.numerics import block as stages
 from utils.numerics import derivatives as forms
 from utils.numerics.compilation import compiler_error
-from utils.objectives import METRICS, Comparison
 from utils.system.device import Compute
 from utils.system.process import Draws
-from utils.training import fresh_network
 
 CPU = torch.device("cpu")
 CLASSES, REAL, SYN = 3, 7, 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import augment_one
-from utils.augment import ALWAYS, GEOMETRY, ONE_OF, Augment, parse, without
+from utils.method.augment import ALWAYS, GEOMETRY, ONE_OF, Augment, parse, without
 from utils.system.process import Draws
 
 EVERYTHING = "_".join(ALWAYS + ONE_OF)

@@ -34,7 +34,7 @@ from tests.archives import (
     write_svhn,
 )
 from tests.files import image_folder, noise, save
-from utils.images import ImageSet, Normalize, to_unit
+from utils.method.images import ImageSet, Normalize, to_unit
 from utils.presets import PUBLISHED
 from utils.system.errors import UsageError, UserError
 

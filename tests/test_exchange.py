@@ -27,10 +27,10 @@ from tests.files import save as save_image
 from utils import export
 from utils.exchange import Stored, folder_names, interpret, load_distilled, read
 from utils.export import card_without_run, check_target, export_folder, export_safetensors
-from utils.formation import pack
-from utils.images import ImageSet, Normalize
 from utils.layout import factor_warning, layout_of, other_factor
-from utils.synthetic import training_images
+from utils.method.formation import pack
+from utils.method.images import ImageSet, Normalize
+from utils.method.synthetic import training_images
 from utils.system.errors import UsageError, UserError
 
 CPU = torch.device("cpu")

@@ -13,16 +13,16 @@ from torch import Tensor
 
 import models
 from utils import experts
-from utils.augment import Augment
 from utils.experts import Experts, representative_epoch
 from utils.files import atomic as files
-from utils.images import ImageSet, Normalize
+from utils.method.augment import Augment
+from utils.method.images import ImageSet, Normalize
+from utils.method.selection import Context
+from utils.method.training import Recipe, Trainer, batches, fresh_network
 from utils.numerics.vectors import flattened
-from utils.selection import Context
 from utils.system.device import Compute
 from utils.system.errors import UserError
 from utils.system.process import Draws, Stopped
-from utils.training import Recipe, Trainer, batches, fresh_network
 
 CLASSES, PER_CLASS, SIDE, EPOCHS, COUNT = 3, 9, 8, 4, 2
 CPU = Compute(torch.device("cpu"))

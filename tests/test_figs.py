@@ -16,7 +16,7 @@ import models
 from figs import ablation, common, compare, curves, distilled, evolution, gradient_norms, selection, subject
 from tests import headline
 from tests.files import image_folder, refused
-from utils.selection import select
+from utils.method.selection import select
 from utils.system.errors import UserError
 
 TINY = shlex.split(

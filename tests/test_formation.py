@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import decode_single
-from utils.formation import BOUND, DECODE_TYPES, cell_edges, decode, decoded_count, decoded_sources, pack
+from utils.method.formation import BOUND, DECODE_TYPES, cell_edges, decode, decoded_count, decoded_sources, pack
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 5])

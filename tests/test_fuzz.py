@@ -31,8 +31,8 @@ from utils import exchange, options
 from utils.earlier import read_earlier
 from utils.export import card_without_run
 from utils.files import atomic as files
-from utils.images import Normalize
 from utils.layout import factor_warning
+from utils.method.images import Normalize
 from utils.options import CondenseOptions, TrainOptions
 from utils.system.errors import UserError, printable
 

@@ -22,7 +22,7 @@ from tests.fuzz import Property
 from utils import options
 from utils.export import card_without_run
 from utils.flags import make_parser
-from utils.images import Normalize
+from utils.method.images import Normalize
 from utils.options import CondenseOptions, TrainOptions
 from utils.presets import DATASET_SETTINGS
 from utils.system.errors import UserError, printable

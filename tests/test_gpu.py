@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 import models
-from utils.augment import Augment
-from utils.images import ImageSet, Normalize
-from utils.matching import Matcher, MatchingStep
-from utils.objectives import Comparison
-from utils.pixels import PixelSGD
-from utils.selection import KMEANS, Context, embed, select
-from utils.state import State
+from utils.method.augment import Augment
+from utils.method.images import ImageSet, Normalize
+from utils.method.matching import Matcher, MatchingStep
+from utils.method.objectives import Comparison
+from utils.method.pixels import PixelSGD
+from utils.method.selection import KMEANS, Context, embed, select
+from utils.method.state import State
+from utils.method.training import Recipe, Trainer, confusion_matrix, fresh_network, train_networks, update_network
 from utils.system.device import Captured, Compute, set_precision
 from utils.system.process import Draws
-from utils.training import Recipe, Trainer, confusion_matrix, fresh_network, train_networks, update_network
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SPEC = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16)

@@ -9,16 +9,16 @@ from torch import Tensor
 import models
 from models import NetSpec, Network
 from tests.oracle import PublishedPixels, class_distance
-from utils.augment import Augment
-from utils.formation import decoded_count
-from utils.images import ImageSet, Normalize
-from utils.matching import Matcher, MatchingStep
+from utils.method.augment import Augment
+from utils.method.formation import decoded_count
+from utils.method.images import ImageSet, Normalize
+from utils.method.matching import Matcher, MatchingStep
+from utils.method.objectives import METRICS, Comparison, distance, gradient_distance, matched_parameters, parse
+from utils.method.pixels import PixelSGD
+from utils.method.training import Recipe, Trainer, fresh_network, update_network
 from utils.numerics.derivatives import frozen_statistics
-from utils.objectives import METRICS, Comparison, distance, gradient_distance, matched_parameters, parse
-from utils.pixels import PixelSGD
 from utils.system.device import Compute
 from utils.system.process import Draws
-from utils.training import Recipe, Trainer, fresh_network, update_network
 
 CLASSES, PER_CLASS, SIDE = 3, 12, 8
 NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

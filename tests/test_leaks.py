@@ -27,14 +27,14 @@ from models import NetSpec, Network
 from tests.faults import injected
 from tests.files import noise, quick, save, tree
 from tests.outcome import metrics, outcome
-from utils import evaluation
 from utils.files import atomic as files
-from utils.images import ImageSet
+from utils.method import evaluation
+from utils.method.images import ImageSet
+from utils.method.selection import STRATEGIES, Context
+from utils.method.training import Recipe, Trainer
 from utils.parts import Parts
-from utils.selection import STRATEGIES, Context
 from utils.system.device import Compute
 from utils.system.process import Draws
-from utils.training import Recipe, Trainer
 
 pytestmark = pytest.mark.faults
 

@@ -24,18 +24,18 @@ import train
 from data import Dataset
 from models import Network
 from tests.oracle import augment_one, augment_shared, class_distance
-from utils.augment import Augment
 from utils.flags import make_parser
-from utils.images import Normalize
+from utils.method.augment import Augment
+from utils.method.images import Normalize
+from utils.method.pixels import PixelSGD
+from utils.method.selection import Context, batched_kmeans, select
+from utils.method.synthetic import initial_pixels
+from utils.method.training import Recipe, Trainer, fresh_network, plan, update_network
 from utils.methods import METHODS
 from utils.options import CondenseOptions, resolve
-from utils.pixels import PixelSGD
-from utils.selection import Context, batched_kmeans, select
-from utils.synthetic import initial_pixels
 from utils.system.device import Compute
 from utils.system.errors import UsageError
 from utils.system.process import Draws
-from utils.training import Recipe, Trainer, fresh_network, plan, update_network
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -419,8 +419,8 @@ def test_experts_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
 
 
 def test_the_worked_example_of_the_readme_is_a_seventh_framework(tmp_path: Path) -> None:
-    block = (ROOT / "README.md").read_text().split("```python\n# utils/objectives.py")[1].split("```")[0]
-    parts = ("utils/objectives.py" + block).split("# utils/")
+    block = (ROOT / "README.md").read_text().split("```python\n# utils/method/objectives.py")[1].split("```")[0]
+    parts = ("utils/method/objectives.py" + block).split("# utils/")
     assert block.count("\n") < 30 and len(parts) == 2
     for name in ("models", "utils"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import models
 from models import FAMILIES, NORMS, PAPER_TABLE, NetSpec, Network, zoo
-from utils.augment import Augment
-from utils.images import ImageSet, Normalize
+from utils.method.augment import Augment
+from utils.method.images import ImageSet, Normalize
+from utils.method.training import Recipe, fresh_network, train_networks
 from utils.system.device import Compute
 from utils.system.process import Draws
-from utils.training import Recipe, fresh_network, train_networks
 
 ZOO = ("mobilenet_v3_small", "shufflenet_v2_x0_5")  # two small ones of torchvision, with and without dropout
 STAGES = {"convnet": 3, "vgg": 5, "alexnet": 3}  # the others have 4

@@ -33,15 +33,15 @@ from tests.faults import injected
 from tests.files import image_folder
 from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, tiny
 from tests.outcome import Outcome, metrics, outcome
-from utils.augment import Augment
-from utils.images import ImageSet, Normalize
+from utils.method.augment import Augment
+from utils.method.images import ImageSet, Normalize
+from utils.method.sources import RealImages, SyntheticImages
+from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network
 from utils.numerics.vectors import flattened
-from utils.sources import RealImages, SyntheticImages
 from utils.system import distributed as ranks
 from utils.system.device import Compute
 from utils.system.distributed import ALONE, Owned, shares
 from utils.system.process import Draws
-from utils.training import Recipe, Together, Trainer, fresh_network, update_network
 
 UNEVEN = {"a": 12, "b": 30, "c": 9, "d": 45, "e": 20}  # images of a folder's classes
 WEIGHTS, PIXELS = 1e-4, 1e-2  # differences allowed: of weights, and of pixels as a part of how far they moved

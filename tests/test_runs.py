@@ -24,15 +24,15 @@ from models import Network
 from tests.faults import injected
 from tests.files import last_json
 from tests.oracle import PublishedPixels
-from utils.augment import Augment
 from utils.files import atomic as files
+from utils.method.augment import Augment
+from utils.method.selection import Context, select
+from utils.method.synthetic import initial_pixels
+from utils.method.training import Recipe, Trainer, fresh_network, update_network
 from utils.numerics.compilation import compiler_error
-from utils.selection import Context, select
-from utils.synthetic import initial_pixels
 from utils.system.device import Compute
 from utils.system.errors import UsageError
 from utils.system.process import Draws
-from utils.training import Recipe, Trainer, fresh_network, update_network
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(

@@ -10,9 +10,9 @@ from torch import Tensor
 import models
 from models import Network
 from tests import oracle
-from utils import selection
-from utils.images import ImageSet, Normalize, to_unit
-from utils.selection import (
+from utils.method import selection
+from utils.method.images import ImageSet, Normalize, to_unit
+from utils.method.selection import (
     KMEANS,
     STRATEGIES,
     Context,
@@ -25,10 +25,10 @@ from utils.selection import (
     select,
     update_centroids,
 )
-from utils.synthetic import coreset, initial_pixels
+from utils.method.synthetic import coreset, initial_pixels
+from utils.method.training import fresh_network
 from utils.system.device import Compute
 from utils.system.process import Draws
-from utils.training import fresh_network
 
 CPU = Compute(torch.device("cpu"))
 NORMALIZE = Normalize((0.5,), (0.25,))

@@ -82,7 +82,7 @@ def test_numeric_parts_import_torch_models_and_each_other_only(path: Path) -> No
 @pytest.mark.parametrize(
     ("path", "library"),
     [
-        ("utils/selection.py", "sklearn"),
+        ("utils/method/selection.py", "sklearn"),
         ("models/zoo.py", "torchvision"),
         ("utils/exchange.py", "safetensors"),
         ("utils/export.py", "safetensors"),

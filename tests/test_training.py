@@ -10,13 +10,11 @@ import torch.nn.functional as F
 import models
 from models import Network
 from tests.oracle import naive_epoch
-from utils.augment import GEOMETRY, Augment
-from utils.evaluation import Score, evaluate
-from utils.images import ImageSet, Normalize
-from utils.synthetic import training_images
-from utils.system.device import Compute
-from utils.system.process import Draws
-from utils.training import (
+from utils.method.augment import GEOMETRY, Augment
+from utils.method.evaluation import Score, evaluate
+from utils.method.images import ImageSet, Normalize
+from utils.method.synthetic import training_images
+from utils.method.training import (
     APPLY,
     SIZE,
     Recipe,
@@ -29,6 +27,8 @@ from utils.training import (
     train_networks,
     update_network,
 )
+from utils.system.device import Compute
+from utils.system.process import Draws
 
 NORMALIZE = Normalize((0.0,), (1.0,))
 SPEC = models.resolve("convnet", channels=1, classes=2, side=8, depth=2, width=8)
@@ -295,7 +295,7 @@ def test_half_of_the_batches_are_mixed_or_none(
         mixed.append(bool(rest[1][0, APPLY] < 0.5))
         return cutmix(x, target, *rest)
 
-    monkeypatch.setattr("utils.training.cutmix", count)
+    monkeypatch.setattr("utils.method.training.cutmix", count)
     train(easy_set(8, 0), recipe(epochs=100, batch_size=4, mixup=mixup))
     assert len(mixed) == (200 if mixup == "cut" else 0) and low <= sum(mixed) <= high
 
@@ -310,7 +310,7 @@ def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pyte
         nets.append(net)
         return torch.zeros(2, 2, dtype=torch.int64)
 
-    monkeypatch.setattr("utils.evaluation.confusion_matrix", remember)
+    monkeypatch.setattr("utils.method.evaluation.confusion_matrix", remember)
 
     def training_set(r: int) -> ImageSet:
         seen.append(r)

@@ -13,16 +13,16 @@ from torch.func import functional_call
 import models
 from models import Network
 from tests.oracle import augment_one, decode_naively
-from utils.augment import Augment
-from utils.images import ImageSet, Normalize
-from utils.matching import Matcher
+from utils.method.augment import Augment
+from utils.method.images import ImageSet, Normalize
+from utils.method.matching import Matcher
+from utils.method.objectives import Comparison
+from utils.method.pixels import PixelSGD
+from utils.method.training import fresh_network
+from utils.method.trajectory import LEAST_STEP, TrajectoryStep, unrolled
 from utils.numerics.vectors import flattened, load, separated
-from utils.objectives import Comparison
-from utils.pixels import PixelSGD
 from utils.system.device import Compute
 from utils.system.process import Draws
-from utils.training import fresh_network
-from utils.trajectory import LEAST_STEP, TrajectoryStep, unrolled
 
 CLASSES, SIDE, STEPS = 3, 8, 4
 NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

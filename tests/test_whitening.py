@@ -14,8 +14,8 @@ from data import WHITENED, Dataset
 from tests.files import image_folder
 from utils.exchange import read
 from utils.export import WHITENING, card_without_run, export_safetensors, how_to_use, readme
-from utils.images import EPS, EXACT, ImageSet, Normalize, Whiten, moments, to_unit
-from utils.pixels import PixelSGD
+from utils.method.images import EPS, EXACT, ImageSet, Normalize, Whiten, moments, to_unit
+from utils.method.pixels import PixelSGD
 from utils.system.errors import UsageError
 
 CPU = torch.device("cpu")

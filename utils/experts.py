@@ -1,5 +1,5 @@
 """Experts: networks trained on real images, whose parameters after every epoch are the trajectories that
-utils/trajectory.py matches. They are trained once, stored in a folder, and shared by all runs that need the same ones.
+utils/method/trajectory.py matches. They are trained once, stored in a folder, and shared by all runs that need the same ones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from utils.files import atomic as files
 from utils.files.lock import locked
 from utils.files.tensors import is_plain
+from utils.method.selection import Context, select
+from utils.method.training import Trainer, batches
 from utils.numerics.vectors import flattened
 from utils.run import CHECKPOINT_SECONDS
-from utils.selection import Context, select
 from utils.system.errors import UserError, first_line
 from utils.system.process import Draws
-from utils.training import Trainer, batches
 
 log = logging.getLogger("dream")
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from models import NetSpec
-from utils.evaluation import Score
 from utils.exchange import SAFETENSORS, folder_names
 from utils.files.atomic import check_card, write_atomically
-from utils.formation import BOUND
-from utils.images import EPS, ImageSet, Normalize, Whiten
+from utils.method.evaluation import Score
+from utils.method.formation import BOUND
+from utils.method.images import EPS, ImageSet, Normalize, Whiten
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")

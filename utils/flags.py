@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils import augment, objectives
+from utils.method import augment, objectives
 from utils.methods import METHODS, TRAJECTORY
 from utils.presets import DATASET_SETTINGS
 from utils.system.errors import UsageError

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.formation import pack
-from utils.images import to_unit
+from utils.method.formation import pack
+from utils.method.images import to_unit
 
 FACTORS = (1, 2, 3, 4, 5)
 LAGS = (1, 2, 4)  # pixels between those that are compared; noise differs equally over every distance, pictures do not

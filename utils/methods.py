@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.augment import without
+from utils.method.augment import without
 from utils.presets import EVALUATION_AUGMENTATION, NOT_MIRRORED
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import models
-from utils import formation, objectives, pixels, selection, training
 from utils.checks import check_weights
 from utils.flags import augmentation, flag, initialisation, integer, make_parser, matching, number, table_file, tag
+from utils.method import formation, objectives, pixels, selection, training
 from utils.methods import METHODS, TRAJECTORY, method_settings
 from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions
 from utils.system.device import PRECISIONS

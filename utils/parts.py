@@ -15,24 +15,24 @@ from torch import Tensor, nn
 from data import Dataset
 from models import NetSpec, Network
 from utils import recipes
-from utils.augment import Augment
 from utils.experts import Experts
-from utils.formation import decode, decoded_count
-from utils.images import ImageSet
-from utils.matching import Matcher, MatchingStep
-from utils.objectives import Comparison
+from utils.method.augment import Augment
+from utils.method.formation import decode, decoded_count
+from utils.method.images import ImageSet
+from utils.method.matching import Matcher, MatchingStep
+from utils.method.objectives import Comparison
+from utils.method.pixels import PixelSGD
+from utils.method.selection import Context
+from utils.method.sources import RealImages, Source, SyntheticImages
+from utils.method.state import PER_CLASS, State, Step
+from utils.method.synthetic import BASELINE, coreset, initial_pixels, training_images
+from utils.method.training import Together, Trainer, fresh_network, update_network
+from utils.method.trajectory import TrajectoryStep
 from utils.options import CondenseOptions
-from utils.pixels import PixelSGD
-from utils.selection import Context
-from utils.sources import RealImages, Source, SyntheticImages
-from utils.state import PER_CLASS, State, Step
-from utils.synthetic import BASELINE, coreset, initial_pixels, training_images
 from utils.system.device import Captured, Compute, wait_for
 from utils.system.distributed import Owned
 from utils.system.errors import UsageError
 from utils.system.process import Draws
-from utils.training import Together, Trainer, fresh_network, update_network
-from utils.trajectory import TrajectoryStep
 
 WHOLE = "whole"  # network updates, of every rank
 

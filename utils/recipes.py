@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils import augment, training
+from utils.method import augment, training
 from utils.options import CondenseOptions, Options
 from utils.presets import EVALUATION_AUGMENTATION
 

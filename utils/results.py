@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation import Score
 from utils.files import atomic as files
 from utils.files.lock import locked
+from utils.method.evaluation import Score
 from utils.system.errors import UserError
 from utils.system.report import span
 

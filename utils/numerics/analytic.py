@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ConvNet, Network
+from utils.method.objectives import Comparison, total
 from utils.numerics.block import Stages
 from utils.numerics.compilation import cpu_stages
 from utils.numerics.passes import (
@@ -36,7 +37,6 @@ from utils.numerics.passes import (
     compiled_passes,
     weights_of,
 )
-from utils.objectives import Comparison, total
 from utils.system.device import Compute
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from models import Network
+from utils.method.objectives import Comparison, distance
 from utils.numerics import analytic
-from utils.objectives import Comparison, distance
 from utils.system.device import Compute
 
 

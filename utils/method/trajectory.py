@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import Network
-from utils.formation import decode, decoded_count
-from utils.images import ImageSet
-from utils.matching import Matcher
+from utils.method.formation import decode, decoded_count
+from utils.method.images import ImageSet
+from utils.method.matching import Matcher
+from utils.method.pixels import PixelSGD
 from utils.numerics import derivatives as forms
 from utils.numerics.vectors import joined, load, separated
-from utils.pixels import PixelSGD
 from utils.system.device import Captured, Compute
 from utils.system.distributed import ALONE, Group
 from utils.system.process import Draws

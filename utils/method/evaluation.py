@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from models import NetSpec
-from utils.images import ImageSet
+from utils.method.images import ImageSet
+from utils.method.training import Recipe, Trainer, confusion_matrix, train_networks
 from utils.system.device import Compute
 from utils.system.distributed import Group
 from utils.system.errors import UserError
 from utils.system.process import Draws
-from utils.training import Recipe, Trainer, confusion_matrix, train_networks
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models import Network
-from utils.images import ImageSet, to_unit
+from utils.method.images import ImageSet, to_unit
 from utils.numerics import derivatives as forms
 from utils.system.device import Compute
 from utils.system.process import Draws

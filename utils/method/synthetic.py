@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from utils.formation import decode, decoded_sources, pack
-from utils.images import ImageSet, Normalize, to_unit
-from utils.selection import Context, select
+from utils.method.formation import decode, decoded_sources, pack
+from utils.method.images import ImageSet, Normalize, to_unit
+from utils.method.selection import Context, select
 
 NOISE_MEAN, NOISE_STD = 0.5, 0.25
 BASELINE = "random real"  # purpose of the draws behind real images beside a set: both scripts show the same ones

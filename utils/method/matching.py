@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from models import Network
-from utils.augment import Augment
-from utils.formation import decode, decoded_count
-from utils.images import ImageSet
+from utils.method.augment import Augment
+from utils.method.formation import decode, decoded_count
+from utils.method.images import ImageSet
+from utils.method.objectives import Comparison
+from utils.method.pixels import PixelSGD
 from utils.numerics import derivatives as forms
-from utils.objectives import Comparison
-from utils.pixels import PixelSGD
 from utils.system.device import Captured, Compute
 from utils.system.process import Draws
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import models
 from models import NetSpec, Network
-from utils.augment import GEOMETRY, Augment
-from utils.images import ImageSet
+from utils.method.augment import GEOMETRY, Augment
+from utils.method.images import ImageSet
+from utils.method.sources import Source
 from utils.numerics import derivatives as forms
 from utils.numerics.vectors import joined, separated
-from utils.sources import Source
 from utils.system.device import Captured, Compute
 from utils.system.process import Draws
 
@@ -57,7 +57,7 @@ class Plan:
     """All random choices of one epoch over n images of one network, drawn on the device at once."""
 
     order: Tensor  # (n,) positions in the set
-    u: Tensor  # (n, 9) for the augmentation, see utils/augment.py
+    u: Tensor  # (n, 9) for the augmentation, see utils/method/augment.py
     partner: Tensor  # (n,) whose box an image gets: numbers within its batch
     mix: Tensor  # (batches, 4) for CutMix
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from utils.images import ImageSet, starts
+from utils.method.images import ImageSet, starts
 
 Merge = Callable[
     [Tensor], Tensor

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from models import Network
-from utils.pixels import PixelSGD
+from utils.method.pixels import PixelSGD
+from utils.method.training import Trainer
 from utils.system.process import Draws
-from utils.training import Trainer
 
 PER_CLASS = ("pixels", "velocity", "picks", "losses")  # what a checkpoint holds a row of for every class
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from utils.images import Normalize
+from utils.method.images import Normalize
 
 STEPS = ("sweep", "joint")  # class after class on pixels in [0, 1]; all together on normalised images
 

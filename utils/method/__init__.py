@@ -1,0 +1,1 @@
+"""The paper; knows no option and no file."""
