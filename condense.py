@@ -31,10 +31,7 @@ from torch import Tensor
 from data import Dataset
 from models import NetSpec
 from utils import checks, options, overview, recipes
-from utils.board import check_board
-from utils.earlier import Earlier, begin_from
 from utils.expert_runs import experts_for, train_experts
-from utils.experts import Experts
 from utils.flags import make_parser
 from utils.method.evaluation import Score, evaluate, gathered
 from utils.method.formation import decode, decoded_count
@@ -46,7 +43,10 @@ from utils.methods import TRAJECTORY
 from utils.numerics.compilation import computing
 from utils.options import CondenseOptions
 from utils.parts import Parts
-from utils.run import Elsewhere, RunFolder
+from utils.runs.board import check_board
+from utils.runs.checkpoint import Earlier, begin_from
+from utils.runs.experts import Experts
+from utils.runs.folder import Elsewhere, RunFolder
 from utils.system import distributed as ranks
 from utils.system import process as runtime
 from utils.system.device import backends, be_deterministic, peak_memory, pick_device, set_precision

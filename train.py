@@ -36,13 +36,10 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import checks, confusion, exchange, export, options, recipes, results
-from utils.board import Board, check_board
-from utils.exchange import Stored
+from utils import checks, options, recipes
 from utils.files import atomic as files
 from utils.files.pictures import COLUMNS
 from utils.flags import make_parser
-from utils.layout import factor_warning
 from utils.method.evaluation import Score, evaluate, gathered
 from utils.method.formation import decoded_count
 from utils.method.images import ImageSet, to_unit
@@ -51,7 +48,12 @@ from utils.method.synthetic import BASELINE, coreset, training_images
 from utils.method.training import fresh_network
 from utils.numerics.compilation import computing
 from utils.options import TrainOptions
-from utils.results import ALL_REAL, EVALUATIONS, Record
+from utils.runs import confusion, export, results
+from utils.runs import sets as exchange
+from utils.runs.board import Board, check_board
+from utils.runs.layout import factor_warning
+from utils.runs.results import ALL_REAL, EVALUATIONS, Record
+from utils.runs.sets import Stored
 from utils.system import distributed as ranks
 from utils.system import process as runtime
 from utils.system.device import (

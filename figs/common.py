@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils import exchange
 from utils.files import atomic as files
 from utils.flags import Parser
 from utils.method.formation import decode
 from utils.options import FREE, CondenseOptions
-from utils.run import METRICS, OPTIONS
+from utils.runs import sets as exchange
+from utils.runs.folder import METRICS, OPTIONS
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")

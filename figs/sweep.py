@@ -34,7 +34,7 @@ from utils.files import atomic as files
 from utils.flags import make_parser
 from utils.method.evaluation import Score
 from utils.options import CondenseOptions
-from utils.run import RunFolder
+from utils.runs.folder import RunFolder
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages, span

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import condense
 from utils import options
 from utils.flags import make_parser
-from utils.run import METRICS
+from utils.runs.folder import METRICS
 from utils.system.process import run_main
 
 # Accuracy in per cent at outer iterations, CIFAR-10, ipc 10, f = 2, as published (read off a curve, +-0.5).

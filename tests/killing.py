@@ -360,7 +360,7 @@ def arrange(plan: Plan, writers: list[int | None]) -> None:
         sabotage.interrupt(plan.computing, plan.then)
     elif plan.root:
         sabotage.watch(plan.root, at=plan.at, then=plan.then, record=plan.record)
-    from utils import run
+    from utils.runs import folder as run
     from utils.system import distributed as ranks
 
     ranks.LAST_WORDS = 0.2  # nobody ends the others

@@ -25,11 +25,11 @@ import train
 from models import FAMILIES
 from tests.faults import injected
 from tests.files import Payload, image_folder, noise, quick, refused, tree
-from utils import run as run_module
 from utils.files.atomic import read_tensors
 from utils.method.objectives import METRICS
 from utils.method.state import State
 from utils.options import DATASET_SETTINGS
+from utils.runs import folder as run_module
 from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ import train
 from tests.faults import injected
 from tests.files import Payload, image_folder, quick, refused
 from tests.outcome import metrics
-from utils import run
 from utils.files import atomic as files
-from utils.run import valid_checkpoint
+from utils.runs import folder as run
+from utils.runs.folder import valid_checkpoint
 from utils.system.errors import UsageError, UserError
 
 FLAGS = ("--niter", "2", "--inner_loop", "2", "--eval_every", "1", "--repeat", "2", "--ipc", "2")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import models
-from utils import experts
-from utils.experts import Experts, representative_epoch
 from utils.files import atomic as files
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
 from utils.method.selection import Context
 from utils.method.training import Recipe, Trainer, batches, fresh_network
 from utils.numerics.vectors import flattened
+from utils.runs import experts
+from utils.runs.experts import Experts, representative_epoch
 from utils.system.device import Compute
 from utils.system.errors import UserError
 from utils.system.process import Draws, Stopped

@@ -32,7 +32,7 @@ from tests.killing import (
     two_at_a_time,
 )
 from tests.outcome import Outcome
-from utils.run import CHECKPOINT, PREVIOUS, valid_checkpoint
+from utils.runs.folder import CHECKPOINT, PREVIOUS, valid_checkpoint
 
 pytestmark = pytest.mark.faults
 

@@ -27,13 +27,14 @@ from tests import hostile
 from tests.faults import injected
 from tests.files import Payload, noise
 from tests.fuzz import Property, little_memory
-from utils import exchange, options
-from utils.earlier import read_earlier
-from utils.export import card_without_run
+from utils import options
 from utils.files import atomic as files
-from utils.layout import factor_warning
 from utils.method.images import Normalize
 from utils.options import CondenseOptions, TrainOptions
+from utils.runs import sets as exchange
+from utils.runs.checkpoint import read_earlier
+from utils.runs.export import card_without_run
+from utils.runs.layout import factor_warning
 from utils.system.errors import UserError, printable
 
 FAULT = "a hostile or damaged file of a stranger"

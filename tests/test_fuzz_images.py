@@ -34,9 +34,9 @@ from tests.encodings import KINDS, OTHERS, UNREADABLE, Size, checked, chunk, enc
 from tests.faults import injected
 from tests.files import image_folder, noise, quick, save
 from tests.fuzz import Property
-from utils import exchange
 from utils.files import imagefiles
 from utils.files.imagefiles import EXTENSIONS, MAX_PIXELS, mode_and_size, read_image
+from utils.runs import sets as exchange
 from utils.system.errors import UserError, printable
 
 CPU = torch.device("cpu")

@@ -20,11 +20,11 @@ from tests.faults import injected
 from tests.files import image_folder
 from tests.fuzz import Property
 from utils import options
-from utils.export import card_without_run
 from utils.flags import make_parser
 from utils.method.images import Normalize
 from utils.options import CondenseOptions, TrainOptions
 from utils.presets import DATASET_SETTINGS
+from utils.runs.export import card_without_run
 from utils.system.errors import UserError, printable
 
 FAULT = "a hostile command line"

@@ -42,7 +42,7 @@ PROBED = f"""
 import ctypes, sys
 sys.path.insert(0, {str(ROOT)!r})
 import condense
-from utils import run
+from utils.runs import folder as run
 from utils.system import process as runtime
 
 class Heap(ctypes.Structure):

@@ -19,7 +19,7 @@ from tests.faults import injected
 from tests.files import quick
 from utils.files import atomic as files
 from utils.numerics import derivatives as forms
-from utils.run import valid_checkpoint
+from utils.runs.folder import valid_checkpoint
 from utils.system.device import LEAST_PIXELS, Compute, out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent

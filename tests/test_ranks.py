@@ -547,7 +547,7 @@ def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_with_one_checkpoi
 OFTEN = """import sys
 sys.path.insert(0, {root!r})
 import condense
-from utils import run
+from utils.runs import folder as run
 from utils.system import process as runtime
 run.CHECKPOINT_SECONDS = 0.3
 runtime.run_main(condense.main)

@@ -84,8 +84,8 @@ def test_numeric_parts_import_torch_models_and_each_other_only(path: Path) -> No
     [
         ("utils/method/selection.py", "sklearn"),
         ("models/zoo.py", "torchvision"),
-        ("utils/exchange.py", "safetensors"),
-        ("utils/export.py", "safetensors"),
+        ("utils/runs/sets.py", "safetensors"),
+        ("utils/runs/export.py", "safetensors"),
     ],
 )
 def test_a_large_library_is_imported_only_when_it_is_asked_for(path: str, library: str) -> None:

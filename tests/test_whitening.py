@@ -12,10 +12,10 @@ from torch import Tensor
 
 from data import WHITENED, Dataset
 from tests.files import image_folder
-from utils.exchange import read
-from utils.export import WHITENING, card_without_run, export_safetensors, how_to_use, readme
 from utils.method.images import EPS, EXACT, ImageSet, Normalize, Whiten, moments, to_unit
 from utils.method.pixels import PixelSGD
+from utils.runs.export import WHITENING, card_without_run, export_safetensors, how_to_use, readme
+from utils.runs.sets import read
 from utils.system.errors import UsageError
 
 CPU = torch.device("cpu")

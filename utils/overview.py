@@ -9,14 +9,14 @@ from data import Dataset
 from models import NetSpec, forward_flop
 from utils import options, recipes
 from utils.expert_runs import experts_for
-from utils.export import WHITENING
 from utils.files import atomic as files
 from utils.method.evaluation import Score
 from utils.method.formation import decoded_count
 from utils.method.state import State
 from utils.methods import TRAJECTORY
 from utils.options import CondenseOptions
-from utils.run import RunFolder
+from utils.runs.export import WHITENING
+from utils.runs.folder import RunFolder
 from utils.system.errors import printable
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from data import Dataset
 from models import NetSpec, Network
 from utils import recipes
-from utils.experts import Experts
 from utils.method.augment import Augment
 from utils.method.formation import decode, decoded_count
 from utils.method.images import ImageSet
@@ -29,6 +28,7 @@ from utils.method.synthetic import BASELINE, coreset, initial_pixels, training_i
 from utils.method.training import Together, Trainer, fresh_network, update_network
 from utils.method.trajectory import TrajectoryStep
 from utils.options import CondenseOptions
+from utils.runs.experts import Experts
 from utils.system.device import Captured, Compute, wait_for
 from utils.system.distributed import Owned
 from utils.system.errors import UsageError

@@ -1,6 +1,6 @@
 """Distilled sets for other programs: decoded as a folder of PNG files, or as stored in a .safetensors file.
 
-Both are read back by utils/exchange.py. Nothing is overwritten, and what a killed export leaves is hidden.
+Both are read back by utils/runs/sets.py. Nothing is overwritten, and what a killed export leaves is hidden.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from models import NetSpec
-from utils.exchange import SAFETENSORS, folder_names
 from utils.files.atomic import check_card, write_atomically
 from utils.method.evaluation import Score
 from utils.method.formation import BOUND
 from utils.method.images import EPS, ImageSet, Normalize, Whiten
+from utils.runs.sets import SAFETENSORS, folder_names
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")

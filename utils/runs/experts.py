@@ -23,7 +23,7 @@ from utils.files.tensors import is_plain
 from utils.method.selection import Context, select
 from utils.method.training import Trainer, batches
 from utils.numerics.vectors import flattened
-from utils.run import CHECKPOINT_SECONDS
+from utils.runs.folder import CHECKPOINT_SECONDS
 from utils.system.errors import UserError, first_line
 from utils.system.process import Draws
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.board import FOLDER as BOARD
-from utils.board import Board
 from utils.files import atomic as files
 from utils.files import pictures
 from utils.files.lock import locked
+from utils.runs.board import FOLDER as BOARD
+from utils.runs.board import Board
 from utils.system.errors import UsageError, UserError
 from utils.system.report import logged_to
 

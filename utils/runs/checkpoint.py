@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.files import atomic as files
 from utils.files.tensors import is_plain
-from utils.run import RunFolder, valid_checkpoint
+from utils.runs.folder import RunFolder, valid_checkpoint
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
