@@ -30,19 +30,20 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec
-from utils import checks, options, overview, recipes
-from utils.expert_runs import experts_for, train_experts
-from utils.flags import make_parser
+from utils.config import checks, options, overview
+from utils.config import derived as recipes
+from utils.config.build import Parts
+from utils.config.expert_runs import experts_for, train_experts
+from utils.config.flags import make_parser
+from utils.config.methods import TRAJECTORY
+from utils.config.options import CondenseOptions
 from utils.method.evaluation import Score, evaluate, gathered
 from utils.method.formation import decode, decoded_count
 from utils.method.images import ImageSet
 from utils.method.selection import select
 from utils.method.state import State
 from utils.method.training import update_network
-from utils.methods import TRAJECTORY
 from utils.numerics.compilation import computing
-from utils.options import CondenseOptions
-from utils.parts import Parts
 from utils.runs.board import check_board
 from utils.runs.checkpoint import Earlier, begin_from
 from utils.runs.experts import Experts

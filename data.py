@@ -4,7 +4,7 @@
     dataset.train, dataset.test                 # ImageSet each, read when first used
 
 A new data set is one row of `DATASETS` here, with a function like `load_digits` unless torchvision has it, and one row
-of `DATASET_SETTINGS` in utils/presets.py, which may be empty.
+of `DATASET_SETTINGS` in utils/config/presets.py, which may be empty.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torchvision
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity, extract_archive
 
+from utils.config.presets import NOT_MIRRORED
 from utils.files.atomic import write_atomically
 from utils.files.imagefiles import EXTENSIONS, for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.files.lock import locked
 from utils.method.images import ImageSet, Normalize, Whiten
-from utils.presets import NOT_MIRRORED
 from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError, first_line, printable
 

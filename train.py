@@ -36,10 +36,12 @@ from torch import Tensor
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import checks, options, recipes
+from utils.config import checks, options
+from utils.config import derived as recipes
+from utils.config.flags import make_parser
+from utils.config.options import TrainOptions
 from utils.files import atomic as files
 from utils.files.pictures import COLUMNS
-from utils.flags import make_parser
 from utils.method.evaluation import Score, evaluate, gathered
 from utils.method.formation import decoded_count
 from utils.method.images import ImageSet, to_unit
@@ -47,7 +49,6 @@ from utils.method.selection import Context
 from utils.method.synthetic import BASELINE, coreset, training_images
 from utils.method.training import fresh_network
 from utils.numerics.compilation import computing
-from utils.options import TrainOptions
 from utils.runs import confusion, export, results
 from utils.runs import sets as exchange
 from utils.runs.board import Board, check_board

@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 
 from figs import common
 from figs.common import Group, Run
+from utils.config.flags import number
 from utils.files import atomic as files
-from utils.flags import number
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages

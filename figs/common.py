@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from utils.config.flags import Parser
+from utils.config.options import FREE, CondenseOptions
 from utils.files import atomic as files
-from utils.flags import Parser
 from utils.method.formation import decode
-from utils.options import FREE, CondenseOptions
 from utils.runs import sets as exchange
 from utils.runs.folder import METRICS, OPTIONS
 from utils.system.errors import UsageError, UserError

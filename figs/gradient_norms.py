@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 from figs import common, subject
 from figs.subject import Subject
 from models import Network
-from utils.flags import integer
+from utils.config.flags import integer
 from utils.method.images import ImageSet
 from utils.method.selection import select
 from utils.system.process import run_main

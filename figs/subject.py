@@ -12,7 +12,8 @@ from torch import Tensor
 from data import Dataset
 from figs.common import class_number
 from models import Network
-from utils import checks, flags, options, recipes
+from utils.config import checks, flags, options
+from utils.config import derived as recipes
 from utils.method.images import ImageSet
 from utils.method.selection import Context
 from utils.method.training import Trainer, fresh_network, update_network

@@ -29,11 +29,11 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from figs.common import ending, write
-from utils import options
+from utils.config import options
+from utils.config.flags import make_parser
+from utils.config.options import CondenseOptions
 from utils.files import atomic as files
-from utils.flags import make_parser
 from utils.method.evaluation import Score
-from utils.options import CondenseOptions
 from utils.runs.folder import RunFolder
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main

@@ -37,6 +37,7 @@ import models
 from data import Dataset
 from models import NetSpec
 from tests import bench_methods, bench_ranks, forecast, published
+from utils.config.methods import METHODS
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
 from utils.method.matching import Matcher, MatchingStep
@@ -44,7 +45,6 @@ from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
 from utils.method.selection import KMEANS_ITERATIONS, batched_kmeans, embed
 from utils.method.training import Recipe, Trainer, fresh_network, update_network
-from utils.methods import METHODS
 from utils.numerics.compilation import compiler_error
 from utils.system import device as machine
 from utils.system.device import Compute

@@ -18,16 +18,17 @@ from torch import Tensor
 
 from models import NetSpec
 from tests import published
-from utils import options, recipes
-from utils.flags import make_parser
+from utils.config import derived as recipes
+from utils.config import options
+from utils.config.build import Parts
+from utils.config.flags import make_parser
+from utils.config.methods import METHODS, TRAJECTORY
+from utils.config.options import CondenseOptions
 from utils.method.images import ImageSet, Normalize
 from utils.method.pixels import PixelSGD
 from utils.method.training import fresh_network, update_network
-from utils.methods import METHODS, TRAJECTORY
 from utils.numerics.compilation import compiler_error
 from utils.numerics.vectors import flattened
-from utils.options import CondenseOptions
-from utils.parts import Parts
 from utils.system.device import Captured, Compute, set_precision
 from utils.system.distributed import ALONE
 from utils.system.process import Draws

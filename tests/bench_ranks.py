@@ -26,15 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from data import Dataset
-from utils import options, overview
-from utils.flags import make_parser
+from utils.config import options, overview
+from utils.config.build import Parts
+from utils.config.flags import make_parser
+from utils.config.options import CondenseOptions
 from utils.method.formation import decoded_count
 from utils.method.images import ImageSet, Normalize
 from utils.method.selection import select
 from utils.method.training import update_network
 from utils.numerics.compilation import compiler_error
-from utils.options import CondenseOptions
-from utils.parts import Parts
 from utils.system import device as machine
 from utils.system import distributed as ranks
 from utils.system import process as runtime

@@ -22,14 +22,14 @@ from models import NetSpec
 from tests import bench_ranks
 from tests.bench_ranks import WORKS, Clock, RandomImages, Sizes, Work, resolved
 from tests.scaling_model import Curve, Links, Load, duration, inner_step, limit
-from utils import overview
+from utils.config import overview
+from utils.config.build import Parts
+from utils.config.options import CondenseOptions, network
 from utils.method.formation import decoded_count
 from utils.method.images import starts
 from utils.method.selection import KMEANS_ITERATIONS, assign, embed, padded, update_centroids, widened
 from utils.method.training import GATHERED, batches, update_network
 from utils.numerics.compilation import compiler_error
-from utils.options import CondenseOptions, network
-from utils.parts import Parts
 from utils.system import device as machine
 from utils.system.device import Compute
 from utils.system.distributed import ALONE, Owned
@@ -45,7 +45,7 @@ UPDATE, SHARED = "network update", "network update, one class of it"
 @dataclass(frozen=True)
 class Amount:
     """GFLOP of a work's parts, of every class or of the whole update: a backward pass is two forward ones, and the
-    gradient of a distance between gradients seven in all (utils/overview.py)."""
+    gradient of a distance between gradients seven in all (utils/config/overview.py)."""
 
     o: CondenseOptions
     sizes: Sizes

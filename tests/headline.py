@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import condense
-from utils import options
-from utils.flags import make_parser
+from utils.config import options
+from utils.config.flags import make_parser
 from utils.runs.folder import METRICS
 from utils.system.process import run_main
 

@@ -18,10 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import condense
-from utils import options
+from utils.config import options
+from utils.config.flags import make_parser
+from utils.config.options import CondenseOptions
 from utils.files import atomic as files
-from utils.flags import make_parser
-from utils.options import CondenseOptions
 from utils.system.process import run_main
 
 

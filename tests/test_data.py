@@ -34,8 +34,8 @@ from tests.archives import (
     write_svhn,
 )
 from tests.files import image_folder, noise, save
+from utils.config.presets import PUBLISHED
 from utils.method.images import ImageSet, Normalize, to_unit
-from utils.presets import PUBLISHED
 from utils.system.errors import UsageError, UserError
 
 CPU = torch.device("cpu")

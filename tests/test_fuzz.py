@@ -27,10 +27,10 @@ from tests import hostile
 from tests.faults import injected
 from tests.files import Payload, noise
 from tests.fuzz import Property, little_memory
-from utils import options
+from utils.config import options
+from utils.config.options import CondenseOptions, TrainOptions
 from utils.files import atomic as files
 from utils.method.images import Normalize
-from utils.options import CondenseOptions, TrainOptions
 from utils.runs import sets as exchange
 from utils.runs.checkpoint import read_earlier
 from utils.runs.export import card_without_run

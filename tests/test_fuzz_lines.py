@@ -19,11 +19,11 @@ from tests import hostile
 from tests.faults import injected
 from tests.files import image_folder
 from tests.fuzz import Property
-from utils import options
-from utils.flags import make_parser
+from utils.config import options
+from utils.config.flags import make_parser
+from utils.config.options import CondenseOptions, TrainOptions
+from utils.config.presets import DATASET_SETTINGS
 from utils.method.images import Normalize
-from utils.options import CondenseOptions, TrainOptions
-from utils.presets import DATASET_SETTINGS
 from utils.runs.export import card_without_run
 from utils.system.errors import UserError, printable
 

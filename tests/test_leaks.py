@@ -27,12 +27,12 @@ from models import NetSpec, Network
 from tests.faults import injected
 from tests.files import noise, quick, save, tree
 from tests.outcome import metrics, outcome
+from utils.config.build import Parts
 from utils.files import atomic as files
 from utils.method import evaluation
 from utils.method.images import ImageSet
 from utils.method.selection import STRATEGIES, Context
 from utils.method.training import Recipe, Trainer
-from utils.parts import Parts
 from utils.system.device import Compute
 from utils.system.process import Draws
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import options, recipes
-from utils.flags import make_parser
+from utils.config import derived as recipes
+from utils.config import options
+from utils.config.derived import pixel_lr
+from utils.config.flags import make_parser
+from utils.config.options import CondenseOptions, TrainOptions, resolve
+from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
 from utils.numerics import compilation
-from utils.options import CondenseOptions, TrainOptions, resolve
-from utils.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
-from utils.recipes import pixel_lr
 from utils.system.errors import UsageError
 
 # dream.md's table, written out once more: what --reproduce has to show.

@@ -96,7 +96,7 @@ def test_a_large_library_is_imported_only_when_it_is_asked_for(path: str, librar
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_only_the_scripts_and_what_interprets_options_know_the_command_line(path: Path) -> None:
-    knows = {"argparse", "utils.options", "utils.flags"} & imports(path)
+    knows = {"argparse", "utils.config.options", "utils.config.flags"} & imports(path)
     interpreting = {f"utils.{stem}" for stem in ("options", "flags", "recipes", "overview", "expert_runs", "parts")}
     assert not knows or name(path) in SCRIPTS | interpreting or path.parent.name == "figs"
 

@@ -18,8 +18,8 @@ from torchvision.datasets import ImageFolder
 import condense
 import train
 from tests.files import last_json, tree
-from utils.flags import make_parser
-from utils.options import TrainOptions
+from utils.config.flags import make_parser
+from utils.config.options import TrainOptions
 from utils.system import process as runtime
 from utils.system.errors import UsageError, UserError
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from data import Dataset
 from models import NetSpec, Network
-from utils import recipes
+from utils.config import derived as recipes
+from utils.config.options import CondenseOptions
 from utils.method.augment import Augment
 from utils.method.formation import decode, decoded_count
 from utils.method.images import ImageSet
@@ -27,7 +28,6 @@ from utils.method.state import PER_CLASS, State, Step
 from utils.method.synthetic import BASELINE, coreset, initial_pixels, training_images
 from utils.method.training import Together, Trainer, fresh_network, update_network
 from utils.method.trajectory import TrajectoryStep
-from utils.options import CondenseOptions
 from utils.runs.experts import Experts
 from utils.system.device import Captured, Compute, wait_for
 from utils.system.distributed import Owned

@@ -15,11 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import models
-from utils.checks import check_weights
-from utils.flags import augmentation, flag, initialisation, integer, make_parser, matching, number, table_file, tag
+from utils.config.checks import check_weights
+from utils.config.flags import (
+    augmentation,
+    flag,
+    initialisation,
+    integer,
+    make_parser,
+    matching,
+    number,
+    table_file,
+    tag,
+)
+from utils.config.methods import METHODS, TRAJECTORY, method_settings
+from utils.config.presets import (
+    DATASET_SETTINGS,
+    EVALUATION_AUGMENTATION,
+    PUBLISHED,
+    REAL_EPOCHS,
+    REPRODUCE,
+    exceptions,
+)
 from utils.method import formation, objectives, pixels, selection, training
-from utils.methods import METHODS, TRAJECTORY, method_settings
-from utils.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions
 from utils.system.device import PRECISIONS
 from utils.system.errors import UsageError, UserError
 

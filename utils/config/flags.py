@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from utils.config.methods import METHODS, TRAJECTORY
+from utils.config.presets import DATASET_SETTINGS
 from utils.method import augment, objectives
-from utils.methods import METHODS, TRAJECTORY
-from utils.presets import DATASET_SETTINGS
 from utils.system.errors import UsageError
 
 GROUPS = (

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import options, recipes
-from utils.expert_runs import experts_for
+from utils.config import derived as recipes
+from utils.config import options
+from utils.config.expert_runs import experts_for
+from utils.config.methods import TRAJECTORY
+from utils.config.options import CondenseOptions
 from utils.files import atomic as files
 from utils.method.evaluation import Score
 from utils.method.formation import decoded_count
 from utils.method.state import State
-from utils.methods import TRAJECTORY
-from utils.options import CondenseOptions
 from utils.runs.export import WHITENING
 from utils.runs.folder import RunFolder
 from utils.system.errors import printable

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import models
-from utils.methods import TRAJECTORY
+from utils.config.methods import TRAJECTORY
 from utils.system.device import free_memory
 from utils.system.errors import UsageError
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from utils.config.options import CondenseOptions, Options
+from utils.config.presets import EVALUATION_AUGMENTATION
 from utils.method import augment, training
-from utils.options import CondenseOptions, Options
-from utils.presets import EVALUATION_AUGMENTATION
 
 
 def pixel_lr(lr_img: float, *, ipc: int, side: int, base_side: int) -> float:

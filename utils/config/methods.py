@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from utils.config.presets import EVALUATION_AUGMENTATION, NOT_MIRRORED
 from utils.method.augment import without
-from utils.presets import EVALUATION_AUGMENTATION, NOT_MIRRORED
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils import options, recipes
+from utils.config import derived as recipes
+from utils.config import options
+from utils.config.options import CondenseOptions
 from utils.files import atomic as files
 from utils.method.selection import Context
 from utils.method.training import Trainer, fresh_network
 from utils.numerics.compilation import computing
-from utils.options import CondenseOptions
 from utils.runs.experts import Experts, representative_epoch
 from utils.system.process import Draws, Stopper
 from utils.system.report import Progress
