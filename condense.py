@@ -48,8 +48,7 @@ from utils.runs.board import check_board
 from utils.runs.checkpoint import Earlier, begin_from
 from utils.runs.experts import Experts
 from utils.runs.folder import Elsewhere, RunFolder
-from utils.system import distributed as ranks
-from utils.system import process as runtime
+from utils.system import distributed, process
 from utils.system.device import backends, be_deterministic, peak_memory, pick_device, set_precision
 from utils.system.errors import UsageError, UserError, first_line, printable
 from utils.system.process import Stopped, Stopper
@@ -94,7 +93,7 @@ class Job:
         self.parts, self.folder, self.stopper, self.earlier = parts, folder, stopper, earlier
         self.o = o = parts.o
         self.dataset, self.device = parts.dataset, parts.device
-        self.group, self.owned, self.experts = parts.group, parts.owned, parts.experts
+        self.group, self.shard, self.experts = parts.group, parts.shard, parts.experts
         self.protocol = recipes.evaluation_recipe(o, flip=self.dataset.flip)
         self.progress = Progress(o.niter * o.inner_loop, "distilling", "step", keep=True)
         self.steps_here = 0
@@ -104,14 +103,14 @@ class Job:
 
     def start(self) -> State:
         """The state to go on from: the last checkpoint's, another run's, or the initial one; these two are saved."""
-        o, saved = self.o, self.group.same(self.folder.load_checkpoint)
+        o, saved = self.o, self.group.broadcast(self.folder.load_checkpoint)
         if o.tensorboard:
             self.folder.open_board(goes_on_after=None if saved is None else saved.get("it"))
         state = self.parts.state(empty=saved is not None or self.earlier is not None)
         if saved is not None:
             self.restore(state, saved)
         elif self.earlier is not None:
-            e, own = self.earlier, self.owned.own
+            e, own = self.earlier, self.shard.local
             state.begin_at(own(e.pixels), own(e.velocity), e.learned, it=e.it, seconds=e.seconds)
             log.info("beginning with the pixels of %s, after its outer iteration %d", e.source, e.it)
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
@@ -152,7 +151,7 @@ class Job:
 
     def card(self, state: State, *, finished: bool) -> dict[str, object]:
         experts = self.experts
-        seconds = 0.0 if experts is None else self.group.same(lambda: experts.seconds)
+        seconds = 0.0 if experts is None else self.group.broadcast(lambda: experts.seconds)
         of_experts = {} if experts is None else {"expert_seconds": round(seconds, 1)}
         return {**overview.card(self.o, self.dataset, self.parts.spec, state, finished=finished), **of_experts}
 
@@ -175,7 +174,7 @@ class Job:
             left = (time.monotonic() - self.first_step) / o.interval * (self.progress.total - self.progress.done)
             if left > 60:
                 log.info("about %s for the steps that are left; stop at any time, the same command goes on", span(left))
-        reason, due = self.group.most(self.stopper.reason(), self.folder.checkpoint_due())
+        reason, due = self.group.all_reduce_max(self.stopper.reason(), self.folder.checkpoint_due())
         self.stopper.obey(reason)
         if due:
             self.save(state)
@@ -184,11 +183,11 @@ class Job:
         """Matching distance per class and inner step of this outer iteration. Raises UserError when it is no number."""
         it, steps = (state.it + 1, state.step) if state.step else (state.it, self.o.inner_loop)  # counted from one
         right = torch.isfinite(state.losses) & torch.isfinite(state.pixels.pixels.flatten(1)).all(1)  # (classes,)
-        wrong = self.owned.whole((~right).byte()).tolist()
+        wrong = self.shard.all_gather((~right).byte()).tolist()
         broken = not all(torch.isfinite(p).all() for p in state.net.parameters())
-        if any((*wrong, *self.group.most(broken))):
+        if any((*wrong, *self.group.all_reduce_max(broken))):
             raise UserError(self.diverged(it, steps, [c for c, is_wrong in enumerate(wrong) if is_wrong]))
-        return self.owned.whole(state.losses).mean().item() / steps
+        return self.shard.all_gather(state.losses).mean().item() / steps
 
     def diverged(self, it: int, steps: int, classes: list[int]) -> str:
         """The message about numbers that left their range: where, with which settings, and the way on."""
@@ -232,7 +231,7 @@ class Job:
     def evaluate(self, training_set: Callable[[int], ImageSet], what: str) -> Score:
         """By all ranks, each of which does some of the trainings. Raises Stopped on request."""
         o, score = self.o, Score(())
-        mine = self.group.mine([1.0] * o.repeat)
+        mine = self.group.assigned([1.0] * o.repeat)
         with Progress(len(mine) * o.epochs, what, "epoch") as progress:
 
             def on_epoch(count: int) -> None:
@@ -250,7 +249,7 @@ class Job:
                     compute=dataclasses.replace(self.parts.compute, precision="fp32"),
                     on_epoch=on_epoch,
                 )
-        (reason,) = self.group.most(self.stopper.reason(signals_only=True))
+        (reason,) = self.group.all_reduce_max(self.stopper.reason(signals_only=True))
         self.stopper.obey(reason)
         return gathered(score, mine, self.group, o.repeat)
 
@@ -267,7 +266,7 @@ class Job:
 
     def say_finished(self) -> None:
         """What the run came to."""
-        (peak,) = self.group.most(peak_memory(self.device))
+        (peak,) = self.group.all_reduce_max(peak_memory(self.device))
         memory = f"peak memory: {peak / 1e9:.2g} GB"
         if not self.group.alone:
             sent = f"{self.group.sent / 1e6:.3g} MB to others in {self.steps_here} inner steps"
@@ -281,8 +280,8 @@ def main(argv: Sequence[str]) -> int:
     resolved = options.resolve(parser.parse_given(argv))
     o = resolved.options
     stopper = Stopper(o.max_minutes)
-    with messages(), ranks.joined(backends(), minutes=o.wait_minutes) as group:
-        device = pick_device(o.device, ranks.local_rank())
+    with messages(), distributed.joined(backends(), minutes=o.wait_minutes) as group:
+        device = pick_device(o.device, distributed.local_rank())
         if o.deterministic:
             be_deterministic(device)
         set_precision(device, o.precision)
@@ -310,31 +309,31 @@ def main(argv: Sequence[str]) -> int:
         experts = experts_for(o, spec) if o.match == TRAJECTORY else None
         if experts is not None and o.experts_only:
             return prepare(experts, o, dataset, spec, stopper, group) or 0
-        restart = o.restart and not ranks.restarts()
+        restart = o.restart and not distributed.restarts()
         check = partial(folder.check, saved, free=options.FREE, resumable=options.RESUMABLE, restart=restart)
-        if group.same(check) == "finished":
+        if group.broadcast(check) == "finished":
             return say_finished(folder, group)
 
         if not len(dataset.test):
             raise UserError(f"{o.dataset}: has no test images")
         if experts is not None and (status := prepare(experts, o, dataset, spec, stopper, group)) is not None:
             return status
-        owned = group.share(overview.class_work(o, dataset.counts, decoded=decoded))
+        shard = group.shard(overview.class_work(o, dataset.counts, decoded=decoded))
         if not group.alone:
-            dataset.hold(owned.classes, group.add)
+            dataset.hold(shard.classes, group.all_reduce_sum)
         shape = (dataset.classes, o.ipc, dataset.channels, dataset.side, dataset.side)
         begin = partial(begin_from, o.resume_from or "", {**saved, "restart": restart}, folder, shape)
-        found = None if o.resume_from is None else group.same(lambda: vars(e) if (e := begin()) else None)
+        found = None if o.resume_from is None else group.broadcast(lambda: vars(e) if (e := begin()) else None)
         earlier = None if found is None else Earlier(**found)
         asked = {name: getattr(o, name) for name in ("ipc", "factor", "init", "n_data")}
         asked["batch_real"] = o.batch_real if experts is None else 0
         warnings = checks.check_sizes(dataset.counts, dataset.class_names, **asked)
         flop = o.niter * o.inner_loop * overview.step_flop(o, spec, counts=dataset.counts, decoded=decoded)
         compute = computing(device, o.compile, o.precision, flop)
-        parts = Parts(o, dataset, spec, compute, owned, experts, group.same(lambda: folder.last_session))
-        about = runtime.session("condense.py", argv, device, precision=o.precision, deterministic=o.deterministic)
+        parts = Parts(o, dataset, spec, compute, shard, experts, group.broadcast(lambda: folder.last_session))
+        about = process.session("condense.py", argv, device, precision=o.precision, deterministic=o.deterministic)
         with folder.held():
-            if group.same(check) == "finished":  # by another process in the meantime
+            if group.broadcast(check) == "finished":  # by another process in the meantime
                 return say_finished(folder, group)
             about |= {"ranks": group.count, "network_update": parts.update_kind}
             folder.create(saved, about, restart=restart)
@@ -349,11 +348,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prepare(
-    experts: Experts, o: CondenseOptions, dataset: Dataset, spec: NetSpec, stopper: Stopper, group: ranks.Group
+    experts: Experts, o: CondenseOptions, dataset: Dataset, spec: NetSpec, stopper: Stopper, group: distributed.Group
 ) -> int | None:
     """Train the experts that are missing. Returns an exit status if that was stopped."""
     if not group.alone:
-        if missing := group.same(experts.missing):
+        if missing := group.broadcast(experts.missing):
             raise UsageError(
                 f"--method mtt: {len(missing)} experts are missing in {experts.folder}; train them first, in one "
                 "process: the same flags and --experts_only, without torchrun"
@@ -389,10 +388,10 @@ def again(o: CondenseOptions) -> str:
     return "run the same command " + ("without --restart" if o.restart else "again")
 
 
-def say_finished(folder: RunFolder, group: ranks.Group) -> int:
+def say_finished(folder: RunFolder, group: distributed.Group) -> int:
     group.once(lambda: log.info("this run is finished; --restart begins it again\n%s", overview.summary(folder)))
     return 0
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    process.run_main(main)

@@ -40,7 +40,7 @@ from utils.config import checks, options
 from utils.config import derived as recipes
 from utils.config.flags import make_parser
 from utils.config.options import TrainOptions
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.files.pictures import COLUMNS
 from utils.method.evaluation import Score, evaluate, gathered
 from utils.method.formation import decoded_count
@@ -49,25 +49,18 @@ from utils.method.selection import Context
 from utils.method.synthetic import BASELINE, coreset, training_images
 from utils.method.training import fresh_network
 from utils.numerics.compilation import computing
+from utils.numerics.compute import Compute
+from utils.runs import card as cards
 from utils.runs import confusion, export, results
 from utils.runs import sets as exchange
 from utils.runs.board import Board, check_board
 from utils.runs.layout import factor_warning
 from utils.runs.results import ALL_REAL, EVALUATIONS, Record
 from utils.runs.sets import Stored
-from utils.system import distributed as ranks
-from utils.system import process as runtime
-from utils.system.device import (
-    Compute,
-    backends,
-    be_deterministic,
-    device_name,
-    peak_memory,
-    pick_device,
-    set_precision,
-)
+from utils.system import distributed, process
+from utils.system.device import backends, be_deterministic, device_name, peak_memory, pick_device, set_precision
+from utils.system.draws import Draws
 from utils.system.errors import UsageError, UserError
-from utils.system.process import Draws
 from utils.system.report import Progress, messages, span
 
 log = logging.getLogger("dream")
@@ -99,7 +92,7 @@ class Evaluation:
     """One command's fixed parts, and the results so far."""
 
     def __init__(
-        self, o: TrainOptions, dataset: Dataset, specs: list[NetSpec], session: dict[str, Any], group: ranks.Group
+        self, o: TrainOptions, dataset: Dataset, specs: list[NetSpec], session: dict[str, Any], group: distributed.Group
     ) -> None:
         self.o, self.dataset, self.specs, self.session, self.group = o, dataset, specs, session, group
         self.device = dataset.device
@@ -141,10 +134,10 @@ class Evaluation:
 
     def results_of(self, stored: Stored) -> Path:
         """Where its results go: a run folder, or for sets from elsewhere, which stay as they are, one of their own."""
-        if stored.card is not None and stored.card_file.name == files.CARD:
+        if stored.card is not None and stored.card_file.name == cards.CARD:
             return stored.file.parent
         folder = Path(self.o.results_dir) / self.o.dataset / f"evaluated_{stored.file.stem}"
-        files.make_folder(folder)
+        atomic.make_folder(folder)
         return folder
 
     def baselines(self, ours: Subject) -> list[Subject]:
@@ -186,7 +179,7 @@ class Evaluation:
         real = self.dataset.train
         count = len(real) / self.dataset.classes
         folder = Path(self.o.results_dir) / self.o.dataset / "real"
-        files.make_folder(folder)
+        atomic.make_folder(folder)
         return Subject(
             ALL_REAL, count, count, real.images.nbytes, epochs, lambda spec, r: real, folder, self.data_identity()
         )
@@ -219,7 +212,7 @@ class Evaluation:
         at_once = 1 if self.group.alone else -(-2 * self.group.count // self.o.repeat)
         for first in range(0, len(todo), at_once):
             rows = range(first, min(first + at_once, len(todo)))
-            known = {i: self.group.same(partial(self.known, *todo[i])) for i in rows}
+            known = {i: self.group.broadcast(partial(self.known, *todo[i])) for i in rows}
             fresh = {i: work[i] for i in rows if known[i] is None}
             found = {i: record for i, record in known.items() if record is not None} | self.train(todo, fresh)
             trained += sum(fresh.values())
@@ -280,14 +273,14 @@ class Evaluation:
     def train(self, todo: Sequence[tuple[NetSpec, Subject]], work: Mapping[int, float]) -> dict[int, Record]:
         """Those rows that are named in `work`, by their floating-point operations: the trainings are shared out."""
         trainings = [(i, r) for i in work for r in range(self.o.repeat)]
-        mine = [trainings[number] for number in self.group.mine([work[i] for i, _ in trainings])]
+        mine = [trainings[number] for number in self.group.assigned([work[i] for i, _ in trainings])]
         done = {i: self.score(*todo[i], work[i], [r for j, r in mine if j == i]) for i in work}
         found = {}
         for i, (own, numbers, own_seconds) in done.items():
             (spec, subject), score = todo[i], gathered(own, numbers, self.group, self.o.repeat)
             for r, accuracy in enumerate(score.accuracies):
                 self.board.scalar(f"test accuracy %/{spec.name}, {subject.title}", accuracy, r)
-            (seconds,) = self.group.most(own_seconds)
+            (seconds,) = self.group.all_reduce_max(own_seconds)
             matrix = score.confusion.tolist() if self.o.confusion and score.confusion is not None else None
             found[i] = {
                 **self.description(spec, subject),
@@ -341,13 +334,13 @@ class Evaluation:
         """Per-class accuracy and confusion matrix of every row as CSV and picture, those of the first subject printed
         as well."""
         names, folder = self.dataset.class_names, subjects[0].folder / "confusion"
-        files.make_folder(folder)
+        atomic.make_folder(folder)
         for record, (spec, subject) in zip(self.records, itertools.product(self.specs, subjects), strict=True):
             if record.get("confusion"):
                 matrix, title = torch.tensor(record["confusion"]), f"{spec.name}, {subject.title}"
                 file = folder / (title.replace(",", "").replace(" ", "_") + ".csv")
-                files.write_atomically(file, confusion.as_csv(matrix, names).encode())
-                files.write_atomically(file.with_suffix(".png"), confusion.as_png(matrix, names, title))
+                atomic.write_atomically(file, confusion.as_csv(matrix, names).encode())
+                atomic.write_atomically(file.with_suffix(".png"), confusion.as_png(matrix, names, title))
                 if subject is subjects[0]:
                     log.info("\n%s\n%s", title, confusion.as_text(matrix, names))
         log.info("\nconfusion matrices of all rows: %s/*.csv and *.png", folder)
@@ -355,7 +348,7 @@ class Evaluation:
 
 def newest(given: Mapping[str, Any]) -> Path:
     """The newest distilled set that the flags allow."""
-    return files.newest_distilled(
+    return cards.newest_distilled(
         Path(given.get("results_dir", options.RESULTS_DIR)),
         dataset=given.get("dataset"),
         factor=given.get("factor"),
@@ -372,7 +365,7 @@ def resolve(given: dict[str, Any]) -> tuple[TrainOptions, Stored | None]:
     card = stored.card
     if card is None and not ("factor" in given and ("dataset" in given or "image_folder" in given)):
         raise UsageError(
-            f"{stored.file}: has no {files.CARD} beside it; say what it is with -d DATASET and -f FACTOR (1 for plain "
+            f"{stored.file}: has no {cards.CARD} beside it; say what it is with -d DATASET and -f FACTOR (1 for plain "
             "images)"
         )
     per_class = len(stored.images) // len(stored.labels.unique())
@@ -384,7 +377,7 @@ def resolve(given: dict[str, Any]) -> tuple[TrainOptions, Stored | None]:
 
 def load(o: TrainOptions, card: Mapping[str, Any] | None) -> Dataset:
     """The data set. Raises UserError when its classes are not those of the set's card."""
-    device = pick_device(o.device, ranks.local_rank())
+    device = pick_device(o.device, distributed.local_rank())
     if o.deterministic:
         be_deterministic(device)
     set_precision(device, o.precision)
@@ -436,7 +429,7 @@ def main(argv: Sequence[str]) -> int:
     """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
     given = make_parser(TrainOptions, __doc__ or "").parse_given(argv)
     minutes = given.get("wait_minutes", TrainOptions.wait_minutes)
-    with messages(), ranks.joined(backends(), minutes=minutes) as group:
+    with messages(), distributed.joined(backends(), minutes=minutes) as group:
         o, stored = resolve(given)
         card = None if stored is None else stored.card
         dataset = load(o, card)
@@ -446,7 +439,7 @@ def main(argv: Sequence[str]) -> int:
         specs = options.networks(o, given, card, **shape)
         session = {
             "dataset": o.dataset,
-            **runtime.session("train.py", argv, dataset.device, precision=o.precision, deterministic=o.deterministic),
+            **process.session("train.py", argv, dataset.device, precision=o.precision, deterministic=o.deterministic),
         }
         evaluation = Evaluation(o, dataset, specs, session, group)
         if stored is not None:
@@ -465,7 +458,7 @@ def main(argv: Sequence[str]) -> int:
         elif o.coreset:
             folder = Path(o.results_dir) / o.dataset / f"coreset_{o.coreset}_ipc{o.ipc}"
             subjects = [evaluation.coreset(o.coreset, o.ipc or 1, folder)]
-            files.make_folder(folder)
+            atomic.make_folder(folder)
         else:
             subjects = [evaluation.real(o.epochs)]
         folder = subjects[0].folder
@@ -485,7 +478,7 @@ def main(argv: Sequence[str]) -> int:
         log.info("\n%s\npeak memory: %.2g GB", results.as_text(records), peak_memory(dataset.device) / 1e9)
         for name in o.table or []:
             table = results.TABLES[Path(name).suffix](records, session).encode()
-            group.once(files.write_atomically, Path(name), table)
+            group.once(atomic.write_atomically, Path(name), table)
             log.info("wrote %s", name)
         if o.json:
             print(json.dumps({**records[0], "results": records}))
@@ -493,4 +486,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    process.run_main(main)

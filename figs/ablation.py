@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from figs import common
 from figs.common import Group, Run
 from utils.config.flags import number
-from utils.files import atomic as files
+from utils.files import atomic
+from utils.runs import card as cards
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages
@@ -109,8 +110,8 @@ def final_accuracy(run: Run) -> float:
 
 def random_real(run: Run) -> float | None:
     """Accuracy of as many random real images, per cent, which a finished run measured."""
-    card = run.path / files.CARD
-    found = files.read_json(card).get("random_real") if card.exists() else None
+    card = run.path / cards.CARD
+    found = atomic.read_json(card).get("random_real") if card.exists() else None
     return float(found["accuracy_mean"]) if isinstance(found, dict) and "accuracy_mean" in found else None
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from utils.config.flags import Parser
 from utils.config.options import FREE, CondenseOptions
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.method.formation import decode
+from utils.runs import card as cards
 from utils.runs import sets as exchange
 from utils.runs.folder import METRICS, OPTIONS
 from utils.system.errors import UsageError, UserError
@@ -139,7 +140,7 @@ def write(file: Path, content: bytes, *, flag: str) -> None:
     """A finished picture to its file, whose folder is made. Raises UserError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(file, content)
+        atomic.write_atomically(file, content)
     except OSError as error:
         raise UserError(f"{flag} {file}: cannot be written ({error.strerror}); name another file") from error
     print(f"wrote {file}")
@@ -157,7 +158,7 @@ def load_set(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """
     images, labels, card = exchange.load_distilled(path)
     if card is None:
-        raise UserError(f"{path}: has no {files.CARD}; draw a run folder of condense.py")
+        raise UserError(f"{path}: has no {cards.CARD}; draw a run folder of condense.py")
     return images, labels, card
 
 
@@ -166,12 +167,12 @@ def decoded(path: Path) -> tuple[list[str], list[Tensor]]:
     images, labels, card = load_set(path)
     names, factor = card.get("class_names"), card["factor"]
     if not isinstance(names, list) or int(labels.max()) >= len(names) or not 1 <= factor <= images.shape[-1]:
-        raise UserError(f"{path}: its {files.CARD} does not describe it; draw a run folder of condense.py")
+        raise UserError(f"{path}: its {cards.CARD} does not describe it; draw a run folder of condense.py")
     rows = [images[labels == c] for c in range(len(names))]
     try:
         rows = [decode(row, factor=factor, decode_type=card["decode_type"]) if len(row) else row for row in rows]
     except ValueError as error:
-        raise UserError(f"{path}: its {files.CARD} is damaged ({error}); draw a run folder of condense.py") from error
+        raise UserError(f"{path}: its {cards.CARD} is damaged ({error}); draw a run folder of condense.py") from error
     return [str(name) for name in names], rows
 
 
@@ -242,7 +243,7 @@ class Run:
                 f"{path}: is no run folder of condense.py, it holds no {OPTIONS}; name one such as "
                 "results/digits/convnet2_f1_ipc1"
             )
-        found = files.read_json(path / OPTIONS).get("options")
+        found = atomic.read_json(path / OPTIONS).get("options")
         if not isinstance(found, dict):
             raise UserError(f"{path / OPTIONS}: holds no options; name another run folder")
         self.path = path

@@ -21,7 +21,8 @@ from torch import Tensor
 from figs import common, subject
 from figs.subject import Subject
 from utils.method.selection import lloyd, padded, representatives
-from utils.system.process import Draws, run_main
+from utils.system.draws import Draws
+from utils.system.process import run_main
 from utils.system.report import messages
 
 RANDOM_STATE = 0  # of PCA and t-SNE

@@ -17,9 +17,10 @@ from utils.config import derived as recipes
 from utils.method.images import ImageSet
 from utils.method.selection import Context
 from utils.method.training import Trainer, fresh_network, update_network
-from utils.system.device import Compute, pick_device, set_precision
+from utils.numerics.compute import Compute
+from utils.system.device import pick_device, set_precision
+from utils.system.draws import Draws
 from utils.system.errors import UsageError
-from utils.system.process import Draws
 from utils.system.report import Progress
 
 # Flags of condense.py, with the same defaults and data sets' settings.

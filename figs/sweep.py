@@ -32,8 +32,9 @@ from figs.common import ending, write
 from utils.config import options
 from utils.config.flags import make_parser
 from utils.config.options import CondenseOptions
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.method.evaluation import Score
+from utils.runs import card as cards
 from utils.runs.folder import RunFolder
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
@@ -92,7 +93,7 @@ class Planned:
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        return files.read_json(self.folder.path / files.CARD)
+        return atomic.read_json(self.folder.path / cards.CARD)
 
 
 def title(setting: Sequence[Value]) -> str:
@@ -121,10 +122,10 @@ def axis(text: str) -> list[Value]:
 def plan(vary: Sequence[str], seeds: int, more: Sequence[str]) -> list[Planned]:
     """All runs, every setting with the first seed first. Raises UsageError for words that make no sense."""
     axes = [axis(text) for text in vary]
-    for owned in ("--seed", "--tag", "--restart", "--dry_run"):
-        if any(word.replace("-", "_").split("=")[0] == owned.replace("-", "_") for word in more):
+    for shard in ("--seed", "--tag", "--restart", "--dry_run"):
+        if any(word.replace("-", "_").split("=")[0] == shard.replace("-", "_") for word in more):
             raise UsageError(
-                f"{owned}: the sweep sets seeds and tags itself, and neither deletes nor pretends; leave it out"
+                f"{shard}: the sweep sets seeds and tags itself, and neither deletes nor pretends; leave it out"
             )
     return [Planned(setting, seed, more) for seed in range(seeds) for setting in itertools.product(*axes)]
 

@@ -46,9 +46,9 @@ from utils.method.pixels import PixelSGD
 from utils.method.selection import KMEANS_ITERATIONS, batched_kmeans, embed
 from utils.method.training import Recipe, Trainer, fresh_network, update_network
 from utils.numerics.compilation import compiler_error
+from utils.numerics.compute import Compute
 from utils.system import device as machine
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 DETERMINISTIC = ", deterministic"  # at the end of a variant's name
 INTERVAL, BATCH, STEPS = 10, 128, 2000 * 100

@@ -28,10 +28,11 @@ from utils.method.images import ImageSet, Normalize
 from utils.method.pixels import PixelSGD
 from utils.method.training import fresh_network, update_network
 from utils.numerics.compilation import compiler_error
+from utils.numerics.compute import Captured, Compute
 from utils.numerics.vectors import flattened
-from utils.system.device import Captured, Compute, set_precision
+from utils.system.device import set_precision
 from utils.system.distributed import ALONE
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 NAIVE = ("naive", "naive, allocator kept")
 PER_CLASS = 500  # real images: what there is beyond those that are matched does not matter
@@ -116,7 +117,7 @@ def ours(step: Step, precision: str) -> Callable[[], None]:
     ends = near(flattened(net))
     experts: Any = SimpleNamespace(count=1, pair=lambda expert, start, end: ends) if o.match == TRAJECTORY else None
     about: Any = SimpleNamespace(device=device, train=real, counts=real.counts, classes=10, channels=3, side=32)
-    parts = Parts(o, about, step.spec, compute, ALONE.share([1.0] * 10), experts)
+    parts = Parts(o, about, step.spec, compute, ALONE.shard([1.0] * 10), experts)
     joint = real.normalize if o.pixel_step == "joint" else None
     pixels = PixelSGD(start, lr=1e-4, momentum=0.5, joint=joint)
     trainer, match = parts.trainer(net, start, together=False), parts.step(net, pixels)

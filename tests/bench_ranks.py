@@ -35,10 +35,9 @@ from utils.method.images import ImageSet, Normalize
 from utils.method.selection import select
 from utils.method.training import update_network
 from utils.numerics.compilation import compiler_error
+from utils.numerics.compute import Captured, Compute
 from utils.system import device as machine
-from utils.system import distributed as ranks
-from utils.system import process as runtime
-from utils.system.device import Captured, Compute
+from utils.system import distributed, process
 from utils.system.distributed import Group
 
 MINUTES = 10  # that ranks wait for each other
@@ -136,10 +135,10 @@ def parts_of(
     )
     spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
     decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
-    owned = group.share(overview.class_work(o, dataset.counts, decoded=decoded))
+    shard = group.shard(overview.class_work(o, dataset.counts, decoded=decoded))
     if not group.alone:
-        dataset.hold(owned.classes, group.add)
-    return Parts(o, dataset, spec, Compute(device, precision, compile=compile), owned)
+        dataset.hold(shard.classes, group.all_reduce_sum)
+    return Parts(o, dataset, spec, Compute(device, precision, compile=compile), shard)
 
 
 # --- In every process -------------------------------------------------------------------------------------------------
@@ -165,13 +164,13 @@ class Clock:
         seconds, sent = [], 0
         for _ in range(self.repeats):
             machine.wait_for(self.device)
-            self.group.most(0)  # all have come here, and start together
+            self.group.all_reduce_max(0)  # all have come here, and start together
             before, began = self.group.sent, time.perf_counter()
             part()
             machine.wait_for(self.device)
             seconds.append(time.perf_counter() - began)
             sent = self.group.sent - before
-        *slowest, most = self.group.most(*seconds, sent)
+        *slowest, most = self.group.all_reduce_max(*seconds, sent)
         return Timed(slowest, int(most))
 
 
@@ -192,7 +191,7 @@ def measure(parts: Parts, repeats: int) -> dict[str, Timed]:
         return lambda: update_network(trainer, n_data=parts.n_data, draws=parts.draws("update", next(turn)))
 
     def agreement() -> None:
-        group.most(0, 0)
+        group.all_reduce_max(0, 0)
 
     ways = {REPEATED: update(False), SHARED: update(True)}
     found = {SELECTION: clock(selection), MATCHING: clock(matching)}
@@ -229,8 +228,8 @@ def worker(argv: Sequence[str]) -> int:
         parser.add_argument(name)
     parser.add_argument("--repeats", type=int)
     given = parser.parse_args(argv)
-    with ranks.joined(machine.backends(), minutes=MINUTES) as group:
-        device = machine.pick_device(given.device, ranks.local_rank())
+    with distributed.joined(machine.backends(), minutes=MINUTES) as group:
+        device = machine.pick_device(given.device, distributed.local_rank())
         machine.set_precision(device, given.precision)
         compile = compiler_error(device) is None
         parts = parts_of(WORKS[given.work], group, device, given.image_folder, given.precision, compile)
@@ -329,4 +328,4 @@ def faster(one: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    runtime.run_main(worker)
+    process.run_main(worker)

@@ -39,7 +39,7 @@ from torch.distributed import TCPStore
 from tests import sabotage
 from tests.faults import Fault
 from tests.outcome import Outcome, metrics, outcome
-from utils.files import atomic as files
+from utils.files import atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(
@@ -245,7 +245,7 @@ def must_be(undisturbed: Outcome, ended: Ended, folder: Path, fault: Fault) -> N
     assert ended.err == ""
     left = {path.name for path in (*folder.glob(".*"), *folder.parent.parent.glob(".*"))}
     assert left <= ({".lock"} if "this run is finished" in ended.out else set())  # nobody's, and in nobody's way
-    files.read_json(folder / "options.json")
+    atomic.read_json(folder / "options.json")
     sessions = [event["session"] for event in metrics(folder) if "session" in event]
     assert sessions == sorted(set(sessions))
 
@@ -265,7 +265,7 @@ def serve() -> None:
 
     import condense  # noqa: F401
     import train  # noqa: F401
-    from utils.system import process as runtime
+    from utils.system import process
 
     with suppress(ImportError):
         import torch.utils.tensorboard  # noqa: F401
@@ -282,7 +282,7 @@ def serve() -> None:
             streams = {"out": output(plan.stdout), "err": output(plan.stderr)}
             if (pid := os.fork()) == 0:
                 arrange(plan, [writer for _, writer in streams.values()])
-                end_of(partial(runtime.run_main, named(plan.program)))
+                end_of(partial(process.run_main, named(plan.program)))
             for _, writer in streams.values():
                 if writer is not None:
                     os.close(writer)
@@ -361,9 +361,9 @@ def arrange(plan: Plan, writers: list[int | None]) -> None:
     elif plan.root:
         sabotage.watch(plan.root, at=plan.at, then=plan.then, record=plan.record)
     from utils.runs import folder as run
-    from utils.system import distributed as ranks
+    from utils.system import distributed
 
-    ranks.LAST_WORDS = 0.2  # nobody ends the others
+    distributed.LAST_WORDS = 0.2  # nobody ends the others
     run.CHECKPOINT_SECONDS = plan.checkpoint_seconds
 
 

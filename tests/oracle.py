@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models import Network
 from utils.method.images import ImageSet, Normalize
 from utils.method.training import Recipe, plan
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 
 def decode_single(stored: Tensor, factor: int) -> Tensor:

@@ -21,7 +21,8 @@ import condense
 from utils.config import options
 from utils.config.flags import make_parser
 from utils.config.options import CondenseOptions
-from utils.files import atomic as files
+from utils.files import atomic
+from utils.runs import card as cards
 from utils.system.process import run_main
 
 
@@ -29,7 +30,7 @@ def accuracy(words: Sequence[str]) -> float:
     """Mean test accuracy of the set that this command distils."""
     condense.main(words)
     o = options.resolve(make_parser(CondenseOptions, "").parse_given(words)).options
-    card = files.read_json(options.run_folder(o) / files.CARD)
+    card = atomic.read_json(options.run_folder(o) / cards.CARD)
     return float(card["accuracy"]["accuracy_mean"])
 
 

@@ -19,7 +19,7 @@ from utils.method.augment import Augment
 from utils.method.formation import decode
 from utils.method.images import ImageSet
 from utils.method.trajectory import separated
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 
 def matching(

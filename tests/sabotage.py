@@ -125,7 +125,7 @@ def derange_clock() -> None:
 
 def interrupt(at: int, then: str) -> None:
     """Something happens at the computation of this number, of those that may run out of memory."""
-    from utils.system.device import Compute
+    from utils.numerics.compute import Compute
 
     real, number = Compute.retry, itertools.count()
 

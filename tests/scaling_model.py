@@ -112,8 +112,8 @@ class Step(NamedTuple):
 
 def inner_step(load: Load, ranks: int, links: Links) -> Step:
     """On so many GPUs, with the faster of both kinds of update."""
-    owned = shares(load.class_work, ranks)
-    most = max(map(len, owned))
+    shard = shares(load.class_work, ranks)
+    most = max(map(len, shard))
     always = (most, load.matching.at(most), load.selection.at(most))
     if ranks == 1:
         return Step(*always, load.update.at(1), False, 0.0, 0.0, 0.0)
@@ -121,7 +121,7 @@ def inner_step(load: Load, ranks: int, links: Links) -> Step:
     gradients = load.batches * links.all_reduce(4 * load.parameters, ranks)
     agreement = links.agreement(ranks)
     repeated = Step(*always, load.update.at(1), False, exchange, 0.0, agreement)
-    fullest = fullest_part(list(map(len, owned)), load.batch)
+    fullest = fullest_part(list(map(len, shard)), load.batch)
     shared = Step(*always, load.update.at(fullest), True, exchange, gradients, agreement)
     return min(repeated, shared, key=lambda step: step.seconds)
 

@@ -20,8 +20,8 @@ from utils.numerics import analytic
 from utils.numerics import block as stages
 from utils.numerics import derivatives as forms
 from utils.numerics.compilation import compiler_error
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 
 CPU = torch.device("cpu")
 CLASSES, REAL, SYN = 3, 7, 4

@@ -5,7 +5,7 @@ import torch
 
 from tests.oracle import augment_one
 from utils.method.augment import ALWAYS, GEOMETRY, ONE_OF, Augment, parse, without
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 EVERYTHING = "_".join(ALWAYS + ONE_OF)
 

@@ -26,7 +26,7 @@ from models import FAMILIES
 from tests.faults import injected
 from tests.files import Payload, image_folder, noise, quick, refused, tree
 from utils.config.options import DATASET_SETTINGS
-from utils.files.atomic import read_tensors
+from utils.files.tensors import read_tensors
 from utils.method.objectives import METRICS
 from utils.method.state import State
 from utils.runs import folder as run_module

@@ -17,7 +17,8 @@ import train
 from tests.faults import injected
 from tests.files import Payload, image_folder, quick, refused
 from tests.outcome import metrics
-from utils.files import atomic as files
+from utils.files import atomic, tensors
+from utils.runs import card as cards
 from utils.runs import folder as run
 from utils.runs.folder import valid_checkpoint
 from utils.system.errors import UsageError, UserError
@@ -105,9 +106,9 @@ def test_the_same_command_makes_a_damaged_file_again(
         said = capsys.readouterr().out
         fault.kept((folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes())
         fault.kept(without_sessions(folder) == without_sessions(finished))
-        accuracies = [files.read_json(of / "data.json")["accuracy"] for of in (folder, finished)]
+        accuracies = [atomic.read_json(of / "data.json")["accuracy"] for of in (folder, finished)]
         fault.kept(accuracies[0] == accuracies[1])
-        assert files.read_json(folder / "options.json")["options"]["niter"] == 2
+        assert atomic.read_json(folder / "options.json")["options"]["niter"] == 2
         if name in NOTICED[when]:
             assert re.search(rf"warning: {folder / name}: .*(?:again from the checkpoint|the one before)", said) or (
                 (name, how) == ("checkpoint.pt", "missing") and "is missing; going on from the one before" in said
@@ -122,8 +123,8 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(name: str, finishe
 
     def read() -> object:
         if name.endswith(".json"):
-            return files.read_json(file)
-        return repr(valid_checkpoint(file) if name == "checkpoint.pt" else files.read_tensors(file, ""))
+            return atomic.read_json(file)
+        return repr(valid_checkpoint(file) if name == "checkpoint.pt" else tensors.read_tensors(file, ""))
 
     file.write_bytes(original)
     expected, noticed = read(), 0
@@ -174,7 +175,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_that_is_whole(hal
     assert (folder / "checkpoint_previous.pt").read_bytes() == before and not (folder / "checkpoint.pt").exists()
     found.save_checkpoint({"it": 1})
     assert (folder / "checkpoint_previous.pt").read_bytes() == before
-    assert files.read_tensors(folder / "checkpoint.pt", "")["it"] == 1
+    assert tensors.read_tensors(folder / "checkpoint.pt", "")["it"] == 1
 
 
 @pytest.mark.faults
@@ -182,7 +183,7 @@ def test_a_checkpoint_that_would_run_code_never_does(halfway: Path, tmp_path: Pa
     folder, marker = tmp_path / "digits" / NAME, tmp_path / "ran"
     shutil.copytree(halfway, folder)
     with injected("checkpoint.pt is somebody's program"):
-        files.write_tensors(folder / "checkpoint.pt", {"pixels": Payload(marker)})
+        tensors.write_tensors(folder / "checkpoint.pt", {"pixels": Payload(marker)})
         condensed(tmp_path)
         assert not marker.exists()
 
@@ -205,7 +206,7 @@ def test_a_changed_json_file_is_refused_until_its_checksum_is_taken_out(finished
     content = json.loads(file.read_text())
     del content["sha256"]
     file.write_text(json.dumps(content))
-    assert files.read_card(file)["factor"] == 2
+    assert cards.read_card(file)["factor"] == 2
 
 
 def test_train_refuses_a_damaged_set_and_says_how_to_make_it_again(finished: Path, tmp_path: Path) -> None:
@@ -236,11 +237,11 @@ def condensed_from(source: Path, results: Path, tag: str, *more: str) -> Path:
 def test_another_run_s_state_goes_on_with_other_settings(halfway: Path, tmp_path: Path) -> None:
     others = ["--lr_img", "0.5", "--width", "16", "--inner_loop", "3", "--select", "random", "--niter", "4"]
     folder = condensed_from(halfway, tmp_path, "other", *others)
-    card = files.read_json(folder / "data.json")
+    card = atomic.read_json(folder / "data.json")
     assert card["outer_iterations"] == 4 and card["settings"]["lr_img"] == 0.5
     assert json.loads((folder / "options.json").read_text())["options"]["resume_from"] == str(halfway)
-    before = files.read_tensors(halfway / "data.pt", "")[0]
-    assert (files.read_tensors(folder / "data.pt", "")[0] != before).any()
+    before = tensors.read_tensors(halfway / "data.pt", "")[0]
+    assert (tensors.read_tensors(folder / "data.pt", "")[0] != before).any()
 
 
 def test_a_snapshot_is_a_state_to_begin_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

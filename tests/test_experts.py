@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 import models
-from utils.files import atomic as files
+from utils.files import atomic, tensors
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
 from utils.method.selection import Context
 from utils.method.training import Recipe, Trainer, batches, fresh_network
+from utils.numerics.compute import Compute
 from utils.numerics.vectors import flattened
 from utils.runs import experts
 from utils.runs.experts import Experts, representative_epoch
-from utils.system.device import Compute
+from utils.system.draws import Draws
 from utils.system.errors import UserError
-from utils.system.process import Draws, Stopped
+from utils.system.process import Stopped
 
 CLASSES, PER_CLASS, SIDE, EPOCHS, COUNT = 3, 9, 8, 4, 2
 CPU = Compute(torch.device("cpu"))
@@ -156,7 +157,7 @@ def test_a_damaged_file_is_reported_once_and_its_expert_trained_again(
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     else:
-        files.write_tensors(file, damage(files.read_tensors(file, "")))
+        tensors.write_tensors(file, damage(tensors.read_tensors(file, "")))
     with caplog.at_level(logging.WARNING, "dream"):
         assert torch.equal(rows(trained(tmp_path)), rows(whole))
     if damage is not without_momentum or stopped_after < EPOCHS:  # which a finished expert does not need
@@ -183,7 +184,7 @@ def test_other_experts_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (tmp_path / "experts.json").write_text("{")
     with found_in(tmp_path).held():
         pass
-    assert files.read_json(tmp_path / "experts.json")["lr"] == 0.01
+    assert atomic.read_json(tmp_path / "experts.json")["lr"] == 0.01
 
 
 def test_numbers_that_leave_their_range_end_the_training_and_are_not_saved(tmp_path: Path) -> None:

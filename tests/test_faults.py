@@ -38,7 +38,7 @@ from tests.killing import (
     two_at_a_time,
 )
 from tests.outcome import Outcome, outcome
-from utils.files import atomic as files
+from utils.runs import card as cards
 
 pytestmark = pytest.mark.faults
 
@@ -107,7 +107,7 @@ def finished_before(server: Server, operations: list[Operation], results: Path) 
 def damaged_after(server: Server, operations: list[Operation], results: Path) -> None:
     """Finished, and the set is damaged."""
     finished_before(server, operations, results)
-    (results / FOLDER / files.DATA).write_bytes(b"PK")
+    (results / FOLDER / cards.DATA).write_bytes(b"PK")
 
 
 Before = Callable[[Server, list[Operation], Path], None]
@@ -506,4 +506,4 @@ def test_a_folder_may_be_a_link_to_another_place(
         ended = server.run(tiny(tmp_path / "results"), root=str(tmp_path), at=at, then="SIGTERM")
         assert ended.status == 128 + signal.SIGTERM, ended
         must_be(undisturbed, server.run(tiny(tmp_path / "results")), tmp_path / "results" / FOLDER, fault)
-        assert Path(elsewhere, *FOLDER.parts[depth:], files.DATA).exists()
+        assert Path(elsewhere, *FOLDER.parts[depth:], cards.DATA).exists()

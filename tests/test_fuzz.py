@@ -29,8 +29,9 @@ from tests.files import Payload, noise
 from tests.fuzz import Property, little_memory
 from utils.config import options
 from utils.config.options import CondenseOptions, TrainOptions
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.method.images import Normalize
+from utils.runs import card as cards
 from utils.runs import sets as exchange
 from utils.runs.checkpoint import read_earlier
 from utils.runs.export import card_without_run
@@ -342,7 +343,7 @@ CARD: dict[str, Any] = {
                        decode_type="single", normalize=Normalize([0.5], [0.25])),
     "settings": {"net_type": "convnet", "depth": 2, "epochs": 300, "lr": 0.01, "mixup": "cut"},
 }  # fmt: skip
-ENTRIES_OF_A_CARD = [*CARD, files.CHECKSUM, "sessions"]
+ENTRIES_OF_A_CARD = [*CARD, atomic.CHECKSUM, "sessions"]
 SETTINGS = [f.name for f in dataclasses.fields(TrainOptions)]
 OF_THE_COMMAND = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
 for _shared in dataclasses.fields(CondenseOptions):
@@ -365,7 +366,7 @@ CARDS = st.one_of(
         lambda new: {**CARD, "normalization": {"mean": [new[0]], "std": [new[1]]}, "normalized": new[2]}
     ),
 ).map(hostile.as_json) | st.integers(1, 3000).map(
-    lambda n: hostile.as_json({**CARD, files.CHECKSUM: ""})[:-1] + b', "x": ' + b"[" * n + b"]" * n + b"}"
+    lambda n: hostile.as_json({**CARD, atomic.CHECKSUM: ""})[:-1] + b', "x": ' + b"[" * n + b"]" * n + b"}"
 )
 
 
@@ -388,8 +389,8 @@ def check_card(place: Path, example: tuple[bytes, dict[str, Any], bool]) -> None
     content, said, cut = example
     folder = place / "run"
     folder.mkdir(exist_ok=True)
-    written(folder, files.DATA, SOUND)
-    written(folder, files.CARD, content[: -1 if cut else None])
+    written(folder, cards.DATA, SOUND)
+    written(folder, cards.CARD, content[: -1 if cut else None])
     read_set(folder)
     resolve_set(folder, said)
 
@@ -558,7 +559,7 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("what", SPECIAL)
 def test_what_is_no_regular_file_is_refused(what: str, name: str, place: Path) -> None:
     (place / "run").mkdir()
-    written(place / "run", files.DATA, SOUND)
+    written(place / "run", cards.DATA, SOUND)
     (place / name).unlink(missing_ok=True)
     SPECIAL[what](place / name)
     found = read_set(place / name.split("/")[0])
@@ -570,7 +571,7 @@ def test_what_is_no_regular_file_is_refused(what: str, name: str, place: Path) -
 )
 def test_a_name_that_no_file_has_is_refused(name: str, place: Path) -> None:
     (place / "run").mkdir()
-    written(place / "run", files.DATA, SOUND)
+    written(place / "run", cards.DATA, SOUND)
     assert read_set(place / name) is None
 
 

@@ -19,8 +19,9 @@ from utils.method.pixels import PixelSGD
 from utils.method.selection import KMEANS, Context, embed, select
 from utils.method.state import State
 from utils.method.training import Recipe, Trainer, confusion_matrix, fresh_network, train_networks, update_network
-from utils.system.device import Captured, Compute, set_precision
-from utils.system.process import Draws
+from utils.numerics.compute import Captured, Compute
+from utils.system.device import set_precision
+from utils.system.draws import Draws
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SPEC = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16)

@@ -16,9 +16,9 @@ from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import METRICS, Comparison, distance, gradient_distance, matched_parameters, parse
 from utils.method.pixels import PixelSGD
 from utils.method.training import Recipe, Trainer, fresh_network, update_network
+from utils.numerics.compute import Compute
 from utils.numerics.derivatives import frozen_statistics
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 CLASSES, PER_CLASS, SIDE = 3, 12, 8
 NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -28,13 +28,13 @@ from tests.faults import injected
 from tests.files import noise, quick, save, tree
 from tests.outcome import metrics, outcome
 from utils.config.build import Parts
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.method import evaluation
 from utils.method.images import ImageSet
 from utils.method.selection import STRATEGIES, Context
 from utils.method.training import Recipe, Trainer
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 
 pytestmark = pytest.mark.faults
 
@@ -331,7 +331,7 @@ def test_a_table_holds_all_trainings_of_every_row_in_their_order(
             examiner = Examiner(patch, right)
             argv = ["--device", "cpu", str(folder), "--epochs", "2", "--repeat", "3", "--retrain", "--width", "4"]
             assert train.main([*argv, "-n", "convnet", "alexnet"]) == 0
-            records = files.read_json(folder / "eval.json")["results"]
+            records = atomic.read_json(folder / "eval.json")["results"]
             rows = zip(records, examiner.groups(3), strict=True)
             assert fault.kept(all(matches(record, group) for record, group in rows)) and len(records) == 10
             epochs.append(examiner.epochs)
@@ -345,8 +345,8 @@ def test_the_set_that_is_evaluated_is_the_newest_one_whatever_its_accuracy(tmp_p
     os.utime(old / "data.pt", (1e9, 1e9))
     for accuracies in ((99.0, 1.0), (1.0, 99.0)):
         for folder, accuracy in zip((old, new), accuracies, strict=True):
-            card = files.read_json(folder / "data.json")
-            files.write_json(folder / "data.json", {**card, "accuracy": {"accuracy_mean": accuracy}})
+            card = atomic.read_json(folder / "data.json")
+            atomic.write_json(folder / "data.json", {**card, "accuracy": {"accuracy_mean": accuracy}})
         assert train.newest({"results_dir": str(tmp_path / "results")}) == new
 
 
@@ -354,14 +354,14 @@ def test_fewer_trainings_than_are_known_are_the_first_ones_not_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = distil(tmp_path / "results", "--eval_every", "0")
-    versions = {**train.runtime.versions(), "git_commit": "0123456789abcdef"}
-    monkeypatch.setattr(train.runtime, "versions", lambda: versions)
+    versions = {**train.process.versions(), "git_commit": "0123456789abcdef"}
+    monkeypatch.setattr(train.process, "versions", lambda: versions)
     for right in (FALLING, RISING):
         argv = ["--device", "cpu", str(folder), "--baselines", "none", "--epochs", "1"]
         with monkeypatch.context() as patch:
             examiner = Examiner(patch, right)
             assert train.main([*argv, "--repeat", "3", "--retrain"]) == 0
         known = train.results.find(
-            folder / "eval.json", files.read_json(folder / "eval.json")["results"][0], repeat=2, any_version=False
+            folder / "eval.json", atomic.read_json(folder / "eval.json")["results"][0], repeat=2, any_version=False
         )
         assert known is not None and matches(known, examiner.results[:2])

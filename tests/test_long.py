@@ -43,7 +43,7 @@ import ctypes, sys
 sys.path.insert(0, {str(ROOT)!r})
 import condense
 from utils.runs import folder as run
-from utils.system import process as runtime
+from utils.system import process
 
 class Heap(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used".split()]
@@ -60,7 +60,7 @@ if mallinfo is not None:
     mallinfo.restype = Heap
     save, run.RunFolder.save_checkpoint = run.RunFolder.save_checkpoint, save_checkpoint
 run.CHECKPOINT_SECONDS = 1.0
-runtime.run_main(condense.main)
+process.run_main(condense.main)
 """
 
 

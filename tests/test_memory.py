@@ -17,10 +17,11 @@ import torch
 import condense
 from tests.faults import injected
 from tests.files import quick
-from utils.files import atomic as files
+from utils.files import tensors
 from utils.numerics import derivatives as forms
+from utils.numerics.compute import LEAST_PIXELS, Compute
 from utils.runs.folder import valid_checkpoint
-from utils.system.device import LEAST_PIXELS, Compute, out_of_memory
+from utils.system.device import out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +53,7 @@ def test_a_step_that_does_not_fit_is_made_in_smaller_pieces(
             failures and "the memory of the CPU is full: going on with pieces half as large" in capsys.readouterr().out
         )
         ours, expected = (
-            files.read_tensors(tmp_path / which / "digits" / "convnet2_f1_ipc1" / "data.pt", "")[0]
+            tensors.read_tensors(tmp_path / which / "digits" / "convnet2_f1_ipc1" / "data.pt", "")[0]
             for which in ("scarce", "ample")
         )
         fault.kept(torch.allclose(ours, expected, rtol=0, atol=1e-5))
@@ -102,11 +103,11 @@ LIMITED = """
 import resource, sys
 import torch, sklearn.datasets, sklearn.model_selection, PIL.Image
 import condense
-from utils.system import process as runtime
+from utils.system import process
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = now + int(sys.argv.pop(1)) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-runtime.run_main(condense.main)
+process.run_main(condense.main)
 """
 LARGE = shlex.split(
     "--niter 1 --inner_loop 1 --batch_real 512 --width 128 --ipc 10 -f 2 --n_data 64 --epochs 1 --repeat 1 "

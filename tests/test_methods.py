@@ -33,9 +33,9 @@ from utils.method.pixels import PixelSGD
 from utils.method.selection import Context, batched_kmeans, select
 from utils.method.synthetic import initial_pixels
 from utils.method.training import Recipe, Trainer, fresh_network, plan, update_network
-from utils.system.device import Compute
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 from utils.system.errors import UsageError
-from utils.system.process import Draws
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

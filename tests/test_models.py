@@ -12,8 +12,8 @@ from models import FAMILIES, NORMS, PAPER_TABLE, NetSpec, Network, zoo
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
 from utils.method.training import Recipe, fresh_network, train_networks
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 
 ZOO = ("mobilenet_v3_small", "shufflenet_v2_x0_5")  # two small ones of torchvision, with and without dropout
 STAGES = {"convnet": 3, "vgg": 5, "alexnet": 3}  # the others have 4

@@ -37,11 +37,12 @@ from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
 from utils.method.sources import RealImages, SyntheticImages
 from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network
+from utils.numerics.compute import Compute
 from utils.numerics.vectors import flattened
-from utils.system import distributed as ranks
-from utils.system.device import Compute
-from utils.system.distributed import ALONE, Owned, shares
-from utils.system.process import Draws
+from utils.system import distributed
+from utils.system.distributed import ALONE, Shard, shares
+from utils.system.draws import Draws
+from utils.system.errors import UsageError
 
 UNEVEN = {"a": 12, "b": 30, "c": 9, "d": 45, "e": 20}  # images of a folder's classes
 WEIGHTS, PIXELS = 1e-4, 1e-2  # differences allowed: of weights, and of pixels as a part of how far they moved
@@ -73,10 +74,14 @@ def test_equal_classes_are_dealt_out_and_a_large_one_counts_for_what_it_is() -> 
 
 
 def test_one_process_owns_everything_and_sends_nothing() -> None:
-    owned, x = ALONE.share([1.0, 2.0, 3.0]), torch.randn(3, 2)
-    assert owned.classes == [0, 1, 2] and owned.whole(x) is x and owned.own(x) is x
-    assert ALONE.add(x) is x and ALONE.most(1, 2.5) == [1.0, 2.5] and ALONE.same(lambda: "x") == "x"
-    assert ALONE.sent == 0 and ALONE.mine([1.0] * 3) == [0, 1, 2]
+    shard, x = ALONE.shard([1.0, 2.0, 3.0]), torch.randn(3, 2)
+    assert shard.classes == [0, 1, 2] and shard.all_gather(x) is x and shard.local(x) is x
+    assert (
+        ALONE.all_reduce_sum(x) is x
+        and ALONE.all_reduce_max(1, 2.5) == [1.0, 2.5]
+        and ALONE.broadcast(lambda: "x") == "x"
+    )
+    assert ALONE.sent == 0 and ALONE.assigned([1.0] * 3) == [0, 1, 2]
 
 
 class Holders:
@@ -129,27 +134,29 @@ def test_synthetic_images_are_taken_as_they_are_at_the_moment() -> None:
 
 def telling(argv: list[str]) -> int:
     """A program of several ranks: everything that they can tell each other; raises AssertionError."""
-    with ranks.joined("gloo", minutes=1) as group:
+    with distributed.joined("gloo", minutes=1) as group:
         assert group.count == 3 and group.either(True, False) == (group.rank == 0)
         odd = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-42])
         rows = odd[None] if group.rank == 1 else torch.zeros(1, 4)
-        owned = Owned(group, [[0, 3], [1], [2]][group.rank], 4)
-        mine = odd.repeat(len(owned.classes), 1) * 1.0 if group.rank == 1 else torch.full((len(owned.classes), 4), 2.0)
-        whole = owned.whole(mine)
+        shard = Shard(group, [[0, 3], [1], [2]][group.rank], 4)
+        mine = odd.repeat(len(shard.classes), 1) * 1.0 if group.rank == 1 else torch.full((len(shard.classes), 4), 2.0)
+        whole = shard.all_gather(mine)
         assert torch.equal(whole[1].view(torch.int32), odd.view(torch.int32)), whole  # bit for bit
-        assert (whole[[0, 2, 3]] == 2).all() and torch.equal(owned.own(whole).view(torch.int32), mine.view(torch.int32))
+        assert (whole[[0, 2, 3]] == 2).all() and torch.equal(
+            shard.local(whole).view(torch.int32), mine.view(torch.int32)
+        )
         for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.float64):
             x = torch.full((3, 2), 3, dtype=dtype) if group.rank == 2 else torch.zeros(3, 2, dtype=dtype)
-            assert (group.merge(x) == 3).all(), dtype
-        assert group.add(torch.tensor([1.0, group.rank])).tolist() == [3.0, 3.0]
-        assert group.most(group.rank, -group.rank, 0.5) == [2.0, 0.0, 0.5]
+            assert (group.all_reduce_disjoint(x) == 3).all(), dtype
+        assert group.all_reduce_sum(torch.tensor([1.0, group.rank])).tolist() == [3.0, 3.0]
+        assert group.all_reduce_max(group.rank, -group.rank, 0.5) == [2.0, 0.0, 0.5]
         content: dict[str, Any] = {"x": rows, "n": None, "t": ("a", 1.5, True), "d": {"y": torch.arange(3)}}
-        found: dict[str, Any] = group.same(lambda: content | {"rank": group.rank})
+        found: dict[str, Any] = group.broadcast(lambda: content | {"rank": group.rank})
         assert found["rank"] == 0 and found["t"] == ("a", 1.5, True) and torch.equal(found["d"]["y"], torch.arange(3))
         told: list[int] = []
         group.once(told.append, 1)
         assert told == ([1] if group.rank == 0 else [])
-        assert group.mine([1.0] * 7) == [[0, 3, 6], [1, 4], [2, 5]][group.rank]
+        assert group.assigned([1.0] * 7) == [[0, 3, 6], [1, 4], [2, 5]][group.rank]
         slow = group.seconds(lambda: time.sleep(0.05 * group.rank), lambda: None, wait=lambda: None, warm=0)
         assert slow[0] >= 0.1 > slow[1]
         assert group.sent > 0
@@ -158,21 +165,21 @@ def telling(argv: list[str]) -> int:
 
 def refusing(argv: list[str]) -> int:
     """The first rank finds that something is wrong; all of them end with it."""
-    with ranks.joined("gloo", minutes=1) as group:
+    with distributed.joined("gloo", minutes=1) as group:
 
         def find() -> None:
-            raise ranks.UsageError("--x: is wrong")
+            raise UsageError("--x: is wrong")
 
-        group.same(find)
+        group.broadcast(find)
     return 0
 
 
 def silent(argv: list[str]) -> int:
     """The last rank does not answer."""
-    with ranks.joined("gloo", minutes=1 / 60) as group:
+    with distributed.joined("gloo", minutes=1 / 60) as group:
         if group.rank == group.count - 1:
             time.sleep(30)
-        group.most(1.0)
+        group.all_reduce_max(1.0)
     return 0
 
 
@@ -487,7 +494,7 @@ def test_the_main_loop_says_nothing_of_ranks() -> None:
     tree = ast.parse((ROOT / "condense.py").read_text())
     (loop,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "condense")
     text = ast.unparse(loop.body[1:])  # type: ignore[arg-type]
-    assert not re.search(r"rank|group|owned|dist", text)
+    assert not re.search(r"rank|group|shard|dist", text)
 
 
 LOCAL = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0", "OMP_NUM_THREADS": "1"}
@@ -548,9 +555,9 @@ OFTEN = """import sys
 sys.path.insert(0, {root!r})
 import condense
 from utils.runs import folder as run
-from utils.system import process as runtime
+from utils.system import process
 run.CHECKPOINT_SECONDS = 0.3
-runtime.run_main(condense.main)
+process.run_main(condense.main)
 """
 KILLS = 20
 

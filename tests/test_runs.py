@@ -24,15 +24,15 @@ from models import Network
 from tests.faults import injected
 from tests.files import last_json
 from tests.oracle import PublishedPixels
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.method.augment import Augment
 from utils.method.selection import Context, select
 from utils.method.synthetic import initial_pixels
 from utils.method.training import Recipe, Trainer, fresh_network, update_network
 from utils.numerics.compilation import compiler_error
-from utils.system.device import Compute
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 from utils.system.errors import UsageError
-from utils.system.process import Draws
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(
@@ -280,15 +280,15 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(finished: Path,
 
 def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.json"
-    files.write_json(file, {"a": 1})
+    atomic.write_json(file, {"a": 1})
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        files.write_json(file, {"a": 2})
-    assert files.read_json(file) == {"a": 1}
+        atomic.write_json(file, {"a": 2})
+    assert atomic.read_json(file) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -455,14 +455,14 @@ def test_going_on_under_other_conditions_is_allowed_and_recorded(
     """As if the first session had been one of another PyTorch, device or number of threads."""
     argv = [*TINY, "--results_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
-        original = condense.runtime.session
+        original = condense.process.session
 
         def session(*words: Any, **more: Any) -> dict[str, Any]:
             about = original(*words, **more)
             (about["versions"] if name == "torch" else about)[name] = value
             return about
 
-        patch.setattr(condense.runtime, "session", session)
+        patch.setattr(condense.process, "session", session)
         patch.setattr(condense.Job, "after_step", stop_at_once)
         assert condense.main(argv) == 128 + signal.SIGTERM
     with injected("resumed with another torch, device, threads or mode"):

@@ -27,8 +27,8 @@ from utils.method.selection import (
 )
 from utils.method.synthetic import coreset, initial_pixels
 from utils.method.training import fresh_network
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 
 CPU = Compute(torch.device("cpu"))
 NORMALIZE = Normalize((0.5,), (0.25,))

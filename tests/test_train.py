@@ -20,7 +20,7 @@ import train
 from tests.files import last_json, tree
 from utils.config.flags import make_parser
 from utils.config.options import TrainOptions
-from utils.system import process as runtime
+from utils.system import process
 from utils.system.errors import UsageError, UserError
 
 TINY = shlex.split(
@@ -53,8 +53,8 @@ COMMIT = "0123456789abcdef"
 
 
 def at_commit(monkeypatch: pytest.MonkeyPatch, commit: str) -> None:
-    versions = {**runtime.versions(), "git_commit": commit}
-    monkeypatch.setattr(runtime, "versions", lambda: versions)
+    versions = {**process.versions(), "git_commit": commit}
+    monkeypatch.setattr(process, "versions", lambda: versions)
 
 
 @pytest.fixture(autouse=True)

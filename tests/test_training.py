@@ -27,8 +27,8 @@ from utils.method.training import (
     train_networks,
     update_network,
 )
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 
 NORMALIZE = Normalize((0.0,), (1.0,))
 SPEC = models.resolve("convnet", channels=1, classes=2, side=8, depth=2, width=8)

@@ -20,9 +20,9 @@ from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
 from utils.method.training import fresh_network
 from utils.method.trajectory import LEAST_STEP, TrajectoryStep, unrolled
+from utils.numerics.compute import Compute
 from utils.numerics.vectors import flattened, load, separated
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 CLASSES, SIDE, STEPS = 3, 8, 4
 NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -28,11 +28,12 @@ from utils.method.state import PER_CLASS, State, Step
 from utils.method.synthetic import BASELINE, coreset, initial_pixels, training_images
 from utils.method.training import Together, Trainer, fresh_network, update_network
 from utils.method.trajectory import TrajectoryStep
+from utils.numerics.compute import Captured, Compute
 from utils.runs.experts import Experts
-from utils.system.device import Captured, Compute, wait_for
-from utils.system.distributed import Owned
+from utils.system.device import wait_for
+from utils.system.distributed import Shard
+from utils.system.draws import Draws
 from utils.system.errors import UsageError
-from utils.system.process import Draws
 
 WHOLE = "whole"  # network updates, of every rank
 
@@ -46,14 +47,14 @@ class Parts:
         dataset: Dataset,
         spec: NetSpec,
         compute: Compute,
-        owned: Owned,
+        shard: Shard,
         experts: Experts | None = None,
         last_session: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """experts: whose trajectories are matched, instead of the effect of real images. last_session: of the run, as
         options.json has it."""
-        self.o, self.dataset, self.spec, self.owned, self.experts = o, dataset, spec, owned, experts
-        self.group, self.device, self.real = owned.group, dataset.device, dataset.train
+        self.o, self.dataset, self.spec, self.shard, self.experts = o, dataset, spec, shard, experts
+        self.group, self.device, self.real = shard.group, dataset.device, dataset.train
         self.shape = (o.ipc, dataset.channels, dataset.side, dataset.side)  # of a class's stored pixels
         self.compute, self.selecting = compute, compute.cheapest()
         self.n_data = o.n_data if o.train_on == "real" else None  # None: all there are
@@ -66,7 +67,7 @@ class Parts:
             compute=compute,
         )
         self.update = recipes.update_recipe(o)
-        self.everyone = RealImages(self.real, dataset.counts, self.group.merge)
+        self.everyone = RealImages(self.real, dataset.counts, self.group.all_reduce_disjoint)
         self.took = ""  # seconds of a network update, where they were measured
         self.shares_update = self.choose_update(last_session)
 
@@ -86,7 +87,7 @@ class Parts:
 
     def state(self, *, empty: bool) -> State:
         """With initial pixels, or empty for those of a checkpoint."""
-        o, classes = self.o, self.owned.classes
+        o, classes = self.o, self.shard.classes
         pixels = torch.zeros(len(classes), *self.shape, device=self.device) if empty else self.initial_pixels()
         net = self.network(0)
         sgd = PixelSGD(
@@ -131,11 +132,11 @@ class Parts:
     def saved(self, state: State) -> dict[str, Any]:
         """A checkpoint's content, for all classes: the same whoever owns them."""
         content = state.save() | {"picks": self.everyone.everywhere(state.picks)}
-        return content | {name: self.owned.whole(content[name]) for name in PER_CLASS}
+        return content | {name: self.shard.all_gather(content[name]) for name in PER_CLASS}
 
     def restore(self, state: State, saved: dict[str, Any]) -> None:
         """Take over a checkpoint. Raises KeyError, IndexError, RuntimeError and the like when it does not fit."""
-        ours = saved | {name: self.owned.own(saved[name]) for name in PER_CLASS}
+        ours = saved | {name: self.shard.local(saved[name]) for name in PER_CLASS}
         state.restore(ours | {"picks": self.everyone.here(ours["picks"].to(self.device))})
 
     # --- The network's training between two matching steps ------------------------------------------------------------
@@ -146,16 +147,16 @@ class Parts:
         together: each rank on the images of its classes, instead of all on the same.
         """
         o, classes = self.o, self.dataset.classes
-        ours = torch.isin(torch.arange(classes), torch.tensor(self.owned.classes)).to(self.device)
-        shared = Together(ours, self.group.add) if together else None
+        ours = torch.isin(torch.arange(classes), torch.tensor(self.shard.classes)).to(self.device)
+        shared = Together(ours, self.group.all_reduce_sum) if together else None
         # CutMix pastes into an image what belongs to another one, which may be another rank's.
-        merge = self.group.merge if not together or self.update.mixup == "cut" else None
+        merge = self.group.all_reduce_disjoint if not together or self.update.mixup == "cut" else None
         if o.train_on == "real":
             images: Source = RealImages(self.real, self.dataset.counts, merge)
             return Trainer([net], [self.real], self.update, self.compute, images, shared)
 
         def current() -> Tensor:
-            return self.owned.whole(decode(pixels, factor=o.factor, decode_type=o.decode_type))
+            return self.shard.all_gather(decode(pixels, factor=o.factor, decode_type=o.decode_type))
 
         images = SyntheticImages(current, classes, decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type))
         return Trainer([net], [self.synthetic(pixels)], self.update, self.compute, images, shared)
@@ -181,7 +182,7 @@ class Parts:
             return o.share_update == "on"
         if last_session.get("ranks") == group.count:
             return last_session.get("network_update") != WHOLE
-        pixels = torch.zeros(len(self.owned.classes), *self.shape, device=self.device)
+        pixels = torch.zeros(len(self.shard.classes), *self.shape, device=self.device)
 
         def way(together: bool) -> Any:
             trainer = self.trainer(self.network(0), pixels, together=together)
@@ -211,7 +212,7 @@ class Parts:
 
     def pixels(self, state: State) -> Tensor:
         """Of all classes, (classes, ipc, C, H, W)."""
-        return self.owned.whole(state.pixels.pixels)
+        return self.shard.all_gather(state.pixels.pixels)
 
     def synthetic(self, pixels: Tensor) -> ImageSet:
         """The training images that pixels (classes, ipc, C, H, W) decode to now."""
@@ -229,4 +230,4 @@ class Parts:
         """As many randomly drawn real images per class as the set stores, other ones for every training."""
         draws = self.draws(BASELINE, r)
         context = self.context(fresh_network(self.spec, draws), draws)
-        return coreset(context, "random", ipc=self.o.ipc, whole=self.owned.whole)
+        return coreset(context, "random", ipc=self.o.ipc, whole=self.shard.all_gather)

@@ -11,12 +11,13 @@ from models import NetSpec, forward_flop
 from utils.config import derived as recipes
 from utils.config import options
 from utils.config.options import CondenseOptions
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.method.selection import Context
 from utils.method.training import Trainer, fresh_network
 from utils.numerics.compilation import computing
 from utils.runs.experts import Experts, representative_epoch
-from utils.system.process import Draws, Stopper
+from utils.system.draws import Draws
+from utils.system.process import Stopper
 from utils.system.report import Progress
 
 log = logging.getLogger("dream")
@@ -39,7 +40,7 @@ def experts_for(o: CondenseOptions, spec: NetSpec) -> Experts:
         "augmentation": recipes.update_augmentation(o),
         **{name: getattr(recipe, name) for name in ("mixup", "lr", "momentum", "weight_decay")},
     }
-    name = f"experts_{spec.name}_{o.select}_{files.checksum(identity)[:8]}"
+    name = f"experts_{spec.name}_{o.select}_{atomic.checksum(identity)[:8]}"
     return Experts(Path(o.results_dir) / o.dataset / name, identity, count=o.experts, epochs=o.expert_epochs)
 
 

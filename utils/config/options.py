@@ -37,7 +37,7 @@ from utils.config.presets import (
     exceptions,
 )
 from utils.method import formation, objectives, pixels, selection, training
-from utils.system.device import PRECISIONS
+from utils.numerics.compute import PRECISIONS
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")

@@ -12,10 +12,11 @@ from utils.config import options
 from utils.config.expert_runs import experts_for
 from utils.config.methods import TRAJECTORY
 from utils.config.options import CondenseOptions
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.method.evaluation import Score
 from utils.method.formation import decoded_count
 from utils.method.state import State
+from utils.runs import card as cards
 from utils.runs.export import WHITENING
 from utils.runs.folder import RunFolder
 from utils.system.errors import printable
@@ -49,7 +50,7 @@ def card(o: CondenseOptions, dataset: Dataset, spec: NetSpec, state: State, *, f
 
 def summary(folder: RunFolder) -> str:
     """What a finished run ends with, read from its data.json."""
-    card = files.read_json(folder.path / files.CARD)
+    card = atomic.read_json(folder.path / cards.CARD)
     rows = []
     for what, key, count in (
         ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.files.atomic import write_atomically
+from utils.system.errors import UserError, first_line
+
 ORDERED = "collections OrderedDict"
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 NAMES = {  # all that plain tensors need
@@ -45,18 +48,6 @@ def load(path: Path) -> Any:
     copy, program = verified(path)
     verify_program(program)
     return torch.load(copy, map_location="cpu", weights_only=True)
-
-
-def packed(content: Any) -> Tensor:
-    """What `load` can read, as bytes, (n,) uint8, for another process of ours."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def unpacked(content: Tensor) -> Any:
-    """And back, on the CPU."""
-    return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def verified(path: Path) -> tuple[io.BytesIO, bytes]:
@@ -111,3 +102,25 @@ def is_plain(x: object) -> bool:
     assert isinstance(x, Tensor)
     dense = x.layout == torch.strided and x.device.type == "cpu" and not (x.is_nested or x.is_neg() or x.is_conj())
     return dense and x.nbytes <= max(EXPANDED * x.untyped_storage().nbytes(), SMALL)
+
+
+def write_tensors(path: Path, content: Any, *, previous: Path | None = None) -> None:
+    """torch.save, atomically and with the same bytes for the same content; `previous` as in write_atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue(), previous=previous)
+
+
+def read_tensors(path: Path, remedy: str) -> Any:
+    """What write_tensors wrote; no code from the file is run, and its checksums are compared. Raises UserError with the
+    remedy for anything unreadable."""
+    try:
+        return load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; {remedy}") from error
+    except Refused as error:
+        raise UserError(
+            f"{path}: holds pickled objects other than tensors, which could run code: refused ({error}); {remedy}"
+        ) from error
+    except Exception as error:  # zip, pickle and storage errors of any kind
+        raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error

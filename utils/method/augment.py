@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 ALWAYS = ("flip", "color", "cutout")  # applied whenever named
 ONE_OF = ("crop", "scale", "rotate", "translate")  # one of those named is drawn per call

@@ -15,10 +15,10 @@ from torch import Tensor
 from models import NetSpec
 from utils.method.images import ImageSet
 from utils.method.training import Recipe, Trainer, confusion_matrix, train_networks
-from utils.system.device import Compute
+from utils.numerics.compute import Compute
 from utils.system.distributed import Group
+from utils.system.draws import Draws
 from utils.system.errors import UserError
-from utils.system.process import Draws
 
 
 @dataclass(frozen=True)
@@ -112,4 +112,4 @@ def gathered(score: Score, trainings: Sequence[int], group: Group, repeat: int) 
     accuracies = torch.zeros(repeat, dtype=torch.float64)
     accuracies[list(trainings)] = torch.tensor(score.accuracies, dtype=torch.float64)
     assert score.confusion is not None
-    return Score(tuple(group.merge(accuracies).tolist()), group.add(score.confusion))
+    return Score(tuple(group.all_reduce_disjoint(accuracies).tolist()), group.all_reduce_sum(score.confusion))

@@ -16,8 +16,8 @@ from utils.method.images import ImageSet
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
 from utils.numerics import derivatives as forms
-from utils.system.device import Captured, Compute
-from utils.system.process import Draws
+from utils.numerics.compute import Captured, Compute
+from utils.system.draws import Draws
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from models import Network
 from utils.method.images import ImageSet, to_unit
 from utils.numerics import derivatives as forms
-from utils.system.device import Compute
-from utils.system.process import Draws
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
 
 KMEANS_ITERATIONS = 15  # inertia within 1 % of scikit-learn's at a third of the iterations to convergence
 EMBEDDING_BYTES = 2**28  # of the classes that are clustered together

@@ -11,7 +11,7 @@ from torch import Tensor
 from models import Network
 from utils.method.pixels import PixelSGD
 from utils.method.training import Trainer
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 PER_CLASS = ("pixels", "velocity", "picks", "losses")  # what a checkpoint holds a row of for every class
 

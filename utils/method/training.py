@@ -17,9 +17,9 @@ from utils.method.augment import GEOMETRY, Augment
 from utils.method.images import ImageSet
 from utils.method.sources import Source
 from utils.numerics import derivatives as forms
+from utils.numerics.compute import Captured, Compute
 from utils.numerics.vectors import joined, separated
-from utils.system.device import Captured, Compute
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 MIXUPS = ("cut", "vanilla")  # CutMix, or nothing
 CUTMIX_PROBABILITY = 0.5

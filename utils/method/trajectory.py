@@ -27,10 +27,10 @@ from utils.method.images import ImageSet
 from utils.method.matching import Matcher
 from utils.method.pixels import PixelSGD
 from utils.numerics import derivatives as forms
+from utils.numerics.compute import Captured, Compute
 from utils.numerics.vectors import joined, load, separated
-from utils.system.device import Captured, Compute
 from utils.system.distributed import ALONE, Group
-from utils.system.process import Draws
+from utils.system.draws import Draws
 
 LEAST_STEP = 1e-6  # of a student: see TrajectoryStep
 
@@ -148,7 +148,7 @@ class TrajectoryStep:
         """
         expert, start = draws.host.randrange(self.trajectories.count), draws.host.randrange(self.max_start)
         pair = self.trajectories.pair
-        ends = self.group.same(
+        ends = self.group.broadcast(
             lambda: [theta.clone() for theta in pair(expert, start, start + self.epochs)]
         )  # no views
         return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
@@ -189,7 +189,7 @@ class TrajectoryStep:
             batches = [self._prepared(everything, *each) for each in zip(u, picked, strict=True)]
         size = self.learned["step_size"][0].clone()
         labels, share = [self.labels] * self.steps, len(self.held) / self.real.classes
-        compute, add = self.matcher.compute, self.group.add
+        compute, add = self.matcher.compute, self.group.all_reduce_sum
         found = unrolled(self.net, start, target, batches, labels, size, compute, share=share, add=add)
         total = torch.zeros_like(everything)
         for gradient, *each in zip(

@@ -27,6 +27,7 @@ from models import ConvNet, Network
 from utils.method.objectives import Comparison, total
 from utils.numerics.block import Stages
 from utils.numerics.compilation import cpu_stages
+from utils.numerics.compute import Compute
 from utils.numerics.passes import (
     Directions,
     FirstOrder,
@@ -37,7 +38,6 @@ from utils.numerics.passes import (
     compiled_passes,
     weights_of,
 )
-from utils.system.device import Compute
 
 
 def suits(net: Network) -> TypeGuard[ConvNet]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from utils.numerics import block as stages
 from utils.numerics.block import Stages
-from utils.system.device import Compute
+from utils.numerics.compute import Compute
 from utils.system.errors import UsageError, first_line
 
 log = logging.getLogger("dream")

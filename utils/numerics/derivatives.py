@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from models import Network
 from utils.method.objectives import Comparison, distance
 from utils.numerics import analytic
-from utils.system.device import Compute
+from utils.numerics.compute import Compute
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.files import atomic as files
+from utils.files import tensors
 from utils.files.tensors import is_plain
+from utils.runs import card as cards
 from utils.runs.folder import RunFolder, valid_checkpoint
 from utils.system.errors import UsageError, UserError
 
@@ -77,7 +78,7 @@ def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
         if saved is None:
             raise UserError(f"{path}: holds no checkpoint; {REMEDY}")
         return _of_checkpoint(path, saved, options)
-    found = files.read_tensors(path, REMEDY)
+    found = tensors.read_tensors(path, REMEDY)
     if isinstance(found, dict):
         return _of_checkpoint(path, valid_checkpoint(path), options)
     return _of_snapshot(path, found, options)
@@ -107,8 +108,8 @@ def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
     ipc = len(labels) // classes
     if not torch.equal(labels, torch.arange(classes).repeat_interleave(ipc)):
         raise UserError(f"{path}: its classes do not have equally many images, one class after the other; {REMEDY}")
-    if (card := path.with_name(files.CARD)).exists():
-        _must_agree(path, files.read_card(card), options)
+    if (card := path.with_name(cards.CARD)).exists():
+        _must_agree(path, cards.read_card(card), options)
     pixels = images.unflatten(0, (classes, ipc))
     return Earlier(str(path), pixels, torch.zeros_like(pixels), {}, int(number[1]), 0.0)
 

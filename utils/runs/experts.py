@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.files import atomic as files
+from utils.files import atomic, tensors
 from utils.files.lock import locked
 from utils.files.tensors import is_plain
 from utils.method.selection import Context, select
 from utils.method.training import Trainer, batches
 from utils.numerics.vectors import flattened
 from utils.runs.folder import CHECKPOINT_SECONDS
+from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
-from utils.system.process import Draws
 
 log = logging.getLogger("dream")
 
@@ -49,10 +49,10 @@ class Experts:
     def held(self) -> Iterator[None]:
         """Make the folder and keep other processes out of it, after waiting for one that trains there; what is
         `missing` has to be asked afterwards. Raises UserError when it cannot be written or has other experts."""
-        files.make_folder(self.folder)
+        atomic.make_folder(self.folder)
         with locked(self.folder / LOCK, doing="training experts", wait=True):
             if not self._check():
-                files.write_json(self.folder / IDENTITY, self.identity)
+                atomic.write_json(self.folder / IDENTITY, self.identity)
             yield
 
     def _check(self) -> bool:
@@ -61,7 +61,7 @@ class Experts:
         if not file.exists():
             return False
         try:
-            there = files.read_json(file)
+            there = atomic.read_json(file)
         except UserError as error:  # harmless: every expert's file says what it belongs to
             log.warning("%s; written again", str(error).split(";")[0])
             return False
@@ -106,11 +106,11 @@ class Experts:
 
     def _of(self, k: int) -> str:
         """What a file of expert k belongs to."""
-        return files.checksum([self.identity, k])
+        return atomic.checksum([self.identity, k])
 
     def _read(self, k: int) -> dict[str, Any]:
         """The file of an expert. Raises UserError unless it is whole, and this expert's."""
-        found = files.read_tensors(self._file(k), AGAIN)
+        found = tensors.read_tensors(self._file(k), AGAIN)
         if not isinstance(found, dict) or found.get("of") != self._of(k):
             raise UserError(f"{self._file(k)}: is of another expert; {AGAIN}")
         if not self._fits(found.get("trajectory")) or not isinstance(found.get("seconds"), float):
@@ -210,7 +210,7 @@ class Experts:
         if len(rows) <= self.epochs:
             content["net"] = {name: x.cpu() for name, x in trainer.nets[0].state_dict().items()}
             content["momentum"] = [velocity.cpu() for velocity in trainer.momentum]
-        files.write_tensors(self._file(k), content)
+        tensors.write_tensors(self._file(k), content)
 
 
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from models import NetSpec
-from utils.files.atomic import check_card, write_atomically
+from utils.files.atomic import write_atomically
 from utils.method.evaluation import Score
 from utils.method.formation import BOUND
 from utils.method.images import EPS, ImageSet, Normalize, Whiten
+from utils.runs.card import check_card
 from utils.runs.sets import SAFETENSORS, folder_names
 from utils.system.errors import UsageError, UserError
 

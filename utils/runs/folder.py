@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.files import atomic as files
-from utils.files import pictures
+from utils.files import atomic, pictures, tensors
 from utils.files.lock import locked
+from utils.runs import card as cards
 from utils.runs.board import FOLDER as BOARD
 from utils.runs.board import Board
 from utils.system.errors import UsageError, UserError
@@ -55,7 +55,7 @@ class RunFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder and keep other processes out of it. Raises UserError, naming the one that works there."""
-        files.make_folder(self.path)
+        atomic.make_folder(self.path)
         refusal = "wait for it or stop it, or keep both runs with --tag NAME"
         with locked(self.path / LOCK, doing="condense.py", wait=False, refusal=refusal):
             yield
@@ -101,7 +101,7 @@ class RunFolder:
         file = self.path / OPTIONS
         try:
             if file.exists():
-                return _valid_record(files.read_json(file), str(file))
+                return _valid_record(atomic.read_json(file), str(file))
             flaw = f"{file}: is missing"
         except UserError as error:
             flaw = str(error)
@@ -113,26 +113,26 @@ class RunFolder:
             raise UsageError(
                 f"{self.path}: is not empty and no run folder; --tag NAME uses another, --restart this one"
             )
-        if (self.path / files.DATA).exists():
+        if (self.path / cards.DATA).exists():
             raise UserError(f"{flaw}; --tag NAME uses another folder, --restart deletes the results in this one")
         self.flaws.append(f"{flaw.split(';')[0]}; nothing had been saved yet, so the run begins again")
         return None
 
     def _finished(self) -> bool:
         """Whether the results are complete; what is wrong with them otherwise is a flaw."""
-        card = self.path / files.CARD
+        card = self.path / cards.CARD
         if not card.exists():
             return False
         again = "made again from the checkpoint"
         try:
-            about = files.read_json(card)
+            about = atomic.read_json(card)
             if not about.get("finished"):
                 return False
-            files.read_tensors(self.path / files.DATA, again)
+            tensors.read_tensors(self.path / cards.DATA, again)
         except UserError as error:
             self.flaws.append(f"{str(error).split(';')[0]}; {again}")
             return True
-        if about.get(OF_METRICS) not in (None, files.checksum(self._metrics_there())):
+        if about.get(OF_METRICS) not in (None, atomic.checksum(self._metrics_there())):
             self.flaws.append(f"{self.path / METRICS}: is damaged; {again}")
         return True
 
@@ -177,13 +177,13 @@ class RunFolder:
         if sessions and (changed := _differences(sessions[-1], session)):
             self.flaws.append(f"going on with {changed}: not bit for bit what an uninterrupted run gives")
         self._record = {"options": options, "sessions": [*sessions, session]}
-        files.write_json(self.path / OPTIONS, self._record)
+        atomic.write_json(self.path / OPTIONS, self._record)
 
     def _delete_results(self) -> None:
         """The checkpoints first and options.json last: a process killed in between leaves nothing to go on from."""
-        for name in (CHECKPOINT, PREVIOUS, METRICS, LOG, files.DATA, files.CARD, "eval.json"):
+        for name in (CHECKPOINT, PREVIOUS, METRICS, LOG, cards.DATA, cards.CARD, "eval.json"):
             (self.path / name).unlink(missing_ok=True)
-        for pattern in ("stored_*.png", "decoded_*.png", files.SNAPSHOTS):
+        for pattern in ("stored_*.png", "decoded_*.png", cards.SNAPSHOTS):
             for old in self.path.glob(pattern):
                 old.unlink()
         shutil.rmtree(self.path / BOARD, ignore_errors=True)
@@ -197,7 +197,7 @@ class RunFolder:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """In place of the last but one. Raises OSError; both are still there then."""
         content = {**state, "record": json.dumps(self._record), "metrics": self._metrics}
-        files.write_tensors(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS)
+        tensors.write_tensors(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS)
         self._saved = time.monotonic()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -213,9 +213,9 @@ class RunFolder:
             (self.path / CHECKPOINT).unlink()
         elif saved is not None and not (self.path / CHECKPOINT).exists():
             log.info("%s: is missing; going on from the one before", self.path / CHECKPOINT)
-        if saved is None and (self.path / files.DATA).exists():
+        if saved is None and (self.path / cards.DATA).exists():
             raise UserError(
-                f"{self.path}: has a {files.DATA}, but no checkpoint to go on from; --tag NAME keeps it, --restart "
+                f"{self.path}: has a {cards.DATA}, but no checkpoint to go on from; --tag NAME keeps it, --restart "
                 "begins again"
             )
         self._metrics = "" if saved is None else saved["metrics"]
@@ -223,14 +223,14 @@ class RunFolder:
         if not there.startswith(self._metrics):
             log.warning("%s: is damaged; made again from the checkpoint", self.path / METRICS)
         if there != self._metrics:
-            files.write_atomically(self.path / METRICS, self._metrics.encode())
+            atomic.write_atomically(self.path / METRICS, self._metrics.encode())
         return saved
 
     def metric(self, **event: object) -> None:
         """Append one event to metrics.jsonl, and show it on the board. Raises OSError, naming the file."""
         line = json.dumps(event) + "\n"
         self._metrics += line
-        with files.naming(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
+        with atomic.naming(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(line)
         self.board.event(event)
 
@@ -247,22 +247,22 @@ class RunFolder:
 
     def save_set(self, pixels: Tensor, card: dict[str, Any]) -> None:
         """data.pt and data.json. pixels: (classes, ipc, C, H, W)."""
-        files.save_set(self.path / files.DATA, pixels)
-        files.write_json(self.path / files.CARD, card)
+        cards.save_set(self.path / cards.DATA, pixels)
+        atomic.write_json(self.path / cards.CARD, card)
 
     def save_final_card(self, card: dict[str, Any]) -> None:
         """data.json of a finished run, the last file to be written."""
-        files.write_json(self.path / files.CARD, {**card, OF_METRICS: files.checksum(self._metrics)})
+        atomic.write_json(self.path / cards.CARD, {**card, OF_METRICS: atomic.checksum(self._metrics)})
 
     def save_snapshot(self, it: int, pixels: Tensor) -> None:
         """data_<it>.pt, which stays when the run goes on."""
-        files.save_set(self.path / files.SNAPSHOTS.replace("*", f"{it:06}"), pixels)
+        cards.save_set(self.path / cards.SNAPSHOTS.replace("*", f"{it:06}"), pixels)
 
     def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
         """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1], of outer iteration `it`."""
         self.board.images(it, stored=stored, decoded=decoded)
-        files.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
-        files.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))
+        atomic.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
+        atomic.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))
 
 
 class Elsewhere(RunFolder):
@@ -319,7 +319,7 @@ def _valid_record(record: Any, file: str) -> dict[str, Any]:
 
 def valid_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint's content, its `record` unpacked. Raises UserError when it is damaged or none."""
-    saved = files.read_tensors(file, "")
+    saved = tensors.read_tensors(file, "")
     try:
         record = _valid_record(json.loads(saved["record"]), str(file))
         if not isinstance(saved["metrics"], str):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.files import atomic as files
+from utils.files import atomic
 from utils.files.lock import locked
 from utils.method.evaluation import Score
 from utils.system.errors import UserError
@@ -36,7 +36,7 @@ def earlier(file: Path) -> list[Record]:
     if not file.exists():
         return []
     try:
-        found = files.read_json(file)["results"]
+        found = atomic.read_json(file)["results"]
         for record in found:  # what the table needs
             Score(tuple(map(float, record["accuracies"])))
             float(record["seconds"])
@@ -71,7 +71,7 @@ def keep(file: Path, record: Record) -> None:
     with locked(file.with_name(".eval.lock"), doing="train.py", wait=True):
         kept = [other for other in earlier(file) if not same(other, record)]
         try:
-            files.write_json(file, {"results": [*kept, record]})
+            atomic.write_json(file, {"results": [*kept, record]})
         except OSError as error:
             log.warning("%s: cannot be written (%s)", file, error.strerror)
 

@@ -22,10 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from utils.files.atomic import CARD, CARD_BYTES, DATA, check_card, read_card, read_tensors
 from utils.files.imagefiles import EXTENSIONS, for_each, is_grey, mode_and_size, read_image
-from utils.files.tensors import is_plain
+from utils.files.tensors import is_plain, read_tensors
 from utils.method.images import Normalize, to_unit
+from utils.runs.card import CARD, CARD_BYTES, DATA, check_card, read_card
 from utils.system.device import free_memory
 from utils.system.errors import UserError, first_line, printable
 

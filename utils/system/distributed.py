@@ -12,6 +12,7 @@ time-out, and raises LostRank when one of them has ended.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import statistics
@@ -25,7 +26,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.files import tensors as tensorfile
 from utils.system.errors import UsageError, UserError, first_line
 
 log = logging.getLogger("dream")
@@ -123,21 +123,21 @@ class Group:
 
     # --- What they tell each other ------------------------------------------------------------------------------------
 
-    def add(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
-    def merge(self, x: Tensor) -> Tensor:
+    def all_reduce_disjoint(self, x: Tensor) -> Tensor:
         """Tensors of which every element is zero on all ranks but one, together, in place and bit for bit."""
         if not self.alone:
-            self.add(x.view(WHOLE_NUMBERS[x.element_size()]))  # as numbers -0.0 + 0.0 would be 0.0
+            self.all_reduce_sum(x.view(WHOLE_NUMBERS[x.element_size()]))  # as numbers -0.0 + 0.0 would be 0.0
         return x
 
-    def most(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """The largest of each value on all ranks."""
         return self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
 
-    def same(self, find: Callable[[], T]) -> T:
+    def broadcast(self, find: Callable[[], T]) -> T:
         """What the first rank finds, for all of them: tensors (on the CPU), plain values, and lists and dicts of these.
 
         Raises on all of them the UserError that it raises.
@@ -150,7 +150,7 @@ class Group:
                 found = [find(), 0]
             except UserError as error:
                 found = [str(error), error.status]
-        content = tensorfile.packed(found) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        content = _packed(found) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(content)])
         self._waiting(lambda: dist.broadcast(size, 0))
         if self.rank != 0:
@@ -158,7 +158,7 @@ class Group:
         self._waiting(lambda: dist.broadcast(content, 0))
         self.sent += len(content)
         if self.rank != 0:
-            found = tensorfile.unpacked(content)
+            found = _unpacked(content)
         result, status = found
         if status:
             raise (UsageError if status == UsageError.status else UserError)(result)
@@ -197,11 +197,11 @@ class Group:
 
     # --- Work that is shared out --------------------------------------------------------------------------------------
 
-    def mine(self, work: Sequence[float]) -> list[int]:
+    def assigned(self, work: Sequence[float]) -> list[int]:
         """Which of several independent pieces of work, of such sizes, this rank does."""
         return shares(work, self.count)[self.rank]
 
-    def share(self, work: Sequence[float]) -> Owned:
+    def shard(self, work: Sequence[float]) -> Shard:
         """Classes that take so much work each, shared out. Raises UsageError when there are fewer than ranks."""
         if len(work) < self.count:
             raise UsageError(
@@ -209,7 +209,7 @@ class Group:
                 f"{len(work)} processes or fewer (--nproc_per_node, --nnodes)"
             )
         self.shares = shares(work, self.count)
-        return Owned(self, self.shares[self.rank], len(work))
+        return Shard(self, self.shares[self.rank], len(work))
 
     def seconds(self, *ways: Callable[[], object], wait: Callable[[], object], warm: int) -> list[float]:
         """Seconds that each of several ways to do the same takes the slowest rank: the median of some calls, after
@@ -224,30 +224,30 @@ class Group:
             seconds = []
             for _ in range(TIMED):
                 wait()
-                self.most(0)  # all start together
+                self.all_reduce_max(0)  # all start together
                 began = time.perf_counter()
                 way()
                 wait()
                 seconds.append(time.perf_counter() - began)
-            found.append(statistics.median(self.most(*seconds)))
+            found.append(statistics.median(self.all_reduce_max(*seconds)))
         return found
 
 
-class Owned:
+class Shard:
     """The classes of one rank, in ascending order, among all."""
 
     def __init__(self, group: Group, classes: list[int], total: int) -> None:
         self.group, self.classes, self.total = group, classes, total
 
-    def whole(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """Rows of this rank's classes, (own, ...) -> those of all classes, (classes, ...), on all ranks."""
         if self.group.alone:
             return rows
         found = rows.new_zeros(self.total, *rows.shape[1:])
         found[self.classes] = rows
-        return self.group.merge(found)
+        return self.group.all_reduce_disjoint(found)
 
-    def own(self, rows: Tensor) -> Tensor:
+    def local(self, rows: Tensor) -> Tensor:
         """Rows of all classes -> those of this rank's."""
         return rows if self.group.alone else rows[self.classes]
 
@@ -264,3 +264,15 @@ def shares(work: Sequence[float], count: int) -> list[list[int]]:
 
 
 ALONE = Group()
+
+
+def _packed(content: Any) -> Tensor:
+    """Tensors and plain values as bytes, (n,) uint8, for another rank."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _unpacked(content: Tensor) -> Any:
+    """What `_packed` made bytes of, on the CPU."""
+    return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)

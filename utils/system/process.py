@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
 import platform
-import random
 import shlex
 import signal
 import subprocess
@@ -20,9 +18,8 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
 import torch
-from torch import Tensor
 
-from utils.system import distributed as ranks
+from utils.system import distributed
 from utils.system.device import device_name, keep_freed_memory, out_of_memory
 from utils.system.errors import UserError, first_line, printable
 
@@ -40,14 +37,14 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
     prepare_output()
-    if not ranks.is_first() and sys.stdout is not None:
+    if not distributed.is_first() and sys.stdout is not None:
         discard(sys.stdout)
     name = Path(sys.argv[0]).name
     status, message, lost = 1, None, False
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        status, message, lost = error.status, f"error: {error}", isinstance(error, ranks.LostRank)
+        status, message, lost = error.status, f"error: {error}", isinstance(error, distributed.LostRank)
     except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
         pass
     except OSError as error:
@@ -62,7 +59,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
             raise
         else:
             message = OUT_OF_MEMORY.format(first_line(error))
-    if message is not None and (said := ranks.in_the_name_of(message, lost=lost)) is not None:
+    if message is not None and (said := distributed.in_the_name_of(message, lost=lost)) is not None:
         with suppress(OSError):
             print(f"{name}: {printable(said)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):  # here, since the interpreter would change the status if it cannot
@@ -98,41 +95,6 @@ def output_failed(error: OSError) -> None:
 def discard(stream: TextIO) -> None:
     """Whatever is and will be written to a stream goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class Draws:
-    """Random numbers that depend on nothing but a key such as (seed, "select", iteration, step).
-
-    A run can therefore stop and go on anywhere without storing a generator's state. `host` serves choices that Python
-    makes (no copy from the device is ever waited for), the methods serve tensors, drawn on the device.
-    """
-
-    def __init__(self, device: torch.device | str, *key: int | str) -> None:
-        digest = hashlib.sha256(repr(key).encode()).digest()
-        seed = int.from_bytes(digest[:8], "little") >> 1
-        self.device, self.key = torch.device(device), key
-        self.host = random.Random(seed)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-
-    def of_class(self, c: int) -> Draws:
-        """Numbers for one class that do not depend on which other classes are drawn for."""
-        return Draws(self.device, *self.key, "class", c)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """In [0, 1)."""
-        return torch.rand(shape, generator=self.generator, device=self.device)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Zero mean, unit variance."""
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def permutation(self, n: int) -> Tensor:
-        """The numbers below n in random order; its head is a draw without replacement."""
-        return torch.randperm(n, generator=self.generator, device=self.device)
-
-    def network_seed(self) -> int:
-        """A seed for PyTorch's global generator, from which networks are initialised."""
-        return self.host.getrandbits(63)
 
 
 class Stopped(Exception):
@@ -174,7 +136,7 @@ class Stopper:
             again = "; again to stop at once" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one, which must not be entered twice.
             with suppress(OSError):
-                if ranks.is_first():
+                if distributed.is_first():
                     os.write(2, f"{self.signal.name}: finishing this step and saving{again}\n".encode())
 
     def reason(self, *, signals_only: bool = False) -> int:
@@ -246,4 +208,4 @@ def versions() -> dict[str, str]:
 
 def on_terminal() -> bool:
     """Whether a person sees the progress as it is drawn."""
-    return ranks.is_first() and sys.stderr is not None and sys.stderr.isatty()
+    return distributed.is_first() and sys.stderr is not None and sys.stderr.isatty()
