@@ -228,7 +228,7 @@ def worker(argv: Sequence[str]) -> int:
         parser.add_argument(name)
     parser.add_argument("--repeats", type=int)
     given = parser.parse_args(argv)
-    with distributed.joined(machine.backends(), minutes=MINUTES) as group:
+    with distributed.process_group(machine.backends(), minutes=MINUTES) as group:
         device = machine.pick_device(given.device, distributed.local_rank())
         machine.set_precision(device, given.precision)
         compile = compiler_error(device) is None

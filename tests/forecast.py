@@ -32,7 +32,7 @@ from utils.method.training import GATHERED, batches, update_network
 from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Compute
 from utils.system import device as machine
-from utils.system.distributed import ALONE, Shard
+from utils.system.distributed import SINGLE, Shard
 
 FORECAST = ("cifar100_ipc50", "imagenet100")
 STEPS = 2000 * 100  # inner steps of the published budget
@@ -119,7 +119,7 @@ def measured(work: Work, device: torch.device, repeats: int, precision: str, com
     counts = sorted({1, min(work.random.classes, compute.group(o.batch_real + amount.decoded, work.random.side))})
     found = []
     for count in counts:
-        found += of_classes(count, amount, whole, compute, Clock(ALONE, device, repeats))
+        found += of_classes(count, amount, whole, compute, Clock(SINGLE, device, repeats))
     return found
 
 
@@ -129,8 +129,8 @@ def of_classes(count: int, amount: Amount, whole: Amount, compute: Compute, cloc
     # As many times fewer as are matched, where there are fewer of these.
     few = sizes._replace(per_class=sizes.per_class * o.batch_real // whole.o.batch_real)
     images: Any = RandomImages(few, device)
-    images.hold(list(range(count)), ALONE.all_reduce_sum)
-    parts = Parts(o, images, amount.spec, compute, Shard(ALONE, list(range(count)), sizes.classes))
+    images.hold(list(range(count)), SINGLE.all_reduce_sum)
+    parts = Parts(o, images, amount.spec, compute, Shard(SINGLE, list(range(count)), sizes.classes))
     state, real, turn = parts.state(empty=False), images.train, itertools.count()
     first = torch.tensor(starts([few.per_class] * count), device=device)[:, None]
     state.picks.copy_(first + torch.arange(o.batch_real, device=device))

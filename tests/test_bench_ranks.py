@@ -14,7 +14,7 @@ import torch
 from tests import bench_ranks, forecast
 from tests.bench_ranks import PARTS, REPEATED, SELECTION, SHARED, WORKS, Work
 from tests.scaling_model import Curve, Links, Load, fullest_part, inner_step, limit
-from utils.system.distributed import ALONE
+from utils.system.distributed import SINGLE
 
 CPU = torch.device("cpu")
 FREE = Links(within=1e30, between=1e30, latency_within=0, latency_between=0, latency_host=0)
@@ -146,7 +146,7 @@ DIGITS = Work("-d digits --ipc 1 --depth 1 --width 8 --batch_real 4 --n_data 8")
 
 
 def test_one_process_measures_all_parts() -> None:
-    parts = bench_ranks.parts_of(DIGITS, ALONE, CPU, None, "fp32", compile=False)
+    parts = bench_ranks.parts_of(DIGITS, SINGLE, CPU, None, "fp32", compile=False)
     found = json.loads(json.dumps(bench_ranks.report(parts, bench_ranks.measure(parts, 2))))
     assert found["classes"] == [10]
     assert set(found["seconds"]) == set(PARTS)

@@ -24,9 +24,8 @@ from torch import Tensor
 from data import Dataset
 from tests.files import Payload, noise, tree
 from tests.files import save as save_image
-from utils.method.formation import pack
+from utils.method.formation import pack, training_images
 from utils.method.images import ImageSet, Normalize
-from utils.method.synthetic import training_images
 from utils.runs import export
 from utils.runs.export import card_without_run, check_target, export_folder, export_safetensors
 from utils.runs.layout import factor_warning, layout_of, other_factor

@@ -25,13 +25,12 @@ from data import Dataset
 from models import Network
 from tests.oracle import augment_one, augment_shared, class_distance
 from utils.config.flags import make_parser
-from utils.config.methods import METHODS
 from utils.config.options import CondenseOptions, resolve
+from utils.config.presets import METHODS
 from utils.method.augment import Augment
 from utils.method.images import Normalize
 from utils.method.pixels import PixelSGD
-from utils.method.selection import Context, batched_kmeans, select
-from utils.method.synthetic import initial_pixels
+from utils.method.selection import Context, batched_kmeans, initial_pixels, select
 from utils.method.training import Recipe, Trainer, fresh_network, plan, update_network
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws

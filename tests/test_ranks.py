@@ -34,13 +34,12 @@ from tests.files import image_folder
 from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, tiny
 from tests.outcome import Outcome, metrics, outcome
 from utils.method.augment import Augment
-from utils.method.images import ImageSet, Normalize
-from utils.method.sources import RealImages, SyntheticImages
+from utils.method.images import ImageSet, Normalize, RealImages, SyntheticImages
 from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
 from utils.numerics.vectors import flattened
 from utils.system import distributed
-from utils.system.distributed import ALONE, Shard, shares
+from utils.system.distributed import SINGLE, Shard, shares
 from utils.system.draws import Draws
 from utils.system.errors import UsageError
 
@@ -74,14 +73,14 @@ def test_equal_classes_are_dealt_out_and_a_large_one_counts_for_what_it_is() -> 
 
 
 def test_one_process_owns_everything_and_sends_nothing() -> None:
-    shard, x = ALONE.shard([1.0, 2.0, 3.0]), torch.randn(3, 2)
+    shard, x = SINGLE.shard([1.0, 2.0, 3.0]), torch.randn(3, 2)
     assert shard.classes == [0, 1, 2] and shard.all_gather(x) is x and shard.local(x) is x
     assert (
-        ALONE.all_reduce_sum(x) is x
-        and ALONE.all_reduce_max(1, 2.5) == [1.0, 2.5]
-        and ALONE.broadcast(lambda: "x") == "x"
+        SINGLE.all_reduce_sum(x) is x
+        and SINGLE.all_reduce_max(1, 2.5) == [1.0, 2.5]
+        and SINGLE.broadcast(lambda: "x") == "x"
     )
-    assert ALONE.sent == 0 and ALONE.assigned([1.0] * 3) == [0, 1, 2]
+    assert SINGLE.sent == 0 and SINGLE.assigned([1.0] * 3) == [0, 1, 2]
 
 
 class Holders:
@@ -134,7 +133,7 @@ def test_synthetic_images_are_taken_as_they_are_at_the_moment() -> None:
 
 def telling(argv: list[str]) -> int:
     """A program of several ranks: everything that they can tell each other; raises AssertionError."""
-    with distributed.joined("gloo", minutes=1) as group:
+    with distributed.process_group("gloo", minutes=1) as group:
         assert group.count == 3 and group.either(True, False) == (group.rank == 0)
         odd = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-42])
         rows = odd[None] if group.rank == 1 else torch.zeros(1, 4)
@@ -165,7 +164,7 @@ def telling(argv: list[str]) -> int:
 
 def refusing(argv: list[str]) -> int:
     """The first rank finds that something is wrong; all of them end with it."""
-    with distributed.joined("gloo", minutes=1) as group:
+    with distributed.process_group("gloo", minutes=1) as group:
 
         def find() -> None:
             raise UsageError("--x: is wrong")
@@ -176,7 +175,7 @@ def refusing(argv: list[str]) -> int:
 
 def silent(argv: list[str]) -> int:
     """The last rank does not answer."""
-    with distributed.joined("gloo", minutes=1 / 60) as group:
+    with distributed.process_group("gloo", minutes=1 / 60) as group:
         if group.rank == group.count - 1:
             time.sleep(30)
         group.all_reduce_max(1.0)

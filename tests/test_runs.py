@@ -26,8 +26,7 @@ from tests.files import last_json
 from tests.oracle import PublishedPixels
 from utils.files import atomic
 from utils.method.augment import Augment
-from utils.method.selection import Context, select
-from utils.method.synthetic import initial_pixels
+from utils.method.selection import Context, initial_pixels, select
 from utils.method.training import Recipe, Trainer, fresh_network, update_network
 from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Compute

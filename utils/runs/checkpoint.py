@@ -50,19 +50,27 @@ class Earlier:
             )
 
 
-def begin_from(source: str, options: Mapping[str, Any], folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
-    """What a run with these options and pixels of this shape begins from; None once it has checkpoints of its own.
+def resumed_from(source: str | None, folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
+    """The state that the run in a folder begins from by --resume_from; None without it, or once there are checkpoints.
 
-    Raises UserError or UsageError as below, and when the state lies where it would be overwritten.
+    shape: of the run's pixels, (classes, ipc, C, H, W). Raises UserError or UsageError, naming the file, when there is
+    no such state, when it does not fit, and when it lies where it would be overwritten.
     """
-    path = Path(source)
-    if folder.begun and not options["restart"]:
+    if source is None:
+        return None
+    fields = folder.group.broadcast(lambda: _fields(Path(source), folder, shape))
+    return None if fields is None else Earlier(**fields)
+
+
+def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """The fields of the Earlier at a path, which ranks can send each other."""
+    if folder.begun and not folder.restart:
         return None
     if folder.path.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"--resume_from {path}: is in this run's own folder; use --tag NAME for another")
-    earlier = read_earlier(path, options)
-    earlier.must_fit(shape, options["niter"])
-    return earlier
+    earlier = read_earlier(path, folder.options)
+    earlier.must_fit(shape, folder.options["niter"])
+    return vars(earlier)
 
 
 def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
