@@ -29,13 +29,11 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from figs.common import ending, write
-from utils.config import options
-from utils.config.flags import make_parser
-from utils.config.options import CondenseOptions
+from utils.config import build, resolve
+from utils.config.options import FREE
 from utils.files import atomic
 from utils.method.evaluation import Score
 from utils.runs import card as cards
-from utils.runs.folder import RunFolder
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages, span
@@ -67,14 +65,13 @@ class Planned:
         tag = "_".join([*(f"{one.name}-{one.value}" for one in in_tag), f"seed{seed}"])
         varied = [word for one in setting for word in one.words]
         self.words = [*more, *varied, "--seed", str(seed), "--tag", tag]
-        self.options = options.resolve(make_parser(CondenseOptions, "").parse_given(self.words)).options
-        self.folder = RunFolder(options.run_folder(self.options))
+        self.options = resolve.condense(self.words, "").options
+        self.folder = build.run_folder(self.options)
 
     @property
     def finished(self) -> bool:
         """Raises UsageError when the folder belongs to another command."""
-        status = self.folder.check(options.as_saved(self.options), free=options.FREE, restart=False)
-        return status == "finished"
+        return self.folder.check() == "finished"
 
     @property
     def accuracy(self) -> float:
@@ -104,7 +101,7 @@ def axis(text: str) -> list[Value]:
     """FLAG=VALUE,VALUE:FLAG=VALUE,... Raises UsageError for words that make no sense."""
     name, _, values = text.partition("=")
     name = name.lstrip("-").replace("-", "_")
-    if name in ("seed", "tag", *options.FREE) or not values or "" in values.split(","):
+    if name in ("seed", "tag", *FREE) or not values or "" in values.split(","):
         raise UsageError(
             f"--vary {text}: expected FLAG=VALUE,VALUE,... with a flag of condense.py; --seeds N is for seeds"
         )
@@ -122,10 +119,10 @@ def axis(text: str) -> list[Value]:
 def plan(vary: Sequence[str], seeds: int, more: Sequence[str]) -> list[Planned]:
     """All runs, every setting with the first seed first. Raises UsageError for words that make no sense."""
     axes = [axis(text) for text in vary]
-    for shard in ("--seed", "--tag", "--restart", "--dry_run"):
-        if any(word.replace("-", "_").split("=")[0] == shard.replace("-", "_") for word in more):
+    for reserved in ("--seed", "--tag", "--restart", "--dry_run"):
+        if any(word.replace("-", "_").split("=")[0] == reserved.replace("-", "_") for word in more):
             raise UsageError(
-                f"{shard}: the sweep sets seeds and tags itself, and neither deletes nor pretends; leave it out"
+                f"{reserved}: the sweep sets seeds and tags itself, and neither deletes nor pretends; leave it out"
             )
     return [Planned(setting, seed, more) for seed in range(seeds) for setting in itertools.product(*axes)]
 

@@ -35,7 +35,7 @@ from utils.runs.experts import Experts
 from utils.runs.folder import RunFolder
 from utils.system import distributed
 from utils.system.device import be_deterministic, pick_device, set_precision
-from utils.system.distributed import Group, Shard
+from utils.system.distributed import SINGLE, Group, Shard
 from utils.system.draws import Draws
 from utils.system.errors import UsageError, UserError, first_line
 from utils.system.process import Stopped, Stopper
@@ -99,7 +99,7 @@ def problem(o: CondenseOptions) -> Problem:
     return Problem(data, spec)
 
 
-def run_folder(o: CondenseOptions, group: Group) -> RunFolder:
+def run_folder(o: CondenseOptions, group: Group = SINGLE) -> RunFolder:
     """The folder of a run, untouched so far."""
     restart = o.restart and not distributed.restart_count()  # torchrun's own restarts go on
     saved = resolve.as_saved(o)

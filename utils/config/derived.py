@@ -83,7 +83,7 @@ def evaluation_recipe(options: Options, *, flip: bool, epochs: int | None = None
 
 # --- Work -------------------------------------------------------------------------------------------------------------
 
-SHARED_FLOP = 2e10  # of a mini-batch, from which on ranks share it: between digits and CIFAR-10, see tests/README.md
+SHARED_FLOP = 1e9  # of a mini-batch, from which on ranks share it: digits 5e8, CIFAR-10 from 3e9; see tests/README.md
 
 
 def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:

@@ -115,8 +115,8 @@ def moments(
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]; float images as they are."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """Images in [0, 1]: bytes in PyTorch's default precision, float images as they are."""
+    return x.to(torch.get_default_dtype()) / 255 if x.dtype == torch.uint8 else x
 
 
 def starts(counts: Sequence[int]) -> list[int]:
