@@ -23,9 +23,7 @@ import pytest
 import condense
 import train
 from figs import ablation, compare, curves, distilled, evolution, gradient_norms, selection, sweep
-from utils.config import options
-from utils.config.flags import make_parser
-from utils.config.options import CondenseOptions
+from utils.config import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", *(ROOT / name / "README.md" for name in ("figs", "tests", "utils"))]
@@ -227,7 +225,7 @@ def test_every_command_has_flags_that_exist(command: Command, monkeypatch: pytes
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
         importlib.import_module(name).main(argv)
     if name == "condense":
-        options.resolve(make_parser(CondenseOptions, "").parse_given(argv))
+        resolve.condense(argv, "")
     elif name == "figs.sweep":
         given = parsed.value.given
         assert sweep.plan(given.vary, given.seeds, given.more)
