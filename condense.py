@@ -150,10 +150,9 @@ class Job:
         self.folder.save_pictures(when, it, stored, decoded)
 
     def card(self, state: State, *, finished: bool) -> dict[str, object]:
-        experts = self.experts
-        seconds = 0.0 if experts is None else self.group.broadcast(lambda: experts.seconds)
-        of_experts = {} if experts is None else {"expert_seconds": round(seconds, 1)}
-        return {**overview.card(self.o, self.dataset, self.parts.spec, state, finished=finished), **of_experts}
+        experts, spec = self.experts, self.parts.spec
+        seconds = None if experts is None else self.group.broadcast(lambda: experts.seconds)
+        return overview.card(self.o, self.dataset, spec, state, finished=finished, expert_seconds=seconds)
 
     # --- Around a step ------------------------------------------------------------------------------------------------
 

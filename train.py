@@ -50,13 +50,12 @@ from utils.method.synthetic import BASELINE, coreset, training_images
 from utils.method.training import fresh_network
 from utils.numerics.compilation import computing
 from utils.numerics.compute import Compute
-from utils.runs import card as cards
-from utils.runs import confusion, export, results
-from utils.runs import sets as exchange
+from utils.runs import confusion, export, results, sets
 from utils.runs.board import Board, check_board
+from utils.runs.card import CARD, card_without_run, newest_distilled
 from utils.runs.layout import factor_warning
 from utils.runs.results import ALL_REAL, EVALUATIONS, Record
-from utils.runs.sets import Stored
+from utils.runs.sets import DistilledSet, SetFile
 from utils.system import distributed, process
 from utils.system.device import backends, be_deterministic, device_name, peak_memory, pick_device, set_precision
 from utils.system.draws import Draws
@@ -101,8 +100,8 @@ class Evaluation:
 
     # --- What is evaluated --------------------------------------------------------------------------------------------
 
-    def distilled(self, stored: Stored, images: Tensor, labels: Tensor, soft: Tensor | None) -> Subject:
-        """A set made by condense.py or somebody else, from what exchange.interpret says of it."""
+    def distilled(self, stored: SetFile, images: Tensor, labels: Tensor, soft: Tensor | None) -> Subject:
+        """A set made by condense.py or somebody else, from what sets.interpret says of it."""
         o, dataset = self.o, self.dataset
         factor, decode_type = o.factor or 1, o.decode_type or "single"
         found = training_images(
@@ -132,9 +131,9 @@ class Evaluation:
             },
         )
 
-    def results_of(self, stored: Stored) -> Path:
+    def results_of(self, stored: SetFile) -> Path:
         """Where its results go: a run folder, or for sets from elsewhere, which stay as they are, one of their own."""
-        if stored.card is not None and stored.card_file.name == cards.CARD:
+        if stored.card is not None and stored.card_file.name == CARD:
             return stored.file.parent
         folder = Path(self.o.results_dir) / self.o.dataset / f"evaluated_{stored.file.stem}"
         atomic.make_folder(folder)
@@ -348,7 +347,7 @@ class Evaluation:
 
 def newest(given: Mapping[str, Any]) -> Path:
     """The newest distilled set that the flags allow."""
-    return cards.newest_distilled(
+    return newest_distilled(
         Path(given.get("results_dir", options.RESULTS_DIR)),
         dataset=given.get("dataset"),
         factor=given.get("factor"),
@@ -356,17 +355,16 @@ def newest(given: Mapping[str, Any]) -> Path:
     )
 
 
-def resolve(given: dict[str, Any]) -> tuple[TrainOptions, Stored | None]:
+def resolve(given: dict[str, Any]) -> tuple[TrainOptions, SetFile | None]:
     """Complete options, and the set that they are about, unless it is real images alone."""
     if given.get("coreset") or (given.get("real") and "run" not in given):
         checks.check_alone(given)
         return options.resolve_training(given, None, Path()), None
-    stored = exchange.read(Path(given["run"]) if "run" in given else newest(given))
+    stored = sets.read(Path(given["run"]) if "run" in given else newest(given))
     card = stored.card
     if card is None and not ("factor" in given and ("dataset" in given or "image_folder" in given)):
         raise UsageError(
-            f"{stored.file}: has no {cards.CARD} beside it; say what it is with -d DATASET and -f FACTOR (1 for plain "
-            "images)"
+            f"{stored.file}: has no {CARD} beside it; say what it is with -d DATASET and -f FACTOR (1 for plain images)"
         )
     per_class = len(stored.images) // len(stored.labels.unique())
     o = options.resolve_training(given, card, stored.card_file, ipc=per_class)
@@ -398,13 +396,13 @@ def load(o: TrainOptions, card: Mapping[str, Any] | None) -> Dataset:
     return dataset
 
 
-def interpret(o: TrainOptions, stored: Stored, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Images, labels and soft labels of a set, as exchange.interpret gives them. Raises UserError when set and data set
+def interpret(o: TrainOptions, stored: SetFile, dataset: Dataset) -> DistilledSet:
+    """Images, labels and soft labels of a set, as sets.interpret gives them. Raises UserError when set and data set
     do not fit; a factor that a person said is compared with what the pixels look like."""
-    found = exchange.interpret(stored, dataset, normalized=o.normalized)
+    found = sets.interpret(stored, dataset, normalized=o.normalized)
     checks.check_factor(factor := o.factor or 1, dataset.side)
     decoded = decoded_count(len(found[0]), factor=factor, decode_type=o.decode_type or "single")
-    exchange.must_fit(stored.file, decoded * found[0][0].numel(), f" (decoded with -f {factor})")
+    sets.must_fit(stored.file, decoded * found[0][0].numel(), f" (decoded with -f {factor})")
     if stored.card is None:
         warning = factor_warning(stored.file, found[0], dataset.train.images.cpu(), factor=factor)
         if warning is not None:
@@ -414,14 +412,17 @@ def interpret(o: TrainOptions, stored: Stored, dataset: Dataset) -> tuple[Tensor
 
 def card_of_stranger(o: TrainOptions, dataset: Dataset, ipc: int) -> dict[str, Any]:
     """What data.json would say of a set that has none, as far as flags say it."""
-    return export.card_without_run(
+    mean, std = dataset.statistics
+    return card_without_run(
         dataset=o.dataset,
         image_folder=o.image_folder,
         class_names=dataset.class_names,
         ipc=ipc,
         factor=o.factor or 1,
         decode_type=o.decode_type or "single",
-        normalize=dataset.normalize,
+        mean=mean,
+        std=std,
+        settings={} if o.whiten == "none" else {"whiten": o.whiten},
     )
 
 

@@ -16,41 +16,45 @@ from utils.files import atomic
 from utils.method.evaluation import Score
 from utils.method.formation import decoded_count
 from utils.method.state import State
-from utils.runs import card as cards
-from utils.runs.export import WHITENING
+from utils.runs.card import CARD, card_of_run
 from utils.runs.folder import RunFolder
 from utils.system.errors import printable
 
 
-def card(o: CondenseOptions, dataset: Dataset, spec: NetSpec, state: State, *, finished: bool) -> dict[str, object]:
+def card(
+    o: CondenseOptions,
+    dataset: Dataset,
+    spec: NetSpec,
+    state: State,
+    *,
+    finished: bool,
+    expert_seconds: float | None = None,
+) -> dict[str, object]:
     """data.json: what the set is and how to use it."""
-    return {
-        "about": "Distilled images, stored in data.pt as [images, labels]. To train on them: decode with factor "
-        "and decode_type, then subtract mean and divide by std of normalization, per channel"
-        + (f"; {WHITENING}." if o.whiten == "zca" else "."),
-        "dataset": o.dataset,
-        "image_folder": options.as_saved(o)["image_folder"],
-        "class_names": dataset.class_names,
-        "ipc": o.ipc,
-        "factor": o.factor,
-        "decode_type": o.decode_type,
-        "decoded_per_class": decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type),
-        "shape": list(state.pixels.pixels.shape[2:]),
-        "value_range": [0.0, 1.0],
-        "normalized": False,
-        "normalization": dict(zip(("mean", "std"), map(list, dataset.statistics), strict=True)),
-        "network": dataclasses.asdict(spec),
-        "settings": options.remaining_settings(o),
-        "learned": {name: value[0].item() for name, value in state.match.learned.items()},
-        "outer_iterations": state.it,
-        "seconds": round(state.seconds, 1),
-        "finished": finished,
-    }
+    mean, std = dataset.statistics
+    return card_of_run(
+        dataset=o.dataset,
+        image_folder=options.as_saved(o)["image_folder"],
+        class_names=dataset.class_names,
+        ipc=o.ipc,
+        factor=o.factor,
+        decode_type=o.decode_type,
+        mean=mean,
+        std=std,
+        settings=options.remaining_settings(o),
+        shape=state.pixels.pixels.shape[2:],
+        network=dataclasses.asdict(spec),
+        learned={name: value[0].item() for name, value in state.match.learned.items()},
+        outer_iterations=state.it,
+        seconds=state.seconds,
+        finished=finished,
+        expert_seconds=expert_seconds,
+    )
 
 
 def summary(folder: RunFolder) -> str:
     """What a finished run ends with, read from its data.json."""
-    card = atomic.read_json(folder.path / cards.CARD)
+    card = atomic.read_json(folder.path / CARD)
     rows = []
     for what, key, count in (
         ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),

@@ -256,7 +256,7 @@ class RunFolder:
 
     def save_snapshot(self, it: int, pixels: Tensor) -> None:
         """data_<it>.pt, which stays when the run goes on."""
-        cards.save_set(self.path / cards.SNAPSHOTS.replace("*", f"{it:06}"), pixels)
+        cards.save_set(self.path / cards.snapshot_name(it), pixels)
 
     def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
         """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1], of outer iteration `it`."""
