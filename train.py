@@ -27,7 +27,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from utils.files import atomic
 from utils.files.pictures import COLUMNS
 from utils.method.evaluation import Score, evaluate, gathered
 from utils.method.formation import decoded_count
-from utils.method.images import ImageSet, to_unit
+from utils.method.images import ImageSet, digest, to_unit
 from utils.method.selection import Context
 from utils.method.synthetic import BASELINE, coreset, training_images
 from utils.method.training import fresh_network
@@ -97,6 +97,11 @@ class Evaluation:
         self.device = dataset.device
         self.records: list[Record] = []
         self.board = Board(None)
+
+    @cached_property
+    def digests(self) -> tuple[str, str]:
+        """What training and test images are, by their content."""
+        return digest(self.dataset.train), digest(self.dataset.test)
 
     # --- What is evaluated --------------------------------------------------------------------------------------------
 
@@ -185,13 +190,9 @@ class Evaluation:
 
     def data_identity(self) -> dict[str, Any]:
         """What training and test images are, as far as results depend on it."""
-        folder = self.o.image_folder
         return {
-            "dataset": self.o.dataset,
-            "image_folder": None if folder is None else str(Path(folder).resolve()),
-            "side": self.dataset.side,
-            "training_images": len(self.dataset.train),
-            "test_images": len(self.dataset.test),
+            "training_images": self.digests[0],
+            "test_images": self.digests[1],
             "normalization": [[round(value, 4) for value in values] for values in self.dataset.statistics],
             **({} if self.o.whiten == "none" else {"whiten": self.o.whiten}),
         }
@@ -254,19 +255,17 @@ class Evaluation:
         }
 
     def known(self, spec: NetSpec, subject: Subject) -> Record | None:
-        """The result of an earlier command, where it is the same down to the version of the code; for all real images,
-        of any version."""
-        if self.o.retrain:
+        """The result of an earlier command on all real images; other rows are always trained."""
+        if self.o.retrain or subject.what != ALL_REAL:
             return None
-        file, always = subject.folder / EVALUATIONS, subject.what == ALL_REAL
-        found = results.find(file, self.description(spec, subject), repeat=self.o.repeat, any_version=always)
+        file = subject.folder / EVALUATIONS
+        found = results.find(file, self.description(spec, subject), repeat=self.o.repeat)
         if found is None:
             return None
         if self.o.confusion and not found.get("confusion"):
-            if not always:
-                return None
             log.warning("%s: knows no confusion matrix of %s; --retrain makes one", file, subject.what)
-        log.info("%s on %s: known from %s; --retrain trains again", spec.name, subject.what, file)
+        row = f"{spec.name} on {subject.what}"
+        log.info("%s: known from %s (%s); --retrain trains again", row, file, results.made_by(found))
         return found
 
     def train(self, todo: Sequence[tuple[NetSpec, Subject]], work: Mapping[int, float]) -> dict[int, Record]:

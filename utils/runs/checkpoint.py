@@ -81,9 +81,9 @@ def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
         content = valid_checkpoint(path) if snapshot_iteration(path) is None else load_distilled(path)
     except UserError as error:
         raise UserError(f"{str(error).split(';')[0]}; {REMEDY}") from error
-    return (
-        _of_checkpoint(path, content, options) if isinstance(content, dict) else _of_snapshot(path, *content, options)
-    )
+    if isinstance(content, dict):
+        return _of_checkpoint(path, content, options)
+    return _of_snapshot(path, *content, options)
 
 
 def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]) -> Earlier:
