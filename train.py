@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from utils.runs.pictures import COLUMNS
 
 from data import Dataset
 from models import NetSpec, forward_flop
@@ -38,6 +37,7 @@ from utils.config import build, checks, derived, resolve
 from utils.config.flags import as_argv, make_parser
 from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.files import atomic
+from utils.files.pictures import COLUMNS
 from utils.method.evaluation import Score, evaluate_networks
 from utils.method.formation import Formation
 from utils.method.images import to_unit
@@ -138,7 +138,8 @@ class Evaluation:
             return None
         if self.o.confusion and not record.get("confusion"):
             log.warning("%s: knows no confusion matrix of %s; --retrain makes one", file, data.name)
-        log.info("%s on %s: known from %s; --retrain trains again", spec.name, data.title, file)
+        row = f"{spec.name} on {data.title}"
+        log.info("%s: known from %s (%s); --retrain trains again", row, file, results.made_by(record))
         return record
 
     def _train(self, rows: Sequence[Row], work: Mapping[int, float]) -> dict[int, Record]:

@@ -24,7 +24,6 @@ from torch import Tensor
 from utils.config.flags import Parser
 from utils.config.options import FREE, CondenseOptions
 from utils.files import atomic
-from utils.method.formation import decode
 from utils.runs import card as cards
 from utils.runs import sets as exchange
 from utils.runs.folder import METRICS, OPTIONS
@@ -169,8 +168,9 @@ def decoded(path: Path) -> tuple[list[str], list[Tensor]]:
     if not isinstance(names, list) or int(labels.max()) >= len(names) or not 1 <= factor <= images.shape[-1]:
         raise UserError(f"{path}: its {cards.CARD} does not describe it; draw a run folder of condense.py")
     rows = [images[labels == c] for c in range(len(names))]
+    formation = Formation(factor, card["decode_type"])
     try:
-        rows = [decode(row, factor=factor, decode_type=card["decode_type"]) if len(row) else row for row in rows]
+        rows = [formation.decode(row) if len(row) else row for row in rows]
     except ValueError as error:
         raise UserError(f"{path}: its {cards.CARD} is damaged ({error}); draw a run folder of condense.py") from error
     return [str(name) for name in names], rows

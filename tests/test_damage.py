@@ -198,15 +198,18 @@ def test_options_that_were_never_complete_do_not_block_the_folder(
     assert "nothing had been saved yet, so the run begins again" in capsys.readouterr().out
 
 
-def test_a_changed_json_file_is_refused_until_its_checksum_is_taken_out(finished: Path, tmp_path: Path) -> None:
+def test_an_edited_data_json_is_used_with_a_warning(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
     file = tmp_path / "run" / "data.json"
     file.write_text(file.read_text().replace('"factor": 1', '"factor": 2'))
-    refused(train.main, [str(file.parent)], str(file), "sha256", status=1, unchanged=tmp_path)
+    assert cards.read_card(file)["factor"] == 2
+    assert [message.split(" (")[0] for message in caplog.messages] == [f"{file}: was changed since it was written"]
     content = json.loads(file.read_text())
     del content["sha256"]
     file.write_text(json.dumps(content))
-    assert cards.read_card(file)["factor"] == 2
+    assert cards.read_card(file)["factor"] == 2 and len(caplog.messages) == 1
 
 
 def test_train_refuses_a_damaged_set_and_says_how_to_make_it_again(finished: Path, tmp_path: Path) -> None:

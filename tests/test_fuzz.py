@@ -12,7 +12,7 @@ import string
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import train
+from data import Dataset
 from tests import hostile
 from tests.faults import injected
 from tests.files import Payload, noise
@@ -33,8 +34,8 @@ from utils.files import atomic
 from utils.method.images import Normalize
 from utils.runs import card as cards
 from utils.runs import sets as exchange
+from utils.runs.card import card_without_run
 from utils.runs.checkpoint import read_earlier
-from utils.runs.export import card_without_run
 from utils.runs.layout import factor_warning
 from utils.system.errors import UserError, printable
 
@@ -50,16 +51,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cwd"
 
 
-@dataclass
-class Real:
-    """A data set as far as interpreting needs it."""
+class Real(Dataset):
+    """A data set as far as interpreting needs it, without images."""
 
-    name: str = "digits"
-    channels: int = 1
-    side: int = 8
-    classes: int = 10
-    class_names: list[str] = field(default_factory=lambda: list(string.digits))
-    normalize: Normalize = field(default_factory=lambda: Normalize([0.5], [0.25]))
+    def __init__(self) -> None:
+        self.name, self.folder, self._names = "digits", None, list(string.digits)
+        self.classes, self.channels, self.side = 10, 1, 8
+        self.normalize = Normalize([0.5], [0.25])
 
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -340,7 +338,7 @@ def check_content(place: Path, example: tuple[Any, bool]) -> None:
 
 CARD: dict[str, Any] = {
     **card_without_run(dataset="digits", image_folder=None, class_names=list(string.digits), ipc=1, factor=1,
-                       decode_type="single", normalize=Normalize([0.5], [0.25])),
+                       decode_type="single", mean=[0.5], std=[0.25], settings={}),
     "settings": {"net_type": "convnet", "depth": 2, "epochs": 300, "lr": 0.01, "mixup": "cut"},
 }  # fmt: skip
 ENTRIES_OF_A_CARD = [*CARD, atomic.CHECKSUM, "sessions"]

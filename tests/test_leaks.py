@@ -190,19 +190,22 @@ class Sealed:
 
 
 def seal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Dataset's test split is sealed from now on but for the time of a confusion matrix."""
+    """Every Dataset's test split is sealed from now on but for the time of a confusion matrix or a digest."""
     whole = Dataset.__dict__["test"].func
-    confusion_matrix = evaluation.confusion_matrix
 
-    def unsealed(net: Network, test: ImageSet, compute: Compute) -> Tensor:
-        Sealed.tests_under_way += 1
-        try:
-            return confusion_matrix(net, test, compute)
-        finally:
-            Sealed.tests_under_way -= 1
+    def unsealed(function: Any) -> Any:
+        def called(*given: Any) -> Any:
+            Sealed.tests_under_way += 1
+            try:
+                return function(*given)
+            finally:
+                Sealed.tests_under_way -= 1
+
+        return called
 
     monkeypatch.setattr(Dataset, "test", property(lambda dataset: Sealed(whole(dataset))))
-    monkeypatch.setattr(evaluation, "confusion_matrix", unsealed)
+    monkeypatch.setattr(evaluation, "confusion_matrix", unsealed(evaluation.confusion_matrix))
+    monkeypatch.setattr(train, "digest", unsealed(train.digest))
 
 
 def test_the_test_split_is_read_while_a_trained_network_is_tested_and_at_no_other_time(
@@ -354,14 +357,10 @@ def test_fewer_trainings_than_are_known_are_the_first_ones_not_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = distil(tmp_path / "results", "--eval_every", "0")
-    versions = {**train.process.versions(), "git_commit": "0123456789abcdef"}
-    monkeypatch.setattr(train.process, "versions", lambda: versions)
     for right in (FALLING, RISING):
         argv = ["--device", "cpu", str(folder), "--baselines", "none", "--epochs", "1"]
         with monkeypatch.context() as patch:
             examiner = Examiner(patch, right)
             assert train.main([*argv, "--repeat", "3", "--retrain"]) == 0
-        known = train.results.find(
-            folder / "eval.json", atomic.read_json(folder / "eval.json")["results"][0], repeat=2, any_version=False
-        )
+        known = train.results.find(folder / "eval.json", atomic.read_json(folder / "eval.json")["results"][0], repeat=2)
         assert known is not None and matches(known, examiner.results[:2])

@@ -17,10 +17,9 @@ from torchvision.datasets import ImageFolder
 
 import condense
 import train
-from tests.files import last_json, tree
+from tests.files import image_folder, last_json, noise, save, tree
 from utils.config.flags import make_parser
 from utils.config.options import TrainOptions
-from utils.system import process
 from utils.system.errors import UsageError, UserError
 
 TINY = shlex.split(
@@ -47,26 +46,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("results"))
-
-
-COMMIT = "0123456789abcdef"
-
-
-def at_commit(monkeypatch: pytest.MonkeyPatch, commit: str) -> None:
-    versions = {**process.versions(), "git_commit": commit}
-    monkeypatch.setattr(process, "versions", lambda: versions)
-
-
-@pytest.fixture(autouse=True)
-def changed_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a clone with changes, where nothing but the upper bound is found again."""
-    at_commit(monkeypatch, f"{COMMIT}-dirty")
-
-
-@pytest.fixture
-def clean_code(monkeypatch: pytest.MonkeyPatch, changed_code: None) -> None:
-    """As in a clone without changes, where results of the same commit are found again."""
-    at_commit(monkeypatch, COMMIT)
 
 
 def rows(found: dict[str, Any]) -> list[tuple[object, ...]]:
@@ -137,19 +116,31 @@ def test_the_upper_bound_is_trained_once_and_gives_every_row_its_share(
     assert len(trained) == 3 and last_json(capsys)["results"][1]["accuracies"] == real["accuracies"]
 
 
-def test_a_row_of_the_same_code_is_not_trained_again_but_one_of_other_code_is(
-    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clean_code: None
+def test_rows_other_than_all_real_images_are_always_trained(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*FEW, str(finished), "--baselines", "random", "--seed", "7", "--json"]
+    assert train.main(argv) == 0
+    first = last_json(capsys)["results"]
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "known from" not in out
+    again = json.loads(out.splitlines()[-1])["results"]
+    assert [row["accuracies"] for row in again] == [row["accuracies"] for row in first]
+
+
+def test_real_images_of_another_content_are_trained_on_even_where_their_folder_has_the_same_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [*FEW, str(finished), *ALONE, "--seed", "7", "--json"]
+    root = image_folder(tmp_path / "photos", {"a": 8, "b": 8})
+    argv = [*FEW, "--real", "--image_folder", str(root), "--results_dir", str(tmp_path / "results")]
+    for known in (False, True):
+        assert train.main(argv) == 0
+        assert ("known from" in capsys.readouterr().out) == known
+    moved = root.rename(tmp_path / "moved")
+    argv[argv.index(str(root))] = str(moved)
     assert train.main(argv) == 0
-    first = last_json(capsys)
-    assert train.main(argv) == 0
-    assert "known from" in (out := capsys.readouterr().out)
-    assert json.loads(out.splitlines()[-1])["results"] == first["results"]
-    assert train.main([*argv, "--confusion"]) == 0  # which was not kept
-    assert "known from" not in capsys.readouterr().out
-    at_commit(monkeypatch, f"{COMMIT}-dirty")
-    for _ in range(2):
+    assert "known from" in capsys.readouterr().out
+    for split in ("train", "test"):
+        save(moved / split / "a" / "0.png", noise(8, 8, 3, seed=999))
         assert train.main(argv) == 0
         assert "known from" not in capsys.readouterr().out
 
@@ -170,9 +161,9 @@ def test_a_damaged_eval_json_is_said_and_begun_again(finished: Path, capsys: pyt
 
 @pytest.mark.parametrize("change", [["--lr", "0.02"], ["--epochs", "2"], ["--width", "8"], ["--repeat", "3"]])
 def test_another_protocol_is_another_result(
-    finished: Path, capsys: pytest.CaptureFixture[str], clean_code: None, change: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str]
 ) -> None:
-    argv = [*FEW, str(finished), *ALONE, "--seed", "8"]
+    argv = [*FEW, "--real", "-d", "digits", "--results_dir", str(tmp_path)]
     assert train.main(argv) == 0
     capsys.readouterr()
     assert train.main([*argv, *change]) == 0

@@ -31,7 +31,7 @@ from utils.method.trajectory import TrajectoryStep
 from utils.numerics.compilation import computing
 from utils.runs.board import check_board
 from utils.runs.checkpoint import resumed_from
-from utils.runs.experts import Experts
+from utils.runs.experts import Experts, portions, selected
 from utils.runs.folder import RunFolder
 from utils.system import distributed
 from utils.system.device import be_deterministic, pick_device, set_precision
@@ -39,6 +39,7 @@ from utils.system.distributed import SINGLE, Group, Shard
 from utils.system.draws import Draws
 from utils.system.errors import UsageError, UserError, first_line
 from utils.system.process import Stopped, Stopper
+from utils.system.report import Progress
 
 log = logging.getLogger("dream")
 
@@ -148,12 +149,49 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
             )
         return None
     try:
-        train_missing(experts, o, problem.data, problem.spec, stopper)
+        _train_missing(experts, o, problem, stopper)
     except Stopped as stop:
         log.info("stopped (%s), the experts are saved in %s; %s", stop, experts.folder, resolve.how_to_go_on(o))
         return stopper.status
     log.info("the experts are ready in %s", experts.folder)
     return None
+
+
+def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopper: Stopper) -> None:
+    """Train the experts that are missing. Raises Stopped on request, after saving; the same command goes on."""
+    if not experts.missing():
+        return
+    real, device, spec = problem.data.train, problem.data.device, problem.spec
+    with stopper, experts.held():
+        done, total = experts.done(), o.experts * o.expert_epochs
+        compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
+        log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
+        with Progress(total, "training experts", "epoch", keep=True) as progress:
+            progress.start_at(done)
+            for k in experts.missing():
+                net = fresh_network(spec, _expert_draws(o, device, "network", k))
+                trainer = Trainer([net], [real], derived.update_recipe(o), compute)
+                for e in experts.epochs_left(k, trainer, stopper.reason):
+                    _train_epoch(trainer, o, real, k, e)
+                    progress.advance()
+                stopper.check()
+
+
+def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
+    """Epoch e of expert k: on all real images, or with --select on as many that are selected anew every few batches."""
+    if o.select == "random":
+        trainer.all_images([_expert_draws(o, real.device, k, e)])
+        return
+    for number, count in enumerate(portions(len(trainer), o.batch_real, o.interval)):
+        draws = _expert_draws(o, real.device, k, e, number)
+        selecting = _expert_draws(o, real.device, "select", k, e, number)
+        context = Context(trainer.nets[0], real, selecting, trainer.compute.cheapest(), o.cluster_raw, o.kmeans)
+        trainer.epoch(selected(context, count, o.select, draws), [draws])
+
+
+def _expert_draws(o: CondenseOptions, device: torch.device, *position: int | str) -> Draws:
+    """Random numbers of one moment in the training of experts; they do not depend on --seed."""
+    return Draws(device, o.expert_seed, "expert", *position)
 
 
 # --- A run ------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
 
 
 def shares_update(o: CondenseOptions, spec: NetSpec) -> bool:
-    """Whether ranks share a network's mini-batches by --share_update; auto: where a batch is worth the communication."""
+    """Whether ranks share network updates, by --share_update; auto: where a mini-batch is worth the communication."""
     if o.share_update != "auto":
         return o.share_update == "on"
     return 3 * o.batch_real * forward_flop(spec) >= SHARED_FLOP
@@ -189,8 +189,8 @@ def diverged(o: CondenseOptions, error: NotFinite, class_names: Sequence[str], r
     names = [class_names[c] for c in error.classes]
     where = f", class {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else ", in the network"
     return (
-        f"NaN or infinity in the matching loss, the pixels or the network, in outer iteration {error.it}, by inner step "
-        f"{error.step}{where}, with --lr_img {o.lr_img:g} --mom_img {o.mom_img:g} --lr {o.lr:g} --precision "
+        f"NaN or infinity in the matching loss, the pixels or the network, in outer iteration {error.it}, by inner "
+        f"step {error.step}{where}, with --lr_img {o.lr_img:g} --mom_img {o.mom_img:g} --lr {o.lr:g} --precision "
         f"{o.precision}. Nothing of this state was saved. To go on from the last sound state with a lower rate, add "
         f"--resume_from {run} --lr_img {o.lr_img / 2:g} --tag NAME, or name an earlier data_<iteration>.pt "
         "(--snapshot_every)"

@@ -200,8 +200,10 @@ def networks(
     names = options.net_type or ["convnet"]
     for name in dict.fromkeys(models.PAPER_TABLE if ALL_NETWORKS in names else names):
         settings = concerning({**own, "net_type": distilled_with}, name)
-        replaced = dataclasses.replace(options, **{k: settings.get(k) for k in own})
-        specs.append(network(replaced, name, channels=channels, classes=classes, side=side))
+        replaced: dict[str, Any] = {k: settings.get(k) for k in own}
+        specs.append(
+            network(dataclasses.replace(options, **replaced), name, channels=channels, classes=classes, side=side)
+        )
     return specs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -122,6 +123,14 @@ def to_unit(x: Tensor) -> Tensor:
 def starts(counts: Sequence[int]) -> list[int]:
     """Where each class begins among images that are grouped by class."""
     return [0, *itertools.accumulate(counts)][: len(counts)]
+
+
+def digest(images: ImageSet) -> str:
+    """SHA-256 of a set's images and labels, in hexadecimal digits: the same for the same content in the same order."""
+    total = hashlib.sha256(f"{images.images.dtype} {tuple(images.images.shape)}".encode())
+    for chunk in (*images.images.split(EXACT), images.labels):  # a copy of everything might not fit beside a GPU
+        total.update(chunk.cpu().contiguous().numpy())
+    return total.hexdigest()
 
 
 class ImageSet:

@@ -61,7 +61,7 @@ class State:
     # --- The steps of Algorithm 1 -------------------------------------------------------------------------------------
 
     def begin_iteration(self, net: Network) -> None:
-        """Begin an outer iteration with a fresh network and pixels back in [0, 1]; their velocity stays, as published."""
+        """Begin an outer iteration: a fresh network, pixels back in [0, 1]. Their velocity stays, as published."""
         self.trainer.restart(net)
         self.optimizer.clamp()
         self.losses.zero_()

@@ -290,7 +290,7 @@ class RunFolder:
     @rank_zero_only
     def save_snapshot(self, it: int, pixels: Tensor) -> None:
         """data_<it>.pt, which stays when the run goes on."""
-        cards.save_set(self.path / cards.SNAPSHOTS.replace("*", f"{it:06}"), pixels)
+        cards.save_set(self.path / cards.snapshot_name(it), pixels)
 
     @rank_zero_only
     def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:

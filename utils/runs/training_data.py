@@ -13,6 +13,7 @@ from typing import Any
 
 from data import Dataset
 from models import NetSpec
+from utils.files.atomic import make_folder
 from utils.method.formation import Formation, training_images
 from utils.method.images import ImageSet, digest
 from utils.method.selection import BASELINE, Context, coreset
@@ -94,7 +95,7 @@ class TrainingDataOf:
     def _made(self, name: str) -> Path:
         """A folder for results, made."""
         folder = Path(self.results_dir) / self.data.name / name
-        atomic.make_folder(folder)
+        make_folder(folder)
         return folder
 
     def baselines(self, ours: TrainingData, strategies: Sequence[str]) -> list[TrainingData]:
