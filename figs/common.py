@@ -24,6 +24,7 @@ from torch import Tensor
 from utils.config.flags import Parser
 from utils.config.options import FREE, CondenseOptions
 from utils.files import atomic
+from utils.method.formation import Formation
 from utils.runs import card as cards
 from utils.runs import sets as exchange
 from utils.runs.folder import METRICS, OPTIONS

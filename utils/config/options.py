@@ -207,8 +207,8 @@ class CondenseOptions(Options):
         help="the student's learning rate to begin with; it is learned")
     lr_step: float = _trajectories(1e-5, parse=number(), metavar="RATE", help="at this rate")
     share_update: str = _run("auto", choices=("auto", "on", "off"),
-        help="under torchrun, whether each rank trains the network on the images of its own classes (on), or every rank "
-             "on all images (off); auto shares mini-batches that are large enough to be worth the communication")
+        help="under torchrun, whether each rank trains the network on the images of its own classes (on), or every "
+             "rank on all images (off); auto shares mini-batches that are large enough to be worth sending gradients")
     eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
         help="outer iterations between evaluations, the start included; 0: only at the end")
     snapshot_every: int = _run(0, parse=integer(0), metavar="N",
