@@ -41,7 +41,7 @@ from utils.config import derived as recipes
 from utils.config.flags import make_parser
 from utils.config.options import TrainOptions
 from utils.files import atomic
-from utils.files.pictures import COLUMNS
+from utils.files.imagefiles import GRID_COLUMNS
 from utils.method.evaluation import Score, evaluate, gathered
 from utils.method.formation import decoded_count
 from utils.method.images import ImageSet, digest, to_unit
@@ -318,7 +318,7 @@ class Evaluation:
         """The first training's first images of every class, on the board."""
         if self.board.on:
             train = subject.training_set(self.specs[0], 0)
-            count = min(COLUMNS, *train.counts)
+            count = min(GRID_COLUMNS, *train.counts)
             shown = torch.stack([to_unit(train.of_class(c)[:count]) for c in range(train.classes)])
             if count:
                 self.board.images(0, **{f"training images/{subject.title}": shown})

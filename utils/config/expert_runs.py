@@ -10,8 +10,8 @@ import torch
 
 from data import Dataset
 from models import NetSpec, forward_flop
-from utils.config import derived as recipes
 from utils.config import options
+from utils.config.derived import update_augmentation, update_recipe
 from utils.config.options import CondenseOptions
 from utils.files import atomic
 from utils.method.images import ImageSet
@@ -36,11 +36,11 @@ def experts_for(o: CondenseOptions, spec: NetSpec) -> Experts:
     """The experts that a run matches, trained or not. Raises UserError when their folder cannot be used."""
     saved = options.as_saved(o)
     names = (*NEEDED, *(SELECTED if o.select != "random" else ()))
-    recipe = recipes.update_recipe(o)
+    recipe = update_recipe(o)
     identity = {
         **{name: saved[name] for name in names},
         "network": dataclasses.asdict(spec),
-        "augmentation": recipes.update_augmentation(o),
+        "augmentation": update_augmentation(o),
         **{name: getattr(recipe, name) for name in ("mixup", "lr", "momentum", "weight_decay")},
     }
     name = f"experts_{spec.name}_{o.select}_{atomic.checksum(identity)[:8]}"
@@ -50,8 +50,8 @@ def experts_for(o: CondenseOptions, spec: NetSpec) -> Experts:
 def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
     """Floating-point operations of training all experts on `real` images."""
     batches = -(-real // o.batch_real)
-    selected = -(-batches // o.interval) * real if o.select != "random" else 0
-    return forward_flop(spec) * o.experts * o.expert_epochs * (3 * real + selected)
+    selecting = -(-batches // o.interval) * real if o.select != "random" else 0
+    return forward_flop(spec) * o.experts * o.expert_epochs * (3 * real + selecting)
 
 
 def train_experts(experts: Experts, o: CondenseOptions, dataset: Dataset, spec: NetSpec, stopper: Stopper) -> None:
@@ -67,7 +67,7 @@ def train_experts(experts: Experts, o: CondenseOptions, dataset: Dataset, spec: 
             progress.start_at(done)
             for k in experts.missing():
                 net = fresh_network(spec, expert_draws(o, device, "network", k))
-                trainer = Trainer([net], [real], recipes.update_recipe(o), compute)
+                trainer = Trainer([net], [real], update_recipe(o), compute)
                 for e in experts.epochs_left(k, trainer, stopper.reason):
                     train_epoch(trainer, o, real, k, e)
                     progress.advance()
