@@ -37,7 +37,7 @@ from utils.config import build, checks, derived, resolve
 from utils.config.flags import as_argv, make_parser
 from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.files import atomic
-from utils.files.pictures import COLUMNS
+from utils.files.imagefiles import GRID_COLUMNS
 from utils.method.evaluation import Score, evaluate_networks
 from utils.method.formation import Formation
 from utils.method.images import to_unit
@@ -183,7 +183,7 @@ class Evaluation:
         """Show the first training's first images of every class on TensorBoard."""
         if self.board.on:
             train = data.training_set(self.specs[0], 0)
-            if count := min(COLUMNS, *train.counts):
+            if count := min(GRID_COLUMNS, *train.counts):
                 shown = torch.stack([to_unit(train.of_class(c)[:count]) for c in range(train.classes)])
                 self.board.images(0, **{f"training images/{data.title}": shown})
 

@@ -119,7 +119,12 @@ class Experts:
 
     def _fits(self, rows: object) -> bool:
         """Whether these are the rows of a trajectory, (epochs done + 1, P)."""
-        if not isinstance(rows, Tensor) or not is_plain(rows) or rows.dtype != torch.get_default_dtype() or rows.dim() != 2:
+        if (
+            not isinstance(rows, Tensor)
+            or not is_plain(rows)
+            or rows.dtype != torch.get_default_dtype()
+            or rows.dim() != 2
+        ):
             return False
         return 1 <= len(rows) <= self.epochs + 1 and bool(rows.isfinite().all())
 

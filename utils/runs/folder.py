@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from models import NetSpec
-from utils.files import atomic, pictures, tensors
+from utils.files import atomic, tensors
+from utils.files.imagefiles import grid_png
 from utils.files.lock import locked
 from utils.method.evaluation import Score
 from utils.runs import card as cards
@@ -296,8 +297,8 @@ class RunFolder:
     def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
         """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1], of outer iteration `it`."""
         self.board.images(it, stored=stored, decoded=decoded)
-        atomic.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
-        atomic.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))
+        atomic.write_atomically(self.path / f"stored_{when}.png", grid_png(stored))
+        atomic.write_atomically(self.path / f"decoded_{when}.png", grid_png(decoded))
 
     @rank_zero_only
     def say_results(self, before: str = "", after: str = "") -> None:
