@@ -264,7 +264,7 @@ class Dataset:
         self._drop_others()
         images = self._train[0]  # there until `train` is: it asks for the normalisation first
         log.info("whitening: the covariance of %d images of %d numbers", sum(self.counts), images[0].numel())
-        return Whiten.of(images, mean, std, self.device, add=self._all_reduce_sum)
+        return Whiten.of(images, mean, std, self.device, all_reduce_sum=self._all_reduce_sum)
 
     @property
     def statistics(self) -> tuple[Sequence[float], Sequence[float]]:

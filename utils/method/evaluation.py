@@ -1,6 +1,6 @@
 """Evaluation of a small training set: networks trained on it from scratch, each tested once, after its last epoch.
 
-There is no choice among test results anywhere: not among epochs, not among repeats.
+No test result is ever chosen: neither the best of the epochs nor the best of the repeats.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils.system.errors import UserError
 from utils.system.process import Stopper
 from utils.system.report import Progress
 
-LOSSES = 50  # points of a training's loss curve
+LOSSES = 50  # points of a training's loss curve, about
 TOGETHER = 4096  # images of a set up to which trainings run side by side; a larger one fills the machine by itself
 
 
@@ -32,19 +32,21 @@ class Score:
     """Test accuracies in per cent, one per training, and the confusion matrix summed over the trainings."""
 
     accuracies: tuple[float, ...]
-    confusion: Tensor | None = field(default=None, compare=False, repr=False)  # see confusion_matrix
+    confusion: Tensor | None = field(default=None, compare=False, repr=False)  # (classes, classes), true by predicted
 
     @property
     def n(self) -> int:
+        """Number of trainings."""
         return len(self.accuracies)
 
     @property
     def mean(self) -> float:
+        """Mean test accuracy in per cent."""
         return statistics.fmean(self.accuracies)
 
     @property
     def std(self) -> float | None:
-        """The sample standard deviation (n - 1); None for a single training."""
+        """Sample standard deviation of the accuracies (n - 1 degrees of freedom); None for a single training."""
         return statistics.stdev(self.accuracies) if self.n > 1 else None
 
     def __str__(self) -> str:
@@ -52,7 +54,7 @@ class Score:
         return f"{self.mean:.1f}{spread} (n={self.n})"
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON files."""
+        """Mean, standard deviation, n and single accuracies, rounded, as entries of a JSON file."""
         return {
             "accuracy_mean": round(self.mean, 4),
             "accuracy_std": None if self.std is None else round(self.std, 4),
@@ -61,7 +63,7 @@ class Score:
         }
 
     def all_reduce(self, trainings: Sequence[int], group: Group, *, repeat: int) -> Score:
-        """The score of all `repeat` trainings, from each rank's score of the trainings that it did."""
+        """Score of all `repeat` trainings, from each rank's score of its own; trainings: the numbers of these."""
         accuracies = torch.zeros(repeat, dtype=torch.float64)
         accuracies[list(trainings)] = torch.tensor(self.accuracies, dtype=torch.float64)
         assert self.confusion is not None
@@ -83,9 +85,10 @@ def evaluate_networks(
 ) -> Score:
     """Train fresh networks and test each once, under a progress bar.
 
-    training_set(r) gives training number r its images. The trainings are independent of each other: side by side, in
-    turn or on other ranks they give the same. on_loss(r, epoch, loss) is told the loss of a network on its own images,
-    LOSSES times in a training. Raises Stopped between two epochs when a signal asks for it, UserError for NaN.
+    training_set(r) returns the images of training number r. Trainings are independent: their results do not depend on
+    whether they run side by side, one after the other or on other ranks. on_loss(r, epoch, loss) is called about LOSSES
+    times in a training, with the mean loss of the network on its own images. Raises Stopped between two epochs when a
+    signal asks for it, and UserError when a network's weights are NaN.
     """
     with Progress(len(trainings) * recipe.epochs, title, "epoch") as progress:
         with progress.paused():  # selecting real images may take longer than training on them

@@ -26,14 +26,15 @@ class Formation:
     factor: f; a stored image holds f x f cells. decode_type, one of DECODE_TYPES:
     single: every stored image with factor f, f^2 images each.
     multi:  every stored image with each of the factors f, f - 1, ..., 1.
-    bound:  every stored image with one factor: f for as many as keep a class within BOUND images, smaller ones after.
+    bound:  every stored image with one factor: f for the first ones, as long as a class stays within BOUND training
+            images, then smaller factors.
     """
 
     factor: int = 1
     decode_type: str = "single"
 
     def decode(self, stored: Tensor) -> Tensor:
-        """Training images of stored ones, (..., ipc, C, H, W) -> (..., S, C, H, W) with S = decoded_count(ipc)."""
+        """Training images of stored ones: (..., ipc, C, H, W) -> (..., S, C, H, W), S = decoded_count(ipc)."""
         parts = [_decode_grid(stored[..., rows, :, :, :], f) for rows, f in self._portions(stored.shape[-4])]
         return torch.cat(parts, -4) if len(parts) > 1 else parts[0]
 
@@ -46,16 +47,17 @@ class Formation:
         return [i for rows, f in self._portions(ipc) for i in range(ipc)[rows] for _ in range(f * f)]
 
     def _portions(self, ipc: int) -> list[tuple[slice, int]]:
-        """Rows of stored images, and the factor that each such portion is decoded with."""
-        everything, factor = slice(0, ipc), self.factor
+        """Slices of a class's stored images, each with the factor that it is decoded with."""
+        all_rows, factor = slice(0, ipc), self.factor
         if self.decode_type == "single":
-            return [(everything, factor)]
+            return [(all_rows, factor)]
         if self.decode_type == "multi":
-            return [(everything, f) for f in range(factor, 0, -1)]
+            return [(all_rows, f) for f in range(factor, 0, -1)]
         if self.decode_type != "bound":
             raise ValueError(f"unknown decode type {self.decode_type!r}: choose one of {', '.join(DECODE_TYPES)}")
         portions = []
-        done, spare = 0, max(BOUND - ipc, 0)  # spare: images beyond the one that every stored image gives
+        # spare: training images left of BOUND when every stored image gives one; a factor f takes f^2 - 1 of them.
+        done, spare = 0, max(BOUND - ipc, 0)
         for f in range(factor, 1, -1):
             count = min(ipc - done, spare // (f * f - 1))
             if count:
@@ -67,7 +69,7 @@ class Formation:
 
 
 def _decode_grid(stored: Tensor, factor: int) -> Tensor:
-    """Every cell upsampled to full size, (..., n, C, H, W) -> (..., n * factor^2, C, H, W).
+    """Cells of stored images, each upsampled to full size: (..., n, C, H, W) -> (..., n * factor^2, C, H, W).
 
     The cells of a stored image stay together, in reading order.
     """
@@ -84,9 +86,9 @@ def _decode_grid(stored: Tensor, factor: int) -> Tensor:
 
 
 def pack(images: Tensor, *, factor: int) -> Tensor:
-    """Stored images of training ones, (..., ipc * f^2, C, H, W) -> (..., ipc, C, H, W): shrink and tile ("mix").
+    """Stored images, of training images shrunk and tiled ("mix"): (..., ipc * f^2, C, H, W) -> (..., ipc, C, H, W).
 
-    The inverse of decoding up to the resolution that shrinking loses.
+    Decoding inverts it, up to the resolution that shrinking loses.
     """
     if factor == 1:
         return images
@@ -105,7 +107,10 @@ def pack(images: Tensor, *, factor: int) -> Tensor:
 
 
 def cell_edges(side: int, factor: int) -> list[tuple[int, int]]:
-    """Where the cells of one axis begin and end; their sizes differ by one pixel where `factor` does not divide."""
+    """(start, end) of every cell along an axis of `side` pixels.
+
+    Where `factor` does not divide `side`, cells differ by one pixel.
+    """
     edges = [i * side // factor for i in range(factor + 1)]
     return list(itertools.pairwise(edges))
 
@@ -119,10 +124,10 @@ def training_images(
     classes: int,
     normalize: Normalize,
 ) -> ImageSet:
-    """The set that networks are trained on, from stored images (N, C, H, W) in [0, 1] with labels (N,).
+    """Training set that stored images decode to: (N, C, H, W) in [0, 1] with labels (N,) int64.
 
-    soft: (N, classes) probabilities whose most probable classes are the labels; an image inherits those of the stored
-    image that it is decoded from. Decoding is per class, so classes may have different numbers of images.
+    soft: None, or (N, classes) soft labels; every training image takes those of the stored image that it comes from.
+    Decoding is per class, so classes may have different numbers of images.
     """
     decoded, sources = [], []
     for c in labels.unique().tolist():

@@ -20,10 +20,10 @@ PER_CLASS = ("pixels", "velocity", "picks", "losses")  # entries of a checkpoint
 
 
 class NotFinite(ArithmeticError):
-    """Losses, pixels or weights are NaN or infinite: where, and in which classes."""
+    """Losses, pixels or weights are NaN or infinite; says where in the run, and in which classes."""
 
     def __init__(self, it: int, step: int, classes: list[int]) -> None:
-        """it, step: outer iteration, counted from one, and inner steps done in it. classes: empty for the network."""
+        """Name the outer iteration, counted from one, the inner steps done in it, and the classes (or no class)."""
         super().__init__(f"outer iteration {it}, inner step {step}")
         self.it, self.step, self.classes = it, step, classes
 
@@ -32,7 +32,7 @@ class NotFinite(ArithmeticError):
 class State:
     """All that a run needs to go on; everything else, random numbers included, follows from options and position.
 
-    It holds the rows of this rank's classes; `state_dict` gathers those of all classes.
+    Tensors hold the rows of this rank's classes; `state_dict` gathers those of all classes.
     """
 
     optimizer: PixelSGD  # of the synthetic pixels
@@ -61,22 +61,22 @@ class State:
     # --- The steps of Algorithm 1 -------------------------------------------------------------------------------------
 
     def begin_iteration(self, net: Network) -> None:
-        """Begin an outer iteration: a fresh network, pixels back in [0, 1]. Their velocity stays, as published."""
+        """Begin an outer iteration: a fresh network, pixels clamped to [0, 1]. Their velocity stays, as published."""
         self.trainer.restart(net)
         self.optimizer.clamp()
         self.losses.zero_()
 
     def selection_due(self, interval: int, inner_loop: int) -> bool:
-        """Whether real images are to be selected before the next inner step.
+        """Whether real images are to be selected before the next inner step (Sec. 3.3).
 
-        Every `interval` inner steps of an outer iteration, its first one included; with longer intervals than an outer
-        iteration, every `interval` inner steps of the run.
+        They are every `interval` inner steps of an outer iteration, its first step included. An interval longer than
+        an outer iteration counts the inner steps of the run instead.
         """
         taken = self.step if interval <= inner_loop else self.it * inner_loop + self.step
         return not self.selected or taken % interval == 0
 
     def set_picks(self, picks: Tensor) -> None:
-        """Match against these real images from now on; picks: (classes, batch_real) positions."""
+        """Match against these real images from now on; picks: (classes, batch_real) positions in the real set."""
         self.picks.copy_(picks)
         self.selected = True
 
@@ -87,7 +87,10 @@ class State:
             self.it, self.step = self.it + 1, 0
 
     def mean_loss(self, inner_loop: int) -> float:
-        """Matching distance per class and inner step of this outer iteration. Raises NotFinite for NaN and infinity."""
+        """Mean matching distance per class and inner step of this outer iteration.
+
+        Raises NotFinite when losses, pixels or weights are NaN or infinite, on any rank.
+        """
         it, steps = (self.it + 1, self.step) if self.step else (self.it, inner_loop)  # counted from one
         finite = torch.isfinite(self.losses) & torch.isfinite(self.optimizer.pixels.flatten(1)).all(1)  # (classes,)
         wrong = self.shard.all_gather((~finite).byte()).tolist()
@@ -99,7 +102,7 @@ class State:
     # --- Saving and going on ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint's content for all classes, tensors and plain values only: the same whichever rank owns them."""
+        """Content of a checkpoint: tensors and plain values of all classes, independent of which rank owns them."""
         rows = {
             "pixels": self.optimizer.pixels,
             "velocity": self.optimizer.velocity,
@@ -119,8 +122,10 @@ class State:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over a checkpoint's content. Raises KeyError, IndexError, RuntimeError, TypeError or ValueError when it
-        does not fit this run."""
+        """Take over a checkpoint's content.
+
+        Raises KeyError, IndexError, RuntimeError, TypeError or ValueError when it does not fit this run.
+        """
         rows = {name: self.shard.local(saved[name]) for name in PER_CLASS}
         self.begin_from(saved["pixels"], saved["velocity"], saved["learned"], it=saved["it"], seconds=saved["seconds"])
         self.net.load_state_dict(saved["net"])
@@ -136,7 +141,7 @@ class State:
         """Take over another run's pixels and their velocity at the beginning of outer iteration `it`.
 
         pixels, velocity: of all classes, (classes, ipc, C, H, W). learned: what else was learned; entries that this
-        run does not learn are left out.
+        run does not learn are ignored. seconds: of distilling that it took.
         """
         with torch.no_grad():
             self.optimizer.pixels.copy_(self.shard.local(pixels))
