@@ -32,9 +32,9 @@ log = logging.getLogger("dream")
 T = TypeVar("T")
 P = ParamSpec("P")
 
-WHOLE_NUMBERS = {1: torch.uint8, 2: torch.uint8, 4: torch.int32, 8: torch.int64}  # that hold an element's bits
-ERROR = "error"  # where the first rank that fails says why
-LAST_WORDS = 5.0  # seconds that torchrun lets another rank speak, which it ends when the first one has ended
+INTEGERS = {1: torch.uint8, 2: torch.uint8, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+ERROR = "error"  # key of the store under which the first rank that fails says why
+LAST_WORDS = 5.0  # seconds before a failed rank ends: torchrun then ends the others, which may have more to say
 _group: Group | None = None
 
 
@@ -76,19 +76,19 @@ def local_rank() -> int | None:
 
 
 def message_of_rank(message: str, *, lost: bool = False) -> str | None:
-    """An error message with this process's rank before it, or None where another rank has reported it.
+    """Error message with this process's rank before it, or None where another rank has reported the error.
 
-    lost: whether the message is that another rank has ended, which may have said why.
+    lost: whether the message is that another rank has ended, which may have said why. Waits before it returns None.
     """
     if not launched():
         return message
-    if _group is None:  # a command line that is wrong is wrong for all
-        said = message if is_first() else None
+    if _group is None:  # a wrong command line is wrong on all ranks
+        text = message if is_first() else None
     else:
-        said = None if _group.reported(message, lost) else f"rank {_group.rank}: {message}"
-    if said is None:
+        text = None if _group.reported(message, lost) else f"rank {_group.rank}: {message}"
+    if text is None:
         time.sleep(LAST_WORDS)
-    return said
+    return text
 
 
 # --- The group --------------------------------------------------------------------------------------------------------
@@ -96,10 +96,10 @@ def message_of_rank(message: str, *, lost: bool = False) -> str | None:
 
 @contextmanager
 def process_group(backends: str, *, minutes: float) -> Iterator[Group]:
-    """The group of all processes that torchrun started, while the block runs; a group of one without torchrun.
+    """Connect all processes that torchrun started while the block runs, and yield their group; alone without torchrun.
 
-    backends: torch.distributed's, including one for CPU tensors. minutes: the longest that a rank waits for the others.
-    Raises UserError when the ranks do not find each other.
+    backends: those of torch.distributed, one for CPU tensors among them. minutes: time-out of every collective
+    operation. Raises UserError when the ranks do not find each other.
     """
     global _group
     if not launched():
@@ -108,21 +108,23 @@ def process_group(backends: str, *, minutes: float) -> Iterator[Group]:
     timeout = timedelta(minutes=minutes)
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(
-            f"attempt {restart_count()}", store
-        )  # a restart may meet the old store, with addresses of dead ranks
+        # After a restart the old store may still be there, with addresses of dead ranks.
+        store = dist.PrefixStore(f"attempt {restart_count()}", store)
         dist.init_process_group(backends, store=store, rank=rank, world_size=count, timeout=timeout)
     except RuntimeError as error:
         raise UserError(f"torchrun: the ranks do not find each other ({first_line(error)})") from error
     _group = Group(rank, count, store)
     yield _group
-    # Not after an error: those that are still at work would be waited for. The end of the process does it.
+    # Not after an error: it would wait for ranks that are still at work. The end of the process closes the group then.
     dist.destroy_process_group()
     _group = None
 
 
 class Group:
-    """This rank among all of a run, and its collective operations. `sent` counts the bytes given to other ranks."""
+    """A rank's view of all ranks of a run: collective operations, and how work is shared.
+
+    `sent` counts the bytes that this rank has given to collective operations.
+    """
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None) -> None:
         self.rank, self.count, self.sent = rank, count, 0
@@ -131,38 +133,40 @@ class Group:
 
     @property
     def alone(self) -> bool:
+        """Whether this is the only rank."""
         return self.count == 1
 
     # --- Collective operations ----------------------------------------------------------------------------------------
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
+        """Sum of a tensor over all ranks, in place."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
     def all_reduce_disjoint(self, x: Tensor) -> Tensor:
-        """Sum of tensors of which every element is zero on all ranks but one, in place and bit for bit."""
+        """Sum over all ranks of a tensor whose every element is zero on all ranks but one, in place and bit for bit."""
         if not self.alone:
-            self.all_reduce_sum(x.view(WHOLE_NUMBERS[x.element_size()]))  # as numbers -0.0 + 0.0 would be 0.0
+            self.all_reduce_sum(x.view(INTEGERS[x.element_size()]))  # as floats, -0.0 + 0.0 would be 0.0
         return x
 
     def all_reduce_max(self, *values: float) -> list[float]:
         """Maximum of each value over all ranks."""
         return self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
 
-    def broadcast(self, find: Callable[[], T]) -> T:
-        """The result of a function that rank 0 calls, on every rank: CPU tensors, plain values, lists and dicts of them.
+    def broadcast(self, function: Callable[[], T]) -> T:
+        """Result of a function that rank 0 alone calls, on every rank.
 
-        A UserError that the function raises on rank 0 is raised on every rank.
+        It consists of CPU tensors, plain values, lists and dicts. A UserError that the function raises on rank 0 is
+        raised on every rank.
         """
         if self.alone:
-            return find()
-        found: Any = None
+            return function()
+        outcome: Any = None  # [result or message, exit status of the error or 0]
         if self.rank == 0:
             try:
-                found = [find(), 0]
+                outcome = [function(), 0]
             except UserError as error:
-                found = [str(error), error.status]
-        content = _packed(found) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+                outcome = [str(error), error.status]
+        content = _packed(outcome) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(content)])
         self._waiting(lambda: dist.broadcast(size, 0))
         if self.rank != 0:
@@ -170,8 +174,8 @@ class Group:
         self._waiting(lambda: dist.broadcast(content, 0))
         self.sent += len(content)
         if self.rank != 0:
-            found = _unpacked(content)
-        result, status = found
+            outcome = _unpacked(content)
+        result, status = outcome
         if status:
             raise (UsageError if status == UsageError.status else UserError)(result)
         return result
@@ -190,6 +194,7 @@ class Group:
         return x
 
     def _waiting(self, collective: Callable[[], object]) -> None:
+        """Run a collective operation. Raises LostRank when another rank has ended or does not answer in time."""
         try:
             collective()
         except RuntimeError as error:
@@ -205,7 +210,10 @@ class Group:
         return balanced(work, self.count)[self.rank]
 
     def shard(self, work: Sequence[float]) -> Shard:
-        """This rank's classes, balanced by the cost of each. Raises UsageError when there are fewer classes than ranks."""
+        """Classes of this rank, balanced by the cost of each; also notes those of all ranks in `shares`.
+
+        Raises UsageError when there are fewer classes than ranks.
+        """
         if len(work) < self.count:
             raise UsageError(
                 f"torchrun: {self.count} ranks cannot share {len(work)} classes, which are not divided; start "
@@ -216,7 +224,7 @@ class Group:
 
 
 class Shard:
-    """The classes that one rank owns, in ascending order, among all classes."""
+    """Classes that a rank owns, in ascending order, among `total` classes."""
 
     def __init__(self, group: Group, classes: list[int], total: int) -> None:
         self.group, self.classes, self.total = group, classes, total
@@ -225,9 +233,9 @@ class Shard:
         """Rows of all classes (classes, ...) on every rank, from each rank's rows of its own classes (own, ...)."""
         if self.group.alone:
             return rows
-        found = rows.new_zeros(self.total, *rows.shape[1:])
-        found[self.classes] = rows
-        return self.group.all_reduce_disjoint(found)
+        gathered = rows.new_zeros(self.total, *rows.shape[1:])
+        gathered[self.classes] = rows
+        return self.group.all_reduce_disjoint(gathered)
 
     def local(self, rows: Tensor) -> Tensor:
         """Rows of this rank's classes, from rows of all classes."""
@@ -235,26 +243,26 @@ class Shard:
 
 
 def balanced(work: Sequence[float], count: int) -> list[list[int]]:
-    """Work items dealt out to `count` ranks: the most expensive first, always to the rank with the least work."""
-    found: list[list[int]] = [[] for _ in range(count)]
+    """Indices of work items for each of `count` ranks: the costliest first, always to the rank with the least work."""
+    shares: list[list[int]] = [[] for _ in range(count)]
     load = [0.0] * count
-    for piece in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        least = min(range(count), key=lambda r: (load[r], len(found[r]), r))
-        found[least].append(piece)
-        load[least] += work[piece]
-    return [sorted(pieces) for pieces in found]
+    for item in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        least = min(range(count), key=lambda r: (load[r], len(shares[r]), r))
+        shares[least].append(item)
+        load[least] += work[item]
+    return [sorted(items) for items in shares]
 
 
 SINGLE = Group()
 
 
 def _packed(content: Any) -> Tensor:
-    """Tensors and plain values as bytes, (n,) uint8, for another rank."""
+    """Bytes of tensors and plain values, (n,) uint8, for another rank."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
 def _unpacked(content: Tensor) -> Any:
-    """What `_packed` made bytes of, on the CPU."""
+    """Content that `_packed` made bytes of, with tensors on the CPU."""
     return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
