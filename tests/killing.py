@@ -37,8 +37,8 @@ from typing import Any, NoReturn, TypeVar
 from torch.distributed import TCPStore
 
 from tests import sabotage
-from tests.faults import Fault
 from tests.outcome import Outcome, metrics, outcome
+from tests.tally import Fault
 from utils.files import atomic
 
 ROOT = Path(__file__).resolve().parent.parent

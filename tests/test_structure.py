@@ -127,7 +127,9 @@ def test_dependencies_have_one_direction() -> None:
 # --- Nothing is unpickled ---------------------------------------------------------------------------------------------
 
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
-CONTROL = "tests/test_bad_input.py"  # where a test shows that its malicious file would do harm if it were unpickled
+CONTROL = (
+    "tests/faults/test_bad_input.py"  # where a test shows that its malicious file would do harm if it were unpickled
+)
 
 
 def unpickles(call: ast.Call, *, imported: set[str]) -> bool:

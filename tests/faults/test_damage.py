@@ -14,9 +14,9 @@ import pytest
 
 import condense
 import train
-from tests.faults import injected
 from tests.files import Payload, image_folder, quick, refused
 from tests.outcome import metrics
+from tests.tally import injected
 from utils.files import atomic, tensors
 from utils.runs import card as cards
 from utils.runs import folder as run

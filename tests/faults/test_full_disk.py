@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import injected
 from tests.killing import (
     FOLDER,
     Child,
@@ -32,6 +31,7 @@ from tests.killing import (
     two_at_a_time,
 )
 from tests.outcome import Outcome
+from tests.tally import injected
 from utils.runs.folder import CHECKPOINT, PREVIOUS, valid_checkpoint
 
 pytestmark = pytest.mark.faults

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import injected
+from tests.tally import injected
 from utils.files.lock import locked
 from utils.system.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 HOLD = """
 import sys, time

@@ -30,17 +30,17 @@ from torch import Tensor
 import condense
 import train
 from data import Dataset
-from tests.encodings import KINDS, OTHERS, UNREADABLE, Size, checked, chunk, encoded, picture, png, tiff
-from tests.faults import injected
+from tests.faults.encodings import KINDS, OTHERS, UNREADABLE, Size, checked, chunk, encoded, picture, png, tiff
+from tests.faults.fuzz import Property
 from tests.files import image_folder, noise, quick, save
-from tests.fuzz import Property
+from tests.tally import injected
 from utils.files import imagefiles
 from utils.files.imagefiles import EXTENSIONS, MAX_PIXELS, mode_and_size, read_image
 from utils.runs import sets as exchange
 from utils.system.errors import UserError, printable
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FEW_PIXELS = 2**20  # allowed while fuzzing, so that a little too much memory shows
 PLENTY = 200e6  # bytes that reading such images must never take
 

@@ -23,8 +23,8 @@ from torch import Tensor
 import condense
 import train
 from models import FAMILIES
-from tests.faults import injected
 from tests.files import Payload, image_folder, noise, quick, refused, tree
+from tests.tally import injected
 from utils.config.options import DATASET_SETTINGS
 from utils.files.tensors import read_tensors
 from utils.method.objectives import METRICS
@@ -32,7 +32,7 @@ from utils.method.state import State
 from utils.runs import folder as run_module
 from utils.system.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--epochs", "1", "--repeat", "1", "--device", "cpu"]
 SMALLEST = {"cat": 3, "dog": 5}
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 
 import condense
-from tests.faults import injected
 from tests.files import image_folder, quick
 from tests.outcome import Outcome, metrics, outcome
+from tests.tally import injected
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # --- Soak -------------------------------------------------------------------------------------------------------------
 

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import train
-from tests import hostile
-from tests.faults import injected
+from tests.faults import hostile
+from tests.faults.fuzz import Property, little_memory
 from tests.files import Payload, noise
-from tests.fuzz import Property, little_memory
+from tests.tally import injected
 from utils.config import options
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.files import atomic

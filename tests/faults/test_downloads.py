@@ -26,13 +26,13 @@ import torchvision
 from data import Dataset
 from tests import sabotage
 from tests.archives import write_cifar10_archive, write_mnist, write_svhn
-from tests.faults import injected
 from tests.killing import drop_override
+from tests.tally import injected
 from utils.system.report import messages
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES: dict[str, tuple[str, Callable[..., object], tuple[str, ...]]] = {  # class, writer, and what the writer changes
     "mnist": ("MNIST", write_mnist, ("resources", "mirrors")),
     "svhn": ("SVHN", write_svhn, ("split_list",)),
@@ -117,7 +117,7 @@ class Readers:
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)}
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.test_downloads"], cwd=ROOT, env=environment, text=True,
+            [sys.executable, "-m", "tests.faults.test_downloads"], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 

@@ -24,9 +24,9 @@ import data
 import train
 from data import Dataset, Split
 from models import NetSpec, Network
-from tests.faults import injected
 from tests.files import noise, quick, save, tree
 from tests.outcome import metrics, outcome
+from tests.tally import injected
 from utils.config.build import Parts
 from utils.files import atomic
 from utils.method import evaluation

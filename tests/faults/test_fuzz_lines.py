@@ -15,10 +15,10 @@ import pytest
 from hypothesis import strategies as st
 
 import condense
-from tests import hostile
-from tests.faults import injected
+from tests.faults import hostile
+from tests.faults.fuzz import Property
 from tests.files import image_folder
-from tests.fuzz import Property
+from tests.tally import injected
 from utils.config import options
 from utils.config.flags import make_parser
 from utils.config.options import CondenseOptions, TrainOptions

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import injected
 from tests.killing import (
     CHECKPOINT_WRITE,
     FOLDER,
@@ -38,6 +37,7 @@ from tests.killing import (
     two_at_a_time,
 )
 from tests.outcome import Outcome, outcome
+from tests.tally import injected
 from utils.runs import card as cards
 
 pytestmark = pytest.mark.faults
