@@ -1,36 +1,37 @@
-"""condense.py that is killed, told to stop, left without terminal, pipe or clock, or started twice: the same command
-goes on, and ends with the same bits as a run to which nothing happens."""
+"""condense.py that is killed, told to stop, short of room, left without terminal, pipe or clock, or started twice: the
+same command goes on, and ends with the same bits as a run to which nothing happens."""
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
-import os
-import platform
 import random
-import shlex
+import re
 import shutil
 import signal
-import struct
-import subprocess
-import sys
-import termios
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.killing import (
     CHECKPOINT_WRITE,
+    CHECKPOINTS,
     FOLDER,
-    ROOT,
+    REASONS,
     Ended,
     Operation,
     Server,
+    finished,
     goes_on,
     must_be,
+    must_say,
     one_of_each_kind,
+    program,
     recorded,
     the,
     tiny,
@@ -38,47 +39,100 @@ from tests.killing import (
 )
 from tests.outcome import Outcome, outcome
 from tests.tally import injected
-from utils.runs import card as cards
 
 pytestmark = pytest.mark.faults
 
 SIGNALS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 LONGER = ["--niter", "8"]
-KILLS = {"kill": "kill -9 between two file operations", "halfway": "kill -9 halfway through a write"}
+KILL, HALFWAY = "kill -9 between two file operations", "kill -9 halfway through a write"
+TWICE = "SIGINT SIGINT"
+DISK = "full or failing disk at a file operation"
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------
+# --- One fault each ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault under a run, and how the run must end: then the same command goes on."""
+
+    fault: str  # in the tally
+    at: tuple[str, str] | None = None  # the kind of file operation at which it happens
+    then: str = ""  # see Plan
+    status: int = 0
+    err: str = ""  # all of standard error, as a pattern
+    out: str = ""  # part of standard output
+    plan: dict[str, Any] = field(default_factory=dict)  # other fields of Plan
+
+
+def asked_to_stop(name: str, said: str) -> Case:
+    fault, out = f"{name} in the middle of a write", f"stopped ({name})"
+    return Case(fault, CHECKPOINT_WRITE, name, SIGNALS[name], said, out)
+
+
+FINISHING = "finishing this step and saving"
+BROKEN, GONE = "reader of the output gone", 128 + signal.SIGPIPE
+BOTH = ("stdout", "stderr")
+CASES = {
+    "a kill halfway through a checkpoint": Case(HALFWAY, CHECKPOINT_WRITE, "halfway", -9),
+    "a kill before the older checkpoint": Case(KILL, ("rename", "checkpoint_previous.pt"), "kill", -9),
+    "a kill between the checkpoints": Case(KILL, ("rename", "checkpoint.pt"), "kill", -9),
+    "a kill halfway through a line": Case(HALFWAY, ("write", "metrics.jsonl"), "halfway", -9),
+    "a kill halfway through the card": Case(HALFWAY, ("write", ".data.json.part"), "halfway", -9),
+    "SIGTERM": asked_to_stop("SIGTERM", f"SIGTERM: {FINISHING}\n"),
+    "SIGINT": asked_to_stop("SIGINT", f"SIGINT: {FINISHING}; again to stop at once\n"),
+    "SIGHUP": asked_to_stop("SIGHUP", ""),
+    "a second Ctrl-C": Case(
+        "SIGINT twice in the middle of a write", CHECKPOINT_WRITE, TWICE, 130,
+        r"SIGINT: [^\n]*\ncondense.py: stopped at once[^\n]*\n",
+    ),
+    "SIGHUP under nohup": Case(
+        "SIGHUP under nohup", CHECKPOINT_WRITE, "SIGHUP", plan={"ignored": (signal.SIGHUP,)}
+    ),
+    "no room for a checkpoint": Case(DISK, CHECKPOINT_WRITE, "ENOSPC", 1),
+    "no room for a line": Case(DISK, ("write", "metrics.jsonl"), "EDQUOT", 1),
+    "a disk that turns read-only": Case(DISK, ("open", ".data.pt.part"), "EROFS", 1),
+    "a disk that fails": Case(DISK, ("fsync", ".data.json.part"), "EIO", 1),
+    "no room for the log": Case(DISK, ("write", "log.txt"), "ENOSPC", 1),
+    "a reader that leaves": Case(BROKEN, status=GONE, plan={"stdout": "broken"}),
+    "readers that leave": Case(BROKEN, status=GONE, plan=dict.fromkeys(BOTH, "broken")),
+    **{
+        f"{' and '.join(which)} {name}": Case(fault, plan=dict.fromkeys(which, how))
+        for fault, name, how in (("output closed", "closed", "closed"), ("output on a full disk", "full", "/dev/full"))
+        for which in (BOTH[:1], BOTH[1:], BOTH)
+    },
+    "a clock that jumps": Case("clock that jumps by years", plan={"wild_clock": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_the_same_command_ends_with_the_same_bits_after(
+    what: str, server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
+) -> None:
+    case, results = CASES[what], tmp_path / "results"
+    plan = {"root": str(results), "at": the(operations, *case.at).at, "then": case.then} if case.at else {}
+    with injected(case.fault) as fault:
+        ended = server.run(tiny(results), **plan, **case.plan)
+        assert ended.status == case.status, ended
+        if case.then in REASONS:
+            must_say(ended, case.then, results)
+        else:
+            assert re.fullmatch(case.err, ended.err) and case.out in ended.out, ended
+            assert ended.status <= 0 or not list((results / FOLDER).glob(".*"))
+        if ended.status:
+            goes_on(server, results, undisturbed, fault)
+        else:
+            must_be(undisturbed, ended, results / FOLDER, fault)
+            events = [json.loads(line) for line in (results / FOLDER / "metrics.jsonl").read_text().splitlines()]
+            assert all(0 <= event.get("seconds", 0) < 60 for event in events)
+
+
+# --- The same fault at every kind of file operation -------------------------------------------------------------------
 
 
 def kill_at(server: Server, results: Path, operation: Operation, then: str, *flags: str) -> None:
     ended = server.run(tiny(results, *flags), root=str(results), at=operation.at, then=then)
     assert ended.status == -signal.SIGKILL, (operation, then, ended)
-
-
-@pytest.mark.parametrize(
-    ("what", "file", "then"),
-    [
-        (*CHECKPOINT_WRITE, "halfway"),
-        ("rename", "checkpoint_previous.pt", "kill"),
-        ("rename", "checkpoint.pt", "kill"),
-        ("write", "metrics.jsonl", "halfway"),
-        ("write", ".data.json.part", "halfway"),
-    ],
-)
-def test_a_run_killed_while_it_writes_goes_on(
-    server: Server,
-    operations: list[Operation],
-    undisturbed: Outcome,
-    tmp_path: Path,
-    what: str,
-    file: str,
-    then: str,
-) -> None:
-    with injected(
-        f"kill -9 {'halfway through a write' if then == 'halfway' else 'between two file operations'}"
-    ) as fault:
-        kill_at(server, tmp_path / "results", the(operations, what, file), then)
-        goes_on(server, tmp_path / "results", undisturbed, fault)
 
 
 def nothing_yet(server: Server, operations: list[Operation], results: Path) -> None:
@@ -88,8 +142,7 @@ def nothing_yet(server: Server, operations: list[Operation], results: Path) -> N
 def killed_before(server: Server, operations: list[Operation], results: Path) -> None:
     """Where metrics.jsonl is ahead of the checkpoint."""
     losses = [o.at for o in operations if (o.what, o.file) == ("write", "metrics.jsonl")]
-    after = next(o for o in operations if o.at > losses[-2])
-    kill_at(server, results, after, "kill")
+    kill_at(server, results, next(o for o in operations if o.at > losses[-2]), "kill")
 
 
 def damaged_before(server: Server, operations: list[Operation], results: Path) -> None:
@@ -107,32 +160,59 @@ def finished_before(server: Server, operations: list[Operation], results: Path) 
 def damaged_after(server: Server, operations: list[Operation], results: Path) -> None:
     """Finished, and the set is damaged."""
     finished_before(server, operations, results)
-    (results / FOLDER / cards.DATA).write_bytes(b"PK")
+    (results / FOLDER / "data.pt").write_bytes(b"PK")
 
 
 Before = Callable[[Server, list[Operation], Path], None]
+SWEEPS: dict[str, tuple[Before, str, list[str]]] = {  # what was before, what happens, flags
+    "killed": (nothing_yet, "kill", []),
+    "killed again": (killed_before, "kill", []),
+    "killed after damage": (damaged_before, "kill", []),
+    "killed while it mends a finished run": (damaged_after, "kill", []),
+    "killed while it begins again": (finished_before, "kill", ["--restart"]),
+    "told to stop": (nothing_yet, "SIGTERM", []),
+    "told to stop at once": (nothing_yet, TWICE, []),
+    "out of room": (nothing_yet, "disk", []),
+    "out of room for TensorBoard": (nothing_yet, "disk", ["--tensorboard"]),
+}
+FAULTS = {"kill": KILL, "halfway": HALFWAY, **{names: f"{names} at a file operation" for names in ("SIGTERM", TWICE)}}
+
+
+def cases(what: str, there: list[Operation], flags: list[str]) -> list[tuple[Operation, str]]:
+    """At which operations what happens."""
+    kinds = one_of_each_kind(there)
+    if what == "kill":
+        return [*((o, "kill") for o in kinds), *((o, "halfway") for o in kinds if o.what == "write")]
+    if what != "disk":
+        return [(o, what) for o in kinds]
+    if flags:
+        events = [o for o in there if o.file.startswith("events")]
+        some = [the(there, "mkdir", "tensorboard"), events[0], events[1], events[len(events) // 2], events[-1]]
+        return [*((o, "ENOSPC") for o in some), (some[1], "EROFS"), (some[3], "EIO")]
+    return [*((o, "ENOSPC") for o in kinds), *zip(kinds[::3], itertools.cycle(["EROFS", "EDQUOT", "EIO"]))]
+
+
+def must_have_ended(ended: Ended, then: str, results: Path) -> None:
+    """As it should, after such a fault anywhere."""
+    if then in ("kill", "halfway"):
+        assert ended.status == -signal.SIGKILL
+    elif then in REASONS:
+        if ended.status:  # after the last result, neither the log nor the lock is worth an error
+            must_say(ended, then, results)
+    else:
+        number = signal.Signals[then.split()[0]]
+        assert ended.status in (0, 128 + number, -number)
+        assert "Traceback" not in ended.err and ended.err.count("\n") <= len(then.split())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("before", "flags"),
-    [
-        (nothing_yet, []),
-        (killed_before, []),
-        (damaged_before, []),
-        (damaged_after, []),
-        (finished_before, ["--restart"]),
-    ],
-    ids=["a new run", "going on", "going on after damage", "mending a finished run", "a restart"],
-)
-def test_a_run_killed_at_every_kind_of_file_operation_goes_on(
-    server: Server,
-    operations: list[Operation],
-    undisturbed: Outcome,
-    tmp_path: Path,
-    before: Before,
-    flags: list[str],
+@pytest.mark.parametrize("name", SWEEPS)
+def test_at_every_kind_of_file_operation_the_same_command_goes_on_after_it_was(
+    name: str, server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
 ) -> None:
+    before, what, flags = SWEEPS[name]
+    if "--tensorboard" in flags and find_spec("tensorboard") is None:
+        pytest.skip("TensorBoard is not installed")
     ready, sample = tmp_path / "ready", tmp_path / "sample"
     before(server, operations, ready)
 
@@ -142,20 +222,27 @@ def test_a_run_killed_at_every_kind_of_file_operation_goes_on(
 
     prepare(sample)
     there = recorded(server, sample, tiny(sample, *flags))
+    saved = next(o.at for o in there if (o.what, o.file) == ("rename", "checkpoint.pt"))
     if before is not nothing_yet:  # from the first checkpoint on it is like any other
-        there = there[: next(o.at for o in there if (o.what, o.file) == ("rename", "checkpoint.pt")) + 1]
-    cases = [(o, "kill") for o in one_of_each_kind(there)]
-    cases += [(o, "halfway") for o, _ in cases if o.what == "write"]
+        there = there[: saved + 1]
 
     def check(case: tuple[Operation, str]) -> None:
         operation, then = case
-        with injected(KILLS[then]) as fault:
+        board = " at a file of TensorBoard" if "--tensorboard" in flags else ""
+        with injected(FAULTS.get(then, f"full or failing disk{board}" if board else DISK)) as fault:
             results = tmp_path / f"{then}_{operation.at}"
             prepare(results)
-            kill_at(server, results, operation, then, *flags)
+            ended = server.run(tiny(results, *flags), root=str(results), at=operation.at, then=then)
+            must_have_ended(ended, then, results)
+            assert not board or f" {results / FOLDER / 'tensorboard'}" in ended.err, (operation, ended)
+            assert operation.at <= saved or any((results / FOLDER / name).exists() for name in CHECKPOINTS)
+            results.mkdir(exist_ok=True)
             goes_on(server, results, undisturbed, fault, *flags)
 
-    two_at_a_time(check, cases)
+    two_at_a_time(check, cases(what, there, flags))
+
+
+# --- At random moments ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -196,24 +283,10 @@ def test_sixty_kills_at_random_moments_lose_nothing(
     two_at_a_time(thirty, [0, 1])
 
 
-def program(results: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    """The real command, with the output buffered as usual."""
-    argv = [sys.executable, str(ROOT / "condense.py"), *tiny(results, *flags)]
-    usual = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    return subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**usual, **environment}
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> Ended:
-    out, err = process.communicate(timeout=120)
-    return Ended(process.returncode, out, err)
-
-
 @pytest.mark.slow
 def test_the_real_program_killed_at_random_moments_loses_nothing(undisturbed: Outcome, tmp_path: Path) -> None:
     began = time.monotonic()
-    assert ended(program(tmp_path / "whole")).status == 0
+    assert finished(program(tmp_path / "whole")).status == 0
     seconds = time.monotonic() - began
     moments = random.Random(1)
     with injected("kill -9 at a random moment, the program itself", times=4) as fault:
@@ -222,66 +295,7 @@ def test_the_real_program_killed_at_random_moments_loses_nothing(undisturbed: Ou
             time.sleep(moments.uniform(0.5, 0.95) * seconds)
             process.kill()
             process.communicate()
-        must_be(undisturbed, ended(program(tmp_path / "results")), tmp_path / "results" / FOLDER, fault)
-
-
-# --- Signals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_lets_the_step_end_and_saves_everything(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path, name: str
-) -> None:
-    results = tmp_path / "results"
-    with injected(f"{name} in the middle of a write") as fault:
-        ended = server.run(tiny(results), root=str(results), at=the(operations, *CHECKPOINT_WRITE).at, then=name)
-        assert ended.status == SIGNALS[name], ended
-        again = "; again to stop at once" if name == "SIGINT" else ""
-        said = f"{name}: finishing this step and saving{again}\n" if name != "SIGHUP" else ""
-        assert ended.err == said and f"stopped ({name})" in ended.out and "same command again" in ended.out
-        assert not list((results / FOLDER).glob(".*"))
-        goes_on(server, results, undisturbed, fault)
-
-
-def test_a_second_ctrl_c_stops_at_once_in_one_line(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
-) -> None:
-    results = tmp_path / "results"
-    with injected("SIGINT twice in the middle of a write") as fault:
-        at = the(operations, *CHECKPOINT_WRITE).at
-        ended = server.run(tiny(results), root=str(results), at=at, then="SIGINT SIGINT")
-        said = ended.err.splitlines()
-        assert ended.status == 130 and len(said) == 2 and said[1].startswith("condense.py: stopped at once"), ended
-        assert "saved in" not in ended.out and not list((results / FOLDER).glob(".*"))
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("names", ["SIGTERM", "SIGINT SIGINT"])
-def test_a_signal_at_any_file_operation_loses_nothing(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path, names: str
-) -> None:
-    number = signal.Signals[names.split()[0]]
-
-    def check(operation: Operation) -> None:
-        with injected(f"{names} at a file operation") as fault:
-            results = tmp_path / str(operation.at)
-            ended = server.run(tiny(results), root=str(results), at=operation.at, then=names)
-            assert ended.status in (0, 128 + number, -number), (operation, ended)
-            assert "Traceback" not in ended.err and ended.err.count("\n") <= len(names.split()), (operation, ended)
-            goes_on(server, results, undisturbed, fault)
-
-    two_at_a_time(check, one_of_each_kind(operations))
-
-
-def test_under_nohup_a_closed_terminal_does_not_end_a_run(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
-) -> None:
-    results = tmp_path / "results"
-    with injected("SIGHUP under nohup") as fault:
-        at = the(operations, *CHECKPOINT_WRITE).at
-        ended = server.run(tiny(results), root=str(results), at=at, then="SIGHUP", ignored=(signal.SIGHUP,))
-        must_be(undisturbed, ended, results / FOLDER, fault)
+        must_be(undisturbed, finished(program(tmp_path / "results")), tmp_path / "results" / FOLDER, fault)
 
 
 @pytest.mark.slow
@@ -294,216 +308,7 @@ def test_a_signal_while_the_program_still_loads_shows_no_traceback(
             process = program(tmp_path / "results")
             time.sleep(seconds)
             process.send_signal(signal.Signals[name])
-            found = ended(process)
+            found = finished(process)
             assert found.status in (-signal.Signals[name], SIGNALS[name]) and "Traceback" not in found.err, found
         (tmp_path / "results").mkdir(exist_ok=True)
         goes_on(server, tmp_path / "results", undisturbed, fault)
-
-
-# --- Streams and terminals --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("streams", ["", "2>&1"])
-def test_a_pipe_whose_reader_leaves_ends_the_run_like_a_signal(
-    server: Server, undisturbed: Outcome, tmp_path: Path, streams: str
-) -> None:
-    results = tmp_path / "results"
-    command = shlex.join([sys.executable, str(ROOT / "condense.py"), *tiny(results, "--niter", "500", "--tag", "x")])
-    with injected("reader of the output gone") as fault:
-        script = f"{command} {streams} | head -1; exit ${{PIPESTATUS[0]}}"
-        found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
-        assert found.returncode == 128 + signal.SIGPIPE and found.stderr == "", found
-        assert found.stdout.count("\n") == 1
-        folder = results / FOLDER.with_name(f"{FOLDER.name}_x")
-        assert json.loads((folder / "data.json").read_text())["finished"] is False and not list(folder.glob(".*"))
-        assert "stopped (SIGPIPE)" in (folder / "log.txt").read_text()
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.parametrize("which", [("stdout",), ("stdout", "stderr")], ids=" and ".join)
-def test_a_run_that_nobody_reads_stops_and_goes_on(
-    server: Server, undisturbed: Outcome, tmp_path: Path, which: tuple[str, ...]
-) -> None:
-    results = tmp_path / "results"
-    with injected("reader of the output gone") as fault:
-        ended = server.run(tiny(results), **dict.fromkeys(which, "broken"))
-        assert ended.status == 128 + signal.SIGPIPE and ended.err == "", ended
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.parametrize("which", [("stdout",), ("stderr",), ("stdout", "stderr")], ids=" and ".join)
-@pytest.mark.parametrize("how", ["closed", "/dev/full"])
-def test_a_run_whose_output_goes_nowhere_from_the_start_computes_the_same(
-    server: Server, undisturbed: Outcome, tmp_path: Path, which: tuple[str, ...], how: str
-) -> None:
-    with injected("output closed" if how == "closed" else "output on a full disk") as fault:
-        ended = server.run(tiny(tmp_path / "results"), **dict.fromkeys(which, how))
-        must_be(undisturbed, ended, tmp_path / "results" / FOLDER, fault)
-
-
-def pseudo_terminal() -> tuple[int, str]:
-    """Our end, and the path of the other one, which nobody holds open yet."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    path = os.ttyname(theirs)
-    os.close(theirs)
-    return ours, path
-
-
-def read_until(handle: int, text: bytes) -> bytes:
-    """From a terminal; what there was in half a minute at most."""
-    shown, deadline = b"", time.monotonic() + 30
-    while text not in shown and time.monotonic() < deadline:
-        try:
-            shown += os.read(handle, 4096)
-        except OSError:  # EIO: nobody has the other end open yet, or any more
-            time.sleep(0.01)
-    return shown
-
-
-def test_a_closed_terminal_ends_the_run_like_a_signal(server: Server, undisturbed: Outcome, tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    with injected("terminal closed") as fault:
-        ours, path = pseudo_terminal()
-        child = server.start(tiny(results, "--niter", "500", "--tag", "x"), terminal=path)
-        assert b"distilling:" in read_until(ours, b"step/s")
-        os.close(ours)
-        ended = child.wait()
-        assert ended.status == 128 + signal.SIGHUP, ended
-        log = (results / FOLDER.with_name(f"{FOLDER.name}_x") / "log.txt").read_text()
-        assert "stopped (SIGHUP)" in log and "Error" not in log
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.slow
-def test_a_terminal_closed_at_random_moments_loses_nothing(
-    server: Server, longer: tuple[Outcome, float], tmp_path: Path
-) -> None:
-    expected, seconds = longer
-
-    def check(seed: int) -> None:
-        with injected("terminal closed") as fault:
-            results = tmp_path / f"results_{seed}"
-            ours, path = pseudo_terminal()
-            child = server.start(tiny(results, *LONGER), terminal=path)
-            time.sleep(random.Random(seed).uniform(0, seconds))
-            os.close(ours)
-            ended = child.wait()
-            assert ended.status in (0, -signal.SIGHUP, 128 + signal.SIGHUP), ended
-            goes_on(server, results, expected, fault, *LONGER)
-
-    two_at_a_time(check, range(12))
-
-
-@pytest.mark.slow
-def test_a_terminal_that_knows_only_ascii_shows_any_path(undisturbed: Outcome, tmp_path: Path) -> None:
-    with injected("terminal that lacks characters") as fault:
-        results = tmp_path / "r\u00e9sultats \u96ea"
-        found = ended(program(results, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C"))
-        must_be(undisturbed, found, results / FOLDER, fault)
-        assert found.out.isascii() and "\\udcc3\\udca9sultats" in found.out
-
-
-# --- Several processes ------------------------------------------------------------------------------------------------
-
-
-def test_of_processes_started_together_on_one_folder_exactly_one_runs(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
-) -> None:
-    results = tmp_path / "results"
-    at = next(o.at for o in operations if (o.what, o.file) == CHECKPOINT_WRITE)
-    with injected("another process on the same run folder", times=5) as fault:
-        children = [server.start(tiny(results), root=str(results), at=at, then="SIGSTOP") for _ in range(6)]
-        lock = results / FOLDER / ".lock"
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and not any(child.paused for child in children):
-            time.sleep(0.01)
-        (holder,) = [child for child in children if child.paused]
-        assert json.loads(lock.read_text())["pid"] == holder.pid
-        for child in children:
-            if child is not holder:
-                ended = child.wait()
-                says = f"condense.py: error: {results / FOLDER}: in use by process {holder.pid} on {platform.node()} ("
-                assert ended.status == 1 and ended.out == "" and ended.err.startswith(says), ended
-                assert ended.err.count("\n") == 1 and "--tag" in ended.err
-        holder.send(signal.SIGCONT)
-        must_be(undisturbed, holder.wait(), results / FOLDER, fault)
-
-
-def test_a_killed_process_does_not_keep_the_next_one_out(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
-) -> None:
-    results = tmp_path / "results"
-    with injected("kill -9 of the process that holds the lock") as fault:
-        kill_at(server, results, the(operations, *CHECKPOINT_WRITE), "kill")
-        assert (results / FOLDER / ".lock").exists()
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"host": "elsewhere", "pid": 1, "doing": "x", "since": "y"}'])
-def test_a_lock_file_that_nobody_holds_keeps_nobody_out(
-    server: Server, undisturbed: Outcome, tmp_path: Path, content: bytes
-) -> None:
-    results = tmp_path / "results"
-    (results / FOLDER).mkdir(parents=True)
-    (results / FOLDER / ".lock").write_bytes(content)
-    with injected("lock file of a process that is gone") as fault:
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.slow
-def test_processes_that_race_for_one_folder_end_in_one_line_or_with_the_result(
-    server: Server, undisturbed: Outcome, tmp_path: Path
-) -> None:
-    results = tmp_path / "results"
-    for _ in range(4):
-        with injected("another process on the same run folder", times=5) as fault:
-            everybody = [child.wait() for child in [server.start(tiny(results)) for _ in range(6)]]
-            assert 0 in [ended.status for ended in everybody]
-            for ended in everybody:
-                assert (ended.status, ended.err.count("\n")) in ((0, 0), (1, 1)), ended
-                assert ended.status == 0 or "in use by" in ended.err, ended
-            goes_on(server, results, undisturbed, fault)
-
-
-# --- The clock and the folder -----------------------------------------------------------------------------------------
-
-
-def test_a_clock_that_jumps_by_years_changes_nothing(server: Server, undisturbed: Outcome, tmp_path: Path) -> None:
-    with injected("clock that jumps by years") as fault:
-        ended = server.run(tiny(tmp_path), wild_clock=True)
-        must_be(undisturbed, ended, tmp_path / FOLDER, fault)
-        events = [json.loads(line) for line in (tmp_path / FOLDER / "metrics.jsonl").read_text().splitlines()]
-        assert all(0 <= event.get("seconds", 0) < 60 for event in events)
-
-
-@pytest.mark.parametrize(
-    "name", ["with spaces", "\u00e9t\u00e9 \u96ea", "two\nlines", "-d", "%s {x}", "\x1b[31m"], ids=ascii
-)
-def test_a_results_folder_may_have_any_name_and_be_named_in_several_ways(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path, name: str
-) -> None:
-    with injected("strange name of the results folder") as fault:
-        at = the(operations, *CHECKPOINT_WRITE).at
-        relative = [*tiny(""), f"--results_dir={name}"]
-        ended = server.run(relative, cwd=str(tmp_path), root=str(tmp_path / name), at=at, then="SIGTERM")
-        assert ended.status == 128 + signal.SIGTERM, ended
-        assert all(character.isprintable() for character in ended.out.replace("\n", "")), ended
-        goes_on(server, tmp_path / name, undisturbed, fault)
-
-
-@pytest.mark.parametrize("depth", [0, 1, 2], ids=["results folder", "folder of the data set", "run folder"])
-def test_a_folder_may_be_a_link_to_another_place(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path, depth: int
-) -> None:
-    link, elsewhere = Path(tmp_path / "results", *FOLDER.parts[:depth]), tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(elsewhere)
-    with injected("folder that is a link") as fault:
-        at = the(operations, *CHECKPOINT_WRITE).at
-        ended = server.run(tiny(tmp_path / "results"), root=str(tmp_path), at=at, then="SIGTERM")
-        assert ended.status == 128 + signal.SIGTERM, ended
-        must_be(undisturbed, server.run(tiny(tmp_path / "results")), tmp_path / "results" / FOLDER, fault)
-        assert Path(elsewhere, *FOLDER.parts[depth:], cards.DATA).exists()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import os
 import random
 import re
@@ -20,46 +18,18 @@ import pytest
 from tests.killing import (
     FOLDER,
     Child,
-    Ended,
     Operation,
     Server,
     goes_on,
     must_be,
-    one_of_each_kind,
-    recorded,
+    must_say,
     tiny,
     two_at_a_time,
 )
 from tests.outcome import Outcome
 from tests.tally import injected
-from utils.runs.folder import CHECKPOINT, PREVIOUS, valid_checkpoint
 
 pytestmark = pytest.mark.faults
-
-CANNOT = r"condense\.py: error: [^\n]*{}[^\n]*\n"
-REASONS = {
-    "ENOSPC": "No space left on device",
-    "EDQUOT": "Disk quota exceeded",
-    "EFBIG": "File too large",
-    "EROFS": "Read-only file system",
-    "EIO": "Input/output error",
-    "EACCES": "Permission denied",
-}
-
-
-def must_say(ended: Ended, reason: str, results: Path) -> None:
-    """One line that names a file, and checkpoints that are whole as far as there are any."""
-    assert ended.status == 1 and re.fullmatch(CANNOT.format(REASONS[reason]), ended.err), ended
-    assert str(results) in ended.err, ended
-    for name in (CHECKPOINT, PREVIOUS):
-        if (file := results / FOLDER / name).exists():
-            valid_checkpoint(file)
-    assert reason in ("EROFS", "EIO") or not list((results / FOLDER).glob(".*.part"))  # where it can be removed
-
-
-def need_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("TensorBoard is not installed")
 
 
 def let_stop(child: Child) -> None:
@@ -67,78 +37,6 @@ def let_stop(child: Child) -> None:
     deadline = time.monotonic() + 30
     while not child.paused and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize(
-    ("what", "file", "reason"),
-    [
-        ("write", ".checkpoint.pt.part", "ENOSPC"),
-        ("write", "metrics.jsonl", "EDQUOT"),
-        ("open", ".data.pt.part", "EROFS"),
-        ("fsync", ".data.json.part", "EIO"),
-        ("write", "log.txt", "ENOSPC"),
-    ],
-)
-def test_a_write_that_fails_ends_in_one_line_and_the_run_goes_on(
-    server: Server,
-    operations: list[Operation],
-    undisturbed: Outcome,
-    tmp_path: Path,
-    what: str,
-    file: str,
-    reason: str,
-) -> None:
-    results = tmp_path / "results"
-    operation = next(o for o in one_of_each_kind(operations) if (o.what, o.file) == (what, file))
-    with injected("full or failing disk at a file operation") as fault:
-        ended = server.run(tiny(results), root=str(results), at=operation.at, then=reason)
-        must_say(ended, reason, results)
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.slow
-def test_a_disk_that_fails_at_any_kind_of_file_operation_loses_nothing(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
-) -> None:
-    saved = next(o.at for o in operations if (o.what, o.file) == ("rename", CHECKPOINT))
-    kinds = one_of_each_kind(operations)
-    others = zip(kinds[::3], itertools.cycle(["EROFS", "EDQUOT", "EIO"]))  # one is endless
-
-    def check(case: tuple[Operation, str]) -> None:
-        operation, reason = case
-        results = tmp_path / f"{reason}_{operation.at}"
-        with injected("full or failing disk at a file operation") as fault:
-            ended = server.run(tiny(results), root=str(results), at=operation.at, then=reason)
-            if ended.status:  # after the last result, neither the log nor the lock is worth an error
-                must_say(ended, reason, results)
-            assert operation.at <= saved or any((results / FOLDER / name).exists() for name in (CHECKPOINT, PREVIOUS))
-            results.mkdir(exist_ok=True)
-            goes_on(server, results, undisturbed, fault)
-
-    two_at_a_time(check, [*((operation, "ENOSPC") for operation in kinds), *others])
-
-
-@pytest.mark.slow
-def test_a_tensorboard_file_that_cannot_be_written_ends_in_one_line(
-    server: Server, undisturbed: Outcome, tmp_path: Path
-) -> None:
-    """Whatever TensorBoard's own threads would print of it."""
-    need_tensorboard()
-    there = recorded(server, tmp_path / "recorded", tiny(tmp_path / "recorded", "--tensorboard"))
-    events = [o for o in there if o.file.startswith("events")]
-    folder = next(o for o in there if (o.what, o.file) == ("mkdir", "tensorboard"))
-    some = [folder, events[0], events[1], events[len(events) // 2], events[-1]]
-
-    def check(case: tuple[Operation, str]) -> None:
-        operation, reason = case
-        results = tmp_path / f"{reason}_{operation.at}"
-        with injected("full or failing disk at a file of TensorBoard") as fault:
-            ended = server.run(tiny(results, "--tensorboard"), root=str(results), at=operation.at, then=reason)
-            must_say(ended, reason, results)
-            assert f" {results / FOLDER / 'tensorboard'}" in ended.err, (operation, ended)
-            goes_on(server, results, undisturbed, fault, "--tensorboard")
-
-    two_at_a_time(check, [*((operation, "ENOSPC") for operation in some), (some[1], "EROFS"), (some[3], "EIO")])
 
 
 @pytest.mark.slow
@@ -241,7 +139,7 @@ def test_a_disk_that_is_full_when_a_signal_asks_to_save_is_told_in_one_line(
 def test_a_full_disk_ends_a_run_with_tensorboard_in_one_line(
     on_disk: tuple[Server, Path], undisturbed: Outcome
 ) -> None:
-    need_tensorboard()
+    pytest.importorskip("tensorboard")
     server, disk = on_disk
     for kilobytes in (40, 120, 200):
         results = disk / str(kilobytes)
