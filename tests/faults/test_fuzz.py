@@ -8,11 +8,10 @@ import logging
 import math
 import os
 import pickle
-import string
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import train
+from data import Dataset
 from tests.faults import hostile
-from tests.faults.fuzz import Property, little_memory
+from tests.faults.fuzz import CARD, Property, both, in_one_line, little_memory
 from tests.files import Payload, noise
-from tests.tally import injected
 from utils.config import options
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.files import atomic
-from utils.method.images import Normalize
 from utils.runs import card as cards
 from utils.runs import sets as exchange
 from utils.runs.checkpoint import read_earlier
-from utils.runs.export import card_without_run
 from utils.runs.layout import factor_warning
 from utils.system.errors import UserError, printable
 
@@ -50,18 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cwd"
 
 
-@dataclass
-class Real:
-    """A data set as far as interpreting needs it."""
-
-    name: str = "digits"
-    channels: int = 1
-    side: int = 8
-    classes: int = 10
-    class_names: list[str] = field(default_factory=lambda: list(string.digits))
-    normalize: Normalize = field(default_factory=lambda: Normalize([0.5], [0.25]))
-
-
+DIGITS = Dataset("digits", device=torch.device("cpu"))
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([2, 0, 1, 1, 9, 2])
 REAL_IMAGES = torch.from_numpy(noise(20, 1, 8, 8))
@@ -74,18 +60,12 @@ def written(place: Path, name: str, content: bytes) -> Path:
     return place / name
 
 
-def in_one_line(error: UserError) -> str:
-    """The message, if it can be shown."""
-    assert str(error).isprintable() and error.status in (1, 2), repr(str(error))
-    return str(error)
-
-
 def read_set(file: Path, *, normalized: bool = False) -> tuple[Tensor, Tensor] | None:
     """The images and labels in a file, which must be in their range; None if it is refused, naming the file."""
     try:
-        images, labels, soft = exchange.interpret(exchange.read(file), Real(), normalized=normalized)
+        images, labels, soft = exchange.interpret(exchange.read(file), DIGITS, normalized=normalized)
     except UserError as error:
-        assert printable(str(file)) in in_one_line(error)
+        in_one_line(error, printable(str(file)))
         return None
     assert images.shape[1:] == (1, 8, 8) and images.dtype == torch.float32
     assert images.isfinite().all() and images.min() >= 0 and images.max() <= 1
@@ -338,11 +318,6 @@ def check_content(place: Path, example: tuple[Any, bool]) -> None:
 
 # --- What a set says of itself ----------------------------------------------------------------------------------------
 
-CARD: dict[str, Any] = {
-    **card_without_run(dataset="digits", image_folder=None, class_names=list(string.digits), ipc=1, factor=1,
-                       decode_type="single", normalize=Normalize([0.5], [0.25])),
-    "settings": {"net_type": "convnet", "depth": 2, "epochs": 300, "lr": 0.01, "mixup": "cut"},
-}  # fmt: skip
 ENTRIES_OF_A_CARD = [*CARD, atomic.CHECKSUM, "sessions"]
 SETTINGS = [f.name for f in dataclasses.fields(TrainOptions)]
 OF_THE_COMMAND = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
@@ -460,7 +435,7 @@ def check_state(place: Path, example: tuple[Any, str]) -> None:
     try:
         found = read_earlier(file, OPTIONS)
     except UserError as error:
-        assert printable(str(file)) in in_one_line(error)
+        in_one_line(error, printable(str(file)))
         return
     assert found.pixels.shape == found.velocity.shape and found.pixels.dim() == 5
     assert found.pixels.dtype == found.velocity.dtype == torch.float32
@@ -491,28 +466,7 @@ PROPERTIES = {
 }
 
 
-@pytest.mark.parametrize("what", PROPERTIES)
-def test_a_few_files_are_sets_or_refused_whatever_their(what: str, place: Path) -> None:
-    PROPERTIES[what].hold(place)
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.parametrize("what", PROPERTIES)
-def test_many_files_are_sets_or_refused_whatever_their(what: str, place: Path) -> None:
-    with injected(FAULT, times=PROPERTIES[what].many):
-        PROPERTIES[what].hold(place, many=True)
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_every_entry_of_a_card_with_every_hostile_value_is_understood_or_refused(place: Path) -> None:
-    settings = [{"settings": {**CARD["settings"], name: value}} for name in SETTINGS for value in hostile.VALUES]
-    every = [*settings, *({name: value} for name in ENTRIES_OF_A_CARD for value in hostile.VALUES)]
-    with injected(FAULT, times=2 * len(every)):
-        for change in every:
-            for said in SAID[:2]:
-                check_card(place, (hostile.as_json({**CARD, **change}), said, False))
+test_a_few_files_are_sets_or_refused, test_many_files_are_sets_or_refused = both(PROPERTIES, FAULT)
 
 
 def test_pickles_are_made_here_like_those_of_torch_save(place: Path) -> None:
