@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +80,15 @@ class Publisher:
     def open(self, *, pause: float) -> Iterator[str]:
         publisher = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                name = self.path.rpartition("/")[2]
-                publisher.asked.append(name)
-                content = next(publisher.folder.rglob(name)).read_bytes()
+        class Handler(SimpleHTTPRequestHandler):
+            def translate_path(self, path: str) -> str:
+                publisher.asked.append(name := path.rpartition("/")[2])
                 time.sleep(pause)
+                return str(next(publisher.folder.rglob(name)))
+
+            def copyfile(self, *files: Any) -> None:
                 with suppress(OSError):  # of somebody who was killed
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(len(content)))
-                    self.end_headers()
-                    self.wfile.write(content)
+                    super().copyfile(*files)
 
             def log_message(self, *about: object) -> None:
                 pass

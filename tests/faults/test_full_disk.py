@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,13 @@ def test_a_disk_that_fills_up_at_random_moments_loses_nothing(
     draw, failed = random.Random(0), 0
     for turn in range(14):
         results = disk / f"results {turn}"
-        with injected("full disk (tmpfs)") as fault:
+        flags = ["--tensorboard"] if turn % 3 == 1 and find_spec("tensorboard") else []
+        with injected(f"full disk (tmpfs){', with TensorBoard' if flags else ''}") as fault:
             ballast = disk / "ballast"
             if turn % 2:  # full before it starts but for a little
                 fill(disk)
                 os.truncate(ballast, max(ballast.stat().st_size - 4096 * draw.randrange(60), 0))
-            child = server.start(tiny(results))
+            child = server.start(tiny(results, *flags))
             if not turn % 2:
                 time.sleep(draw.uniform(0, 0.5))
                 fill(disk)
@@ -111,7 +113,7 @@ def test_a_disk_that_fills_up_at_random_moments_loses_nothing(
                 failed += 1
                 must_say(ended, "ENOSPC", disk)
             ballast.unlink()
-            goes_on(server, results, undisturbed, fault)
+            goes_on(server, results, undisturbed, fault, *flags)
     assert failed > 5
 
 
@@ -133,22 +135,6 @@ def test_a_disk_that_is_full_when_a_signal_asks_to_save_is_told_in_one_line(
         must_say(replace(ended, err=ended.err.removeprefix(notice)), "ENOSPC", results)
         ballast.unlink()
         goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.slow
-def test_a_full_disk_ends_a_run_with_tensorboard_in_one_line(
-    on_disk: tuple[Server, Path], undisturbed: Outcome
-) -> None:
-    pytest.importorskip("tensorboard")
-    server, disk = on_disk
-    for kilobytes in (40, 120, 200):
-        results = disk / str(kilobytes)
-        with injected("full disk (tmpfs), with TensorBoard") as fault:
-            ballast = fill(disk)
-            os.truncate(ballast, ballast.stat().st_size - 1024 * kilobytes)
-            must_say(server.run(tiny(results, "--tensorboard")), "ENOSPC", results)
-            ballast.unlink()
-            goes_on(server, results, undisturbed, fault, "--tensorboard")
 
 
 # --- No right to write ------------------------------------------------------------------------------------------------

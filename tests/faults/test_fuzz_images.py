@@ -284,23 +284,18 @@ def test_files_of_other_kinds_and_without_a_known_range_are_refused(kind: str, t
             read(str(file))
 
 
-@pytest.mark.parametrize("kind", ["PNG L", "PNG RGB", "PNG I;16", "TIFF RGB", "TIFF deflated", "WebP RGBA"])
+@pytest.mark.parametrize("kind", ["PNG L", "PNG RGB", "PNG I;16", "TIFF RGB", "TIFF deflated", "WEBP RGBA"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_turned_as_its_exif_data_say(orientation: int, kind: str, tmp_path: Path) -> None:
-    file = tmp_path / "x.png"
+    file, straight = tmp_path / "x.png", tmp_path / "straight.png"
     file.write_bytes(encoded(kind, (24, 16), orientation))
-    stored = read_image(str(file_without(tmp_path, kind)), channels=1)
+    straight.write_bytes(encoded(kind, (24, 16)))
+    stored = read_image(str(straight), channels=1)
     rows_and_columns = {
         1: stored, 2: stored.flip(2), 3: stored.flip(1, 2), 4: stored.flip(1),
         5: stored.mT, 6: stored.flip(1).mT, 7: stored.flip(1, 2).mT, 8: stored.flip(2).mT,
     }  # fmt: skip
     assert torch.equal(read_image(str(file), channels=1), rows_and_columns[orientation])
-
-
-def file_without(folder: Path, kind: str) -> Path:
-    file = folder / "straight.png"
-    file.write_bytes(encoded(kind, (24, 16)))
-    return file
 
 
 @pytest.mark.parametrize("size", [None, 8, 20])
@@ -451,9 +446,7 @@ def test_images_come_in_the_order_of_imagefolder(tmp_path: Path) -> None:
     assert dataset.class_names == theirs.classes
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in NODES if kind.startswith(("a pipe", "a socket", "a link to a device"))]
-)
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a link to a device", "a link to itself", "a link to nowhere"])
 def test_what_is_no_file_is_named_and_not_waited_for(kind: str, place: Path) -> None:
     root = sound(place)
     NODES[kind](root / "test" / "b" / "x.png")
@@ -523,8 +516,6 @@ def test_the_number_of_threads_is_that_of_the_flag(tmp_path: Path, monkeypatch: 
     run = tmp_path / "results" / "folder" / "convnet2_f1_ipc1"
     assert train.main([str(run), "--baselines", "none", "--data_threads", "2"]) == 0
     assert {*used} == {3, 2}
-    assert condense.main(quick(tmp_path / "results", *flags)) == 0  # the same run
-    assert {*used} == {3, 2, None}
 
 
 def test_a_machine_without_a_thread_to_spare_is_told_of_the_flag(
