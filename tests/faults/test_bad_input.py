@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import condense
 import train
 from models import FAMILIES
-from tests.files import Payload, image_folder, last_json, noise, quick, refused, tree
+from tests.faults.encodings import encoded
+from tests.files import Payload, image_folder, last_json, quick, refused, tree
 from tests.killing import ROOT
 from tests.tally import injected
 from utils.config.options import DATASET_SETTINGS
@@ -81,6 +82,18 @@ def file(path: str, content: bytes = b"a file") -> Callable[[], object]:
     return write
 
 
+def spoilt_image(path: str, kind: str) -> Callable[[], object]:
+    def spoil() -> None:
+        image_folder(Path("photos"), {str(c): 1 for c in range(10)}, shape=(28, 28))
+        if kind == "dangling":
+            Path(path).symlink_to("nowhere")
+        else:
+            Path(path).write_bytes(NO_IMAGES[kind])
+
+    return spoil
+
+
+NO_IMAGES = {"textual": b"no image", "empty": b"", "truncated": encoded("JPEG RGB", (64, 64))[:3000], "dangling": b""}
 NETWORKS, NUMBER = "|".join(FAMILIES), "whole number of 1 or more"
 NO_CLASSES = "--image_folder photos|DIR/train/CLASS"
 NO_GPU = "--device cuda|--device cpu"
@@ -148,6 +161,13 @@ MISTAKES = {
     "other classes to test": Mistake(
         "condense --image_folder photos", "photos|cow|dog", 1, photos(SMALLEST, {"cat": 1, "cow": 1})
     ),
+    **{
+        f"{kind} image to {split}, of {dataset}": Mistake(
+            f"condense -d {dataset} --image_folder photos", f"{path}|image|remove it", 1, spoilt_image(path, kind)
+        )
+        for dataset, kind, split in itertools.product(("mnist", "folder --size 28"), NO_IMAGES, ("train", "test"))
+        for path in (f"photos/{split}/3/x.jpg",)
+    },
     # Folders of runs
     "no distilled set": Mistake("train --results_dir nowhere", "nowhere|condense.py", 1),
     "no such run": Mistake("train typo", "typo|no such", 1),
@@ -229,33 +249,6 @@ def test_one_image_per_class_under_batch_norm_is_no_crash(here: Path) -> None:
         assert condense.main(quick(Path("results"), "-n", "resnet10", "--depth", "10", "--width", "4")) == 0
     except UserError as error:
         assert "norm" in str(error) and tree(here) == before
-
-
-# --- Files that are no images -----------------------------------------------------------------------------------------
-
-
-def truncated_jpeg(path: Path) -> None:
-    Image.fromarray(noise(64, 64, 3)).save(path, "JPEG", quality=95)
-    path.write_bytes(path.read_bytes()[:3000])
-
-
-SPOILT: dict[str, Callable[[Path], object]] = {
-    "text": lambda path: path.write_text("no image"),
-    "empty": lambda path: path.touch(),
-    "truncated": truncated_jpeg,
-    "dangling link": lambda path: path.symlink_to("nowhere"),
-}
-
-
-@pytest.mark.parametrize("dataset", ["folder", "mnist"])
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("kind", SPOILT)
-def test_a_file_that_is_no_image_is_named(kind: str, split: str, dataset: str, here: Path) -> None:
-    image_folder(Path("photos"), {str(c): 1 for c in range(10)}, shape=(28, 28))
-    spoilt = Path("photos", split, "3", "x.jpg")
-    SPOILT[kind](spoilt)
-    size = " --size 28" if dataset == "folder" else ""
-    must_refuse(Mistake(f"condense -d {dataset} --image_folder photos{size}", f"{spoilt}|image|remove it", 1), here)
 
 
 # --- Distilled sets ---------------------------------------------------------------------------------------------------

@@ -115,51 +115,30 @@ def check_damage(place: Path, wounds: list[tuple[str, float, int]]) -> None:
 # --- Zip archives and the pickles in them -----------------------------------------------------------------------------
 
 ENTRIES = hostile.entries(SOUND)
-WHICH = st.integers(0, len(ENTRIES) - 1)
-ENTRY_NAMES = ["x/data/0", "data.pkl", "archive/data.pkl", "archive/DATA.PKL", "ARCHIVE/data/0", "../x", "/", "a/b"]
-PACKED = [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+PLACE = st.integers(0, len(ENTRIES) - 1)
+NAMES = ["x/data/0", "data.pkl", "archive/data.pkl", "archive/DATA.PKL", "ARCHIVE/data/0", "../x", "/", "a/b"]
+PACKED = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+ENTRY = st.one_of(
+    st.tuples(
+        st.sampled_from([*(name for name, _, _ in ENTRIES), *NAMES]),
+        st.sampled_from([*(content for _, content, _ in ENTRIES), bytes(2**22)]) | st.binary(max_size=30),
+        PACKED,
+    ),
+    st.tuples(st.sampled_from(ENTRIES), PACKED).map(lambda drawn: (*drawn[0][:2], drawn[1])),
+)
+SIZES = st.sampled_from([0, 1, 8, 9, 12, 64, 1536, 2**31, 2**32 - 1]) | st.integers(0, 4000)
 ZIPS = st.tuples(
-    st.lists(
-        st.one_of(
-            st.tuples(st.sampled_from(["swap", "remove", "again"]), WHICH, WHICH),
-            st.tuples(st.just("rename"), WHICH, st.sampled_from(ENTRY_NAMES)),
-            st.tuples(st.just("pack"), WHICH, st.sampled_from(PACKED)),
-            st.tuples(st.just("fill"), WHICH, st.binary(max_size=30)),
-            st.tuples(st.just("bomb"), WHICH, st.just(2**22)),
-        ),
-        max_size=3,
-    ),
-    st.lists(
-        st.tuples(
-            WHICH,
-            st.sampled_from(sorted(hostile.PLACES)),
-            st.sampled_from([0, 1, 8, 9, 12, 64, 1536, 2**31, 2**32 - 1]) | st.integers(0, 4000),
-        ),
-        max_size=2,
-    ),
+    st.lists(st.tuples(PLACE, st.booleans(), st.lists(ENTRY, max_size=1)), max_size=3),
+    st.lists(st.tuples(PLACE, st.sampled_from(sorted(hostile.PLACES)), SIZES), max_size=2),
 )
 
 
-def check_zip(place: Path, example: tuple[list[tuple[str, int, Any]], list[tuple[int, str, int]]]) -> None:
+def check_zip(place: Path, example: tuple[list[tuple[int, bool, hostile.Entries]], list[tuple[int, str, int]]]) -> None:
+    """An archive with entries removed and others put in their place, and with a directory that lies."""
     inside = list(ENTRIES)
-    for kind, which, value in example[0]:
-        at, other = which % len(inside), value % len(inside) if isinstance(value, int) else 0
-        name, content, packing = inside[at]
-        if kind == "swap":
-            inside[at], inside[other] = (name, inside[other][1], packing), (inside[other][0], content, packing)
-        elif kind == "remove" and len(inside) > 1:
-            del inside[at]
-        elif kind == "again":
-            inside.append((name, inside[other][1], packing))
-        elif kind == "rename":
-            inside[at] = (value, content, packing)
-        elif kind == "pack":
-            inside[at] = (name, content, value)
-        elif kind == "fill":
-            inside[at] = (name, value, packing)
-        elif kind == "bomb":
-            inside[at] = (name, bytes(value), zipfile.ZIP_DEFLATED)
-    archive = hostile.zipped(inside)
+    for at, removed, added in example[0]:
+        inside[at : at + removed] = added
+    archive = hostile.zipped(inside or ENTRIES)
     for which, what, value in example[1]:
         archive = hostile.directory_says(archive, which, what, value)
     read_set(written(place, "x.pt", archive))
@@ -181,30 +160,28 @@ def check_pickle(place: Path, edits: list[tuple[int, int, bytes]]) -> None:
     read_set(written(place, "x.pt", hostile.with_program(SOUND, program)))
 
 
-FORMS = ["bare", "in a zip", "saved", "saved in the old format", "in a tar"]
-SPOTS = ["first", "last", "deep", "alone", "as a key"]
+SPOTS: list[Callable[[Payload], Any]] = [
+    lambda payload: [payload, IMAGES, LABELS],
+    lambda payload: [IMAGES, LABELS, payload],
+    lambda payload: [IMAGES, [LABELS, {"x": payload}]],
+    lambda payload: {payload: [IMAGES, LABELS]},
+    lambda payload: payload,
+]
+FORMS: list[Callable[[Any, int], bytes]] = [
+    lambda content, protocol: hostile.saved(content, pickle_protocol=protocol),
+    lambda content, protocol: hostile.saved(content, pickle_protocol=protocol, _use_new_zipfile_serialization=False),
+    lambda content, protocol: hostile.with_program(SOUND, pickle.dumps(content, protocol)),
+    lambda content, protocol: hostile.tarred(pickle.dumps(content, protocol)),
+    pickle.dumps,
+]
 CODE = st.tuples(st.integers(0, 5), st.sampled_from(FORMS), st.sampled_from(SPOTS), st.sampled_from(PT_NAMES))
 
 
-def check_code(place: Path, example: tuple[int, str, str, str]) -> None:
+def check_code(place: Path, example: tuple[int, Callable[..., bytes], Callable[..., Any], str]) -> None:
     """Code in a pickle never runs."""
     protocol, form, spot, name = example
     payload = Payload(place.parent / "ran")
-    content = {
-        "first": [payload, IMAGES, LABELS],
-        "last": [IMAGES, LABELS, payload],
-        "deep": [IMAGES, [LABELS, {"x": payload}]],
-        "alone": payload,
-        "as a key": {payload: [IMAGES, LABELS]},
-    }[spot]
-    if form == "saved":
-        raw = hostile.saved(content, pickle_protocol=protocol)
-    elif form == "saved in the old format":
-        raw = hostile.saved(content, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
-    else:
-        bare = pickle.dumps(content, protocol)
-        raw = {"bare": bare, "in a zip": hostile.with_program(SOUND, bare), "in a tar": hostile.tarred(bare)}[form]
-    assert read_set(written(place, name, raw)) is None
+    assert read_set(written(place, name, form(spot(payload), protocol))) is None
     assert not payload.marker.exists()
 
 

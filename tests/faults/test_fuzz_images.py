@@ -159,10 +159,6 @@ def check_file(folder: Path, odd: Odd) -> None:
 IMAGE = encoded("PNG RGB")
 
 
-def make_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def make_socket(path: Path) -> None:
     here = os.open(path.parent, os.O_RDONLY)  # the names of sockets are short
     try:
@@ -179,7 +175,7 @@ NODES: dict[str, Callable[[Path], object]] = {
     "an unreadable file": lambda path: path.touch(mode=0),
     "a folder": lambda path: path.mkdir(),
     "a folder with an image": lambda path: save(path / "0.png", noise(8, 8)),
-    "a pipe": make_fifo,
+    "a pipe": os.mkfifo,
     "a socket": make_socket,
     "a link to an image": lambda path: path.symlink_to(path.parents[1] / "b" / "0.png"),
     "a link to nowhere": lambda path: path.symlink_to("nowhere"),

@@ -226,16 +226,6 @@ def test_an_image_folder_gives_the_same_bytes_with_any_number_of_threads_and_any
             assert fault.kept(found == expected)
 
 
-def test_deterministic_is_accepted_on_a_cpu_and_changes_no_byte(tmp_path: Path) -> None:
-    found = []
-    for flags in ([], ["--deterministic"]):
-        results = tmp_path / str(len(flags))
-        assert condense.main(quick(results, *flags)) == 0
-        (folder,) = results.glob("digits/*")
-        found.append(outcome(folder))
-    assert found[0] == found[1]
-
-
 @pytest.mark.gpu
 def test_deterministic_gives_the_same_bytes_in_two_processes_on_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -145,21 +145,6 @@ def test_of_processes_started_together_on_one_folder_exactly_one_runs(
         must_be(undisturbed, holder.wait(), results / FOLDER, fault)
 
 
-@pytest.mark.slow
-def test_processes_that_race_for_one_folder_end_in_one_line_or_with_the_result(
-    server: Server, undisturbed: Outcome, tmp_path: Path
-) -> None:
-    results = tmp_path / "results"
-    for _ in range(4):
-        with injected("another process on the same run folder", times=5) as fault:
-            everybody = [child.wait() for child in [server.start(tiny(results)) for _ in range(6)]]
-            assert 0 in [ended.status for ended in everybody]
-            for ended in everybody:
-                assert (ended.status, ended.err.count("\n")) in ((0, 0), (1, 1)), ended
-                assert ended.status == 0 or "in use by" in ended.err, ended
-            goes_on(server, results, undisturbed, fault)
-
-
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
