@@ -29,10 +29,10 @@ from torch import Tensor
 import models
 from data import Dataset
 from models import Network
-from tests.faults import injected
 from tests.files import image_folder
 from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, tiny
 from tests.outcome import Outcome, metrics, outcome
+from tests.tally import injected
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize, RealImages, SyntheticImages
 from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network

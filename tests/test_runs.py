@@ -21,9 +21,9 @@ import models
 import train
 from data import Dataset
 from models import Network
-from tests.faults import injected
 from tests.files import last_json
 from tests.oracle import PublishedPixels
+from tests.tally import injected
 from utils.files import atomic
 from utils.method.augment import Augment
 from utils.method.selection import Context, initial_pixels, select
