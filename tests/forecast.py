@@ -151,8 +151,11 @@ def measured(work: Work, device: torch.device, repeats: int, precision: str) -> 
 
 def scaled(load: Load, ratio: float) -> Load:
     """The same on a device on which everything takes `ratio` times as long."""
-    curves = {name: [(x, ratio * s) for x, s in getattr(load, name)] for name in ("matching", "selection", "update")}
-    return load._replace(**curves)
+
+    def slower(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(amount, ratio * seconds) for amount, seconds in curve]
+
+    return load._replace(matching=slower(load.matching), selection=slower(load.selection), update=slower(load.update))
 
 
 # --- For people -------------------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ def test_a_tiny_work_is_measured_and_forecast(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half as many images as the work has, so that everything measured counts twice."""
+    monkeypatch.setattr(forecast, "compiler_error", lambda device: "not in a test")
     work = dataclasses.replace(WORKS["tiny"], smaller="--batch_real 4 --batch_syn_max 4 --n_data 16")
     seconds = {part: bench_ranks.Timed([1.0], 0) for part in PARTS}
     with monkeypatch.context() as patch:
@@ -100,7 +101,6 @@ def test_a_tiny_work_is_measured_and_forecast(
     assert found.update == [(1 / 6, 2.0), (1.0, 2.0)]
     assert (found.drawn, found.exchanges, found.batches) == (32 * 3 * 8 * 8, 1, 4)
     assert found.parameters == 3 * 16 * 9 + 3 * 16 + 6 * (16 * 4 * 4) + 6
-    monkeypatch.setattr(forecast, "compiler_error", lambda device: "not in a test")
     monkeypatch.setitem(WORKS, "tiny", work)
     monkeypatch.setattr(forecast, "FORECAST", ("tiny",))
     argv = ["--device", "cpu", "--forecast", "--repeats", "1", "--gpus", "1", "2", "7", "--json", str(tmp_path / "x")]
