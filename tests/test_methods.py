@@ -266,7 +266,8 @@ BUDGET = {
     "dream": "--niter 2 --inner_loop 3 --n_data 16", "idc": "--niter 2 --inner_loop 3 --n_data 16",
     "dc": "--niter 2 --inner_loop 3 --net_epoch 2", "dsa": "--niter 2 --inner_loop 3 --net_epoch 2",
     "dm": "--niter 6",
-    "mtt": "--niter 5 --experts 2 --expert_epochs 3 --max_start 1 --match_epochs 2 --student_steps 2 --batch_real 128",
+    "mtt": "--niter 5 --experts 2 --expert_epochs 3 --max_start 1 --match_epochs 2 --student_steps 2 --batch_real 128 "
+    "--interval 11",
     "dream+": "--niter 2 --inner_loop 3 --n_data 16",
 }  # fmt: skip
 
@@ -276,7 +277,7 @@ BUDGET = {
 def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, strategy: str
 ) -> None:
-    argv = [*TINY, "-m", method, "--select", strategy, "-f", "2", *BUDGET[method].split(), "--interval", "2"]
+    argv = [*TINY, "-m", method, "--select", strategy, "-f", "2", "--interval", "2", *BUDGET[method].split()]
     whole, there = distilled(tmp_path / "whole", argv), distilled(tmp_path / "parts", argv, 1, 4)
     assert there.name == "convnet2_f2_ipc2" + ("" if method == "dream" else f"_{method}")
     assert outcome(there) == outcome(whole)
