@@ -197,14 +197,18 @@ FIELDS: dict[str, type | tuple[type, ...]] = {  # that evaluation needs, with th
 
 
 def read_card(file: Path) -> Card:
-    """The content of a data.json; one that was edited since it was written is used as it is now, with a warning.
+    """The content of a data.json. Raises UserError when it is damaged or lacks something that evaluation needs."""
+    return check_card(load_card(file), file)
 
-    Raises UserError when it cannot be parsed, or lacks something that evaluation needs.
+
+def load_card(file: Path) -> Card:
+    """The content of a data.json, whatever it holds; if it was edited since it was written, this gives a warning.
+
+    Raises UserError when it holds no JSON object.
     """
     if file.stat().st_size > CARD_BYTES:
         raise UserError(f"{file}: is too large to describe a set; move it away and describe the set with -d and -f")
-    content, unchanged = parse_json(file)
-    card = check_card(content, file)
+    card, unchanged = parse_json(file)
     if not unchanged:
         log.warning("%s: was changed since it was written (its %s differs); used as it is now", file, CHECKSUM)
     return card

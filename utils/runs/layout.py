@@ -18,9 +18,8 @@ from utils.method.images import to_unit
 FACTORS = (1, 2, 3, 4, 5)
 LAGS = (1, 2, 4)  # distances of the pixels that are compared: noise differs equally over all of them, pictures do not
 ENOUGH = 500  # images of the set, and real ones, that are looked at
-# A set looks packed with a factor where the share that this leaves unexplained is below KNOWN; noise is near 1 for every
-# factor. Packed sets that are distilled from noise show blobs before they show seams: 0.41 for factor 1, 0.57 for their
-# own.
+# A set looks packed with a factor that leaves less than this share of it unexplained; noise is near 1 for every factor.
+# Packed sets that are distilled from noise show blobs before they show seams: 0.41 for factor 1, 0.57 for their own.
 KNOWN = 0.4
 CLEARLY = 1.5  # how many times better a factor must fit than the claimed one
 

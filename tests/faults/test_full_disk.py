@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import os
 import random
 import re
@@ -13,53 +11,26 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.faults import injected
 from tests.killing import (
     FOLDER,
     Child,
-    Ended,
     Operation,
     Server,
     goes_on,
     must_be,
-    one_of_each_kind,
-    recorded,
+    must_say,
     tiny,
     two_at_a_time,
 )
 from tests.outcome import Outcome
-from utils.runs.folder import CHECKPOINT, PREVIOUS, valid_checkpoint
+from tests.tally import injected
 
 pytestmark = pytest.mark.faults
-
-CANNOT = r"condense\.py: error: [^\n]*{}[^\n]*\n"
-REASONS = {
-    "ENOSPC": "No space left on device",
-    "EDQUOT": "Disk quota exceeded",
-    "EFBIG": "File too large",
-    "EROFS": "Read-only file system",
-    "EIO": "Input/output error",
-    "EACCES": "Permission denied",
-}
-
-
-def must_say(ended: Ended, reason: str, results: Path) -> None:
-    """One line that names a file, and checkpoints that are whole as far as there are any."""
-    assert ended.status == 1 and re.fullmatch(CANNOT.format(REASONS[reason]), ended.err), ended
-    assert str(results) in ended.err, ended
-    for name in (CHECKPOINT, PREVIOUS):
-        if (file := results / FOLDER / name).exists():
-            valid_checkpoint(file)
-    assert reason in ("EROFS", "EIO") or not list((results / FOLDER).glob(".*.part"))  # where it can be removed
-
-
-def need_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("TensorBoard is not installed")
 
 
 def let_stop(child: Child) -> None:
@@ -67,78 +38,6 @@ def let_stop(child: Child) -> None:
     deadline = time.monotonic() + 30
     while not child.paused and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize(
-    ("what", "file", "reason"),
-    [
-        ("write", ".checkpoint.pt.part", "ENOSPC"),
-        ("write", "metrics.jsonl", "EDQUOT"),
-        ("open", ".data.pt.part", "EROFS"),
-        ("fsync", ".data.json.part", "EIO"),
-        ("write", "log.txt", "ENOSPC"),
-    ],
-)
-def test_a_write_that_fails_ends_in_one_line_and_the_run_goes_on(
-    server: Server,
-    operations: list[Operation],
-    undisturbed: Outcome,
-    tmp_path: Path,
-    what: str,
-    file: str,
-    reason: str,
-) -> None:
-    results = tmp_path / "results"
-    operation = next(o for o in one_of_each_kind(operations) if (o.what, o.file) == (what, file))
-    with injected("full or failing disk at a file operation") as fault:
-        ended = server.run(tiny(results), root=str(results), at=operation.at, then=reason)
-        must_say(ended, reason, results)
-        goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.slow
-def test_a_disk_that_fails_at_any_kind_of_file_operation_loses_nothing(
-    server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
-) -> None:
-    saved = next(o.at for o in operations if (o.what, o.file) == ("rename", CHECKPOINT))
-    kinds = one_of_each_kind(operations)
-    others = zip(kinds[::3], itertools.cycle(["EROFS", "EDQUOT", "EIO"]))  # one is endless
-
-    def check(case: tuple[Operation, str]) -> None:
-        operation, reason = case
-        results = tmp_path / f"{reason}_{operation.at}"
-        with injected("full or failing disk at a file operation") as fault:
-            ended = server.run(tiny(results), root=str(results), at=operation.at, then=reason)
-            if ended.status:  # after the last result, neither the log nor the lock is worth an error
-                must_say(ended, reason, results)
-            assert operation.at <= saved or any((results / FOLDER / name).exists() for name in (CHECKPOINT, PREVIOUS))
-            results.mkdir(exist_ok=True)
-            goes_on(server, results, undisturbed, fault)
-
-    two_at_a_time(check, [*((operation, "ENOSPC") for operation in kinds), *others])
-
-
-@pytest.mark.slow
-def test_a_tensorboard_file_that_cannot_be_written_ends_in_one_line(
-    server: Server, undisturbed: Outcome, tmp_path: Path
-) -> None:
-    """Whatever TensorBoard's own threads would print of it."""
-    need_tensorboard()
-    there = recorded(server, tmp_path / "recorded", tiny(tmp_path / "recorded", "--tensorboard"))
-    events = [o for o in there if o.file.startswith("events")]
-    folder = next(o for o in there if (o.what, o.file) == ("mkdir", "tensorboard"))
-    some = [folder, events[0], events[1], events[len(events) // 2], events[-1]]
-
-    def check(case: tuple[Operation, str]) -> None:
-        operation, reason = case
-        results = tmp_path / f"{reason}_{operation.at}"
-        with injected("full or failing disk at a file of TensorBoard") as fault:
-            ended = server.run(tiny(results, "--tensorboard"), root=str(results), at=operation.at, then=reason)
-            must_say(ended, reason, results)
-            assert f" {results / FOLDER / 'tensorboard'}" in ended.err, (operation, ended)
-            goes_on(server, results, undisturbed, fault, "--tensorboard")
-
-    two_at_a_time(check, [*((operation, "ENOSPC") for operation in some), (some[1], "EROFS"), (some[3], "EIO")])
 
 
 @pytest.mark.slow
@@ -199,12 +98,13 @@ def test_a_disk_that_fills_up_at_random_moments_loses_nothing(
     draw, failed = random.Random(0), 0
     for turn in range(14):
         results = disk / f"results {turn}"
-        with injected("full disk (tmpfs)") as fault:
+        flags = ["--tensorboard"] if turn % 3 == 1 and find_spec("tensorboard") else []
+        with injected(f"full disk (tmpfs){', with TensorBoard' if flags else ''}") as fault:
             ballast = disk / "ballast"
             if turn % 2:  # full before it starts but for a little
                 fill(disk)
                 os.truncate(ballast, max(ballast.stat().st_size - 4096 * draw.randrange(60), 0))
-            child = server.start(tiny(results))
+            child = server.start(tiny(results, *flags))
             if not turn % 2:
                 time.sleep(draw.uniform(0, 0.5))
                 fill(disk)
@@ -213,7 +113,7 @@ def test_a_disk_that_fills_up_at_random_moments_loses_nothing(
                 failed += 1
                 must_say(ended, "ENOSPC", disk)
             ballast.unlink()
-            goes_on(server, results, undisturbed, fault)
+            goes_on(server, results, undisturbed, fault, *flags)
     assert failed > 5
 
 
@@ -235,22 +135,6 @@ def test_a_disk_that_is_full_when_a_signal_asks_to_save_is_told_in_one_line(
         must_say(replace(ended, err=ended.err.removeprefix(notice)), "ENOSPC", results)
         ballast.unlink()
         goes_on(server, results, undisturbed, fault)
-
-
-@pytest.mark.slow
-def test_a_full_disk_ends_a_run_with_tensorboard_in_one_line(
-    on_disk: tuple[Server, Path], undisturbed: Outcome
-) -> None:
-    need_tensorboard()
-    server, disk = on_disk
-    for kilobytes in (40, 120, 200):
-        results = disk / str(kilobytes)
-        with injected("full disk (tmpfs), with TensorBoard") as fault:
-            ballast = fill(disk)
-            os.truncate(ballast, ballast.stat().st_size - 1024 * kilobytes)
-            must_say(server.run(tiny(results, "--tensorboard")), "ENOSPC", results)
-            ballast.unlink()
-            goes_on(server, results, undisturbed, fault, "--tensorboard")
 
 
 # --- No right to write ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import tarfile
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -195,7 +195,8 @@ def described(dtype: str, shape: Sequence[int], start: int, end: int) -> Mapping
 
 # --- Damage -----------------------------------------------------------------------------------------------------------
 
-WOUNDS = ("flip", "cut", "drop", "insert", "zero", "turn")
+WOUNDS = ("flip", "cut", "drop", "insert", "zero", "turn", "number")
+NUMBERS = [0, 1, 2, 255, 256, 2**15, 2**16 - 1, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
 
 
 def damaged(content: bytes, wounds: Sequence[tuple[str, float, int]]) -> bytes:
@@ -209,10 +210,14 @@ def damaged(content: bytes, wounds: Sequence[tuple[str, float, int]]) -> bytes:
         elif kind == "drop":
             del data[at : at + amount]
         elif kind == "insert":
-            data[at:at] = bytes(amount)
+            data[at:at] = bytes(amount % 1000)
         elif kind == "zero":
             data[at : at + amount] = bytes(len(data[at : at + amount]))
         elif kind == "turn":
             data = data[at:] + data[:at]
+        elif kind == "number":  # of two or four bytes, in either order
+            value, width = NUMBERS[amount % len(NUMBERS)], 2 + 2 * (amount % 3 > 0)
+            order: Literal["little", "big"] = "little" if amount % 2 else "big"
+            data[at : at + width] = (value % 2 ** (8 * width)).to_bytes(width, order)
         content = bytes(data)
     return content

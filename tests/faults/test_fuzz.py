@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import pickle
-import string
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -24,17 +23,14 @@ from torch import Tensor, nn
 
 import train
 from data import Dataset
-from tests import hostile
-from tests.faults import injected
+from tests.faults import hostile
+from tests.faults.fuzz import CARD, Property, both, in_one_line, little_memory
 from tests.files import Payload, noise
-from tests.fuzz import Property, little_memory
 from utils.config import options
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.files import atomic
-from utils.method.images import Normalize
 from utils.runs import card as cards
 from utils.runs import sets as exchange
-from utils.runs.card import card_without_run
 from utils.runs.checkpoint import read_earlier
 from utils.runs.layout import factor_warning
 from utils.system.errors import UserError, printable
@@ -51,15 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cwd"
 
 
-class Real(Dataset):
-    """A data set as far as interpreting needs it, without images."""
-
-    def __init__(self) -> None:
-        self.name, self.folder, self._names = "digits", None, list(string.digits)
-        self.classes, self.channels, self.side = 10, 1, 8
-        self.normalize = Normalize([0.5], [0.25])
-
-
+DIGITS = Dataset("digits", device=torch.device("cpu"))
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([2, 0, 1, 1, 9, 2])
 REAL_IMAGES = torch.from_numpy(noise(20, 1, 8, 8))
@@ -72,18 +60,12 @@ def written(place: Path, name: str, content: bytes) -> Path:
     return place / name
 
 
-def in_one_line(error: UserError) -> str:
-    """The message, if it can be shown."""
-    assert str(error).isprintable() and error.status in (1, 2), repr(str(error))
-    return str(error)
-
-
 def read_set(file: Path, *, normalized: bool = False) -> tuple[Tensor, Tensor] | None:
     """The images and labels in a file, which must be in their range; None if it is refused, naming the file."""
     try:
-        images, labels, soft = exchange.interpret(exchange.read(file), Real(), normalized=normalized)
+        images, labels, soft = exchange.interpret(exchange.read(file), DIGITS, normalized=normalized)
     except UserError as error:
-        assert printable(str(file)) in in_one_line(error)
+        in_one_line(error, printable(str(file)))
         return None
     assert images.shape[1:] == (1, 8, 8) and images.dtype == torch.float32
     assert images.isfinite().all() and images.min() >= 0 and images.max() <= 1
@@ -133,51 +115,30 @@ def check_damage(place: Path, wounds: list[tuple[str, float, int]]) -> None:
 # --- Zip archives and the pickles in them -----------------------------------------------------------------------------
 
 ENTRIES = hostile.entries(SOUND)
-WHICH = st.integers(0, len(ENTRIES) - 1)
-ENTRY_NAMES = ["x/data/0", "data.pkl", "archive/data.pkl", "archive/DATA.PKL", "ARCHIVE/data/0", "../x", "/", "a/b"]
-PACKED = [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+PLACE = st.integers(0, len(ENTRIES) - 1)
+NAMES = ["x/data/0", "data.pkl", "archive/data.pkl", "archive/DATA.PKL", "ARCHIVE/data/0", "../x", "/", "a/b"]
+PACKED = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+ENTRY = st.one_of(
+    st.tuples(
+        st.sampled_from([*(name for name, _, _ in ENTRIES), *NAMES]),
+        st.sampled_from([*(content for _, content, _ in ENTRIES), bytes(2**22)]) | st.binary(max_size=30),
+        PACKED,
+    ),
+    st.tuples(st.sampled_from(ENTRIES), PACKED).map(lambda drawn: (*drawn[0][:2], drawn[1])),
+)
+SIZES = st.sampled_from([0, 1, 8, 9, 12, 64, 1536, 2**31, 2**32 - 1]) | st.integers(0, 4000)
 ZIPS = st.tuples(
-    st.lists(
-        st.one_of(
-            st.tuples(st.sampled_from(["swap", "remove", "again"]), WHICH, WHICH),
-            st.tuples(st.just("rename"), WHICH, st.sampled_from(ENTRY_NAMES)),
-            st.tuples(st.just("pack"), WHICH, st.sampled_from(PACKED)),
-            st.tuples(st.just("fill"), WHICH, st.binary(max_size=30)),
-            st.tuples(st.just("bomb"), WHICH, st.just(2**22)),
-        ),
-        max_size=3,
-    ),
-    st.lists(
-        st.tuples(
-            WHICH,
-            st.sampled_from(sorted(hostile.PLACES)),
-            st.sampled_from([0, 1, 8, 9, 12, 64, 1536, 2**31, 2**32 - 1]) | st.integers(0, 4000),
-        ),
-        max_size=2,
-    ),
+    st.lists(st.tuples(PLACE, st.booleans(), st.lists(ENTRY, max_size=1)), max_size=3),
+    st.lists(st.tuples(PLACE, st.sampled_from(sorted(hostile.PLACES)), SIZES), max_size=2),
 )
 
 
-def check_zip(place: Path, example: tuple[list[tuple[str, int, Any]], list[tuple[int, str, int]]]) -> None:
+def check_zip(place: Path, example: tuple[list[tuple[int, bool, hostile.Entries]], list[tuple[int, str, int]]]) -> None:
+    """An archive with entries removed and others put in their place, and with a directory that lies."""
     inside = list(ENTRIES)
-    for kind, which, value in example[0]:
-        at, other = which % len(inside), value % len(inside) if isinstance(value, int) else 0
-        name, content, packing = inside[at]
-        if kind == "swap":
-            inside[at], inside[other] = (name, inside[other][1], packing), (inside[other][0], content, packing)
-        elif kind == "remove" and len(inside) > 1:
-            del inside[at]
-        elif kind == "again":
-            inside.append((name, inside[other][1], packing))
-        elif kind == "rename":
-            inside[at] = (value, content, packing)
-        elif kind == "pack":
-            inside[at] = (name, content, value)
-        elif kind == "fill":
-            inside[at] = (name, value, packing)
-        elif kind == "bomb":
-            inside[at] = (name, bytes(value), zipfile.ZIP_DEFLATED)
-    archive = hostile.zipped(inside)
+    for at, removed, added in example[0]:
+        inside[at : at + removed] = added
+    archive = hostile.zipped(inside or ENTRIES)
     for which, what, value in example[1]:
         archive = hostile.directory_says(archive, which, what, value)
     read_set(written(place, "x.pt", archive))
@@ -199,30 +160,28 @@ def check_pickle(place: Path, edits: list[tuple[int, int, bytes]]) -> None:
     read_set(written(place, "x.pt", hostile.with_program(SOUND, program)))
 
 
-FORMS = ["bare", "in a zip", "saved", "saved in the old format", "in a tar"]
-SPOTS = ["first", "last", "deep", "alone", "as a key"]
+SPOTS: list[Callable[[Payload], Any]] = [
+    lambda payload: [payload, IMAGES, LABELS],
+    lambda payload: [IMAGES, LABELS, payload],
+    lambda payload: [IMAGES, [LABELS, {"x": payload}]],
+    lambda payload: {payload: [IMAGES, LABELS]},
+    lambda payload: payload,
+]
+FORMS: list[Callable[[Any, int], bytes]] = [
+    lambda content, protocol: hostile.saved(content, pickle_protocol=protocol),
+    lambda content, protocol: hostile.saved(content, pickle_protocol=protocol, _use_new_zipfile_serialization=False),
+    lambda content, protocol: hostile.with_program(SOUND, pickle.dumps(content, protocol)),
+    lambda content, protocol: hostile.tarred(pickle.dumps(content, protocol)),
+    pickle.dumps,
+]
 CODE = st.tuples(st.integers(0, 5), st.sampled_from(FORMS), st.sampled_from(SPOTS), st.sampled_from(PT_NAMES))
 
 
-def check_code(place: Path, example: tuple[int, str, str, str]) -> None:
+def check_code(place: Path, example: tuple[int, Callable[..., bytes], Callable[..., Any], str]) -> None:
     """Code in a pickle never runs."""
     protocol, form, spot, name = example
     payload = Payload(place.parent / "ran")
-    content = {
-        "first": [payload, IMAGES, LABELS],
-        "last": [IMAGES, LABELS, payload],
-        "deep": [IMAGES, [LABELS, {"x": payload}]],
-        "alone": payload,
-        "as a key": {payload: [IMAGES, LABELS]},
-    }[spot]
-    if form == "saved":
-        raw = hostile.saved(content, pickle_protocol=protocol)
-    elif form == "saved in the old format":
-        raw = hostile.saved(content, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
-    else:
-        bare = pickle.dumps(content, protocol)
-        raw = {"bare": bare, "in a zip": hostile.with_program(SOUND, bare), "in a tar": hostile.tarred(bare)}[form]
-    assert read_set(written(place, name, raw)) is None
+    assert read_set(written(place, name, form(spot(payload), protocol))) is None
     assert not payload.marker.exists()
 
 
@@ -336,11 +295,6 @@ def check_content(place: Path, example: tuple[Any, bool]) -> None:
 
 # --- What a set says of itself ----------------------------------------------------------------------------------------
 
-CARD: dict[str, Any] = {
-    **card_without_run(dataset="digits", image_folder=None, class_names=list(string.digits), ipc=1, factor=1,
-                       decode_type="single", mean=[0.5], std=[0.25], settings={}),
-    "settings": {"net_type": "convnet", "depth": 2, "epochs": 300, "lr": 0.01, "mixup": "cut"},
-}  # fmt: skip
 ENTRIES_OF_A_CARD = [*CARD, atomic.CHECKSUM, "sessions"]
 SETTINGS = [f.name for f in dataclasses.fields(TrainOptions)]
 OF_THE_COMMAND = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
@@ -458,7 +412,7 @@ def check_state(place: Path, example: tuple[Any, str]) -> None:
     try:
         found = read_earlier(file, OPTIONS)
     except UserError as error:
-        assert printable(str(file)) in in_one_line(error)
+        in_one_line(error, printable(str(file)))
         return
     assert found.pixels.shape == found.velocity.shape and found.pixels.dim() == 5
     assert found.pixels.dtype == found.velocity.dtype == torch.float32
@@ -489,28 +443,7 @@ PROPERTIES = {
 }
 
 
-@pytest.mark.parametrize("what", PROPERTIES)
-def test_a_few_files_are_sets_or_refused_whatever_their(what: str, place: Path) -> None:
-    PROPERTIES[what].hold(place)
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.parametrize("what", PROPERTIES)
-def test_many_files_are_sets_or_refused_whatever_their(what: str, place: Path) -> None:
-    with injected(FAULT, times=PROPERTIES[what].many):
-        PROPERTIES[what].hold(place, many=True)
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_every_entry_of_a_card_with_every_hostile_value_is_understood_or_refused(place: Path) -> None:
-    settings = [{"settings": {**CARD["settings"], name: value}} for name in SETTINGS for value in hostile.VALUES]
-    every = [*settings, *({name: value} for name in ENTRIES_OF_A_CARD for value in hostile.VALUES)]
-    with injected(FAULT, times=2 * len(every)):
-        for change in every:
-            for said in SAID[:2]:
-                check_card(place, (hostile.as_json({**CARD, **change}), said, False))
+test_a_few_files_are_sets_or_refused, test_many_files_are_sets_or_refused = both(PROPERTIES, FAULT)
 
 
 def test_pickles_are_made_here_like_those_of_torch_save(place: Path) -> None:

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import condense
-from tests.faults import injected
 from tests.files import quick
+from tests.tally import injected
 from utils.files import tensors
 from utils.numerics import derivatives as forms
 from utils.numerics.compute import LEAST_PIXELS, Compute
 from utils.runs.folder import valid_checkpoint
 from utils.system.device import out_of_memory
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def scarce(function: Callable[..., Any], most: int, failures: list[int]) -> Callable[..., Any]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import injected
+from tests.tally import injected
 from utils.files.lock import locked
 from utils.system.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 HOLD = """
 import sys, time
@@ -62,12 +62,15 @@ def test_a_lock_that_another_process_holds_names_it_and_ends_with_it(tmp_path: P
     assert not lock.exists()
 
 
-def test_what_a_dead_process_left_does_not_block(tmp_path: Path) -> None:
+@pytest.mark.faults
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"host": "elsewhere", "pid": 1, "doing": "x", "since": "y"}'])
+def test_what_a_dead_process_left_does_not_block(content: bytes, tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
-    lock.write_text('{"host": "elsewhere", "pid": 1, "doing": "x", "since": "long ago"}')
-    with locked(lock, doing="x", wait=False):
-        pass
-    assert not lock.exists()
+    lock.write_bytes(content)
+    with injected("lock file of a process that is gone"):
+        with locked(lock, doing="x", wait=False):
+            pass
+        assert not lock.exists()
 
 
 def test_waiting_ends_when_the_other_one_is_done_and_says_so_once(
