@@ -9,7 +9,6 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,26 @@ from torch import Tensor
 from data import Dataset
 from tests.files import Payload, noise, tree
 from tests.files import save as save_image
-from utils.method.formation import pack
+from utils.method.formation import pack, training_images
 from utils.method.images import ImageSet, Normalize
-from utils.method.synthetic import training_images
 from utils.runs import export
-from utils.runs.export import card_without_run, check_target, export_folder, export_safetensors
+from utils.runs.card import card_without_run
+from utils.runs.export import check_target, export_folder, export_safetensors
 from utils.runs.layout import factor_warning, layout_of, other_factor
-from utils.runs.sets import Stored, folder_names, interpret, load_distilled, read
+from utils.runs.sets import DistilledSet, SetFile, folder_names, interpret, load_distilled, read
 from utils.system.errors import UsageError, UserError
 
 CPU = torch.device("cpu")
 FASHION = torchvision.datasets.FashionMNIST.classes
 
 
-@dataclass
-class Real:
-    """A data set as far as interpreting needs it."""
+class Real(Dataset):
+    """A data set as far as interpreting needs it, without images."""
 
-    class_names: list[str] = field(default_factory=lambda: ["cat", "dog", "cow"])
-    channels: int = 1
-    name: str = "animals"
-    side: int = 8
-
-    @property
-    def classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def normalize(self) -> Normalize:
-        return Normalize([0.5, 0.4, 0.3][: self.channels], [0.25, 0.2, 0.5][: self.channels])
+    def __init__(self, class_names: Sequence[str] = ("cat", "dog", "cow"), channels: int = 1, side: int = 8) -> None:
+        self.name, self.folder, self._names = "animals", None, list(class_names)
+        self.classes, self.channels, self.side = len(class_names), channels, side
+        self.normalize = Normalize([0.5, 0.4, 0.3][:channels], [0.25, 0.2, 0.5][:channels])
 
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -60,7 +50,7 @@ LABELS = torch.tensor([2, 0, 1, 1, 0, 2])
 SOFT = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
 CARD: dict[str, Any] = card_without_run(
     dataset="digits", image_folder=None, class_names=["cat", "dog", "cow"], ipc=2, factor=2, decode_type="single",
-    normalize=Normalize([0.5], [0.25]),
+    mean=[0.5], std=[0.25], settings={},
 )  # fmt: skip
 
 
@@ -255,7 +245,7 @@ def test_without_the_package_its_files_are_answered_with_what_to_install(
     with refusal(file, "pip install safetensors"):
         read(file)
     with refusal("--export", "pip install safetensors"):
-        export_safetensors(tmp_path / "new.safetensors", IMAGES, LABELS, card=CARD)
+        export_safetensors(tmp_path / "new.safetensors", DistilledSet(IMAGES, LABELS, None), card=CARD)
 
 
 # --- Pixels -----------------------------------------------------------------------------------------------------------
@@ -267,8 +257,8 @@ def with_pixel(value: float) -> Tensor:
     return images
 
 
-def stored(images: Tensor, labels: Tensor = LABELS, **more: Any) -> Stored:
-    return Stored(Path("theirs.pt"), images, labels, **more)
+def stored(images: Tensor, labels: Tensor = LABELS, **more: Any) -> SetFile:
+    return SetFile(Path("theirs.pt"), images, labels, **more)
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -596,7 +586,7 @@ def test_an_export_replaces_nothing(tmp_path: Path) -> None:
     with refusal("--export", tmp_path / "full", "not empty", status=2):
         exported(tmp_path / "full", ["cat", "cow", "dog"])
     with refusal("--export", tmp_path / "set.safetensors", "there already", status=2):
-        export_safetensors(tmp_path / "set.safetensors", IMAGES, LABELS, card=CARD)
+        export_safetensors(tmp_path / "set.safetensors", DistilledSet(IMAGES, LABELS, None), card=CARD)
     for path in (tmp_path / "full", tmp_path / "set.safetensors", tmp_path / "full" / "thesis.tex"):
         with pytest.raises(UsageError, match="--export"):
             check_target(path)
@@ -612,7 +602,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with refusal("--export", tmp_path / "file", "cannot be written"):
         exported(tmp_path / "file" / "x", ["cat", "cow", "dog"])
     with refusal("--export", tmp_path / "file", "cannot be written"):
-        export_safetensors(tmp_path / "file" / "x.safetensors", IMAGES, LABELS, card=CARD)
+        export_safetensors(tmp_path / "file" / "x.safetensors", DistilledSet(IMAGES, LABELS, None), card=CARD)
 
 
 def test_an_export_that_is_cut_short_leaves_nothing_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,12 +632,12 @@ def test_a_folder_without_images_of_a_class_would_number_the_others_wrongly(tmp_
 @pytest.mark.parametrize("soft", [None, SOFT])
 def test_an_exported_safetensors_file_is_read_back_bit_for_bit(soft: Tensor | None, tmp_path: Path) -> None:
     file = tmp_path / "new" / "set.safetensors"
-    export_safetensors(file, IMAGES, LABELS, soft=soft, card={**CARD, "normalized": True})
+    export_safetensors(file, DistilledSet(IMAGES, LABELS, soft), card={**CARD, "normalized": True})
     found = read(file)
     assert torch.equal(found.images, IMAGES)
     assert torch.equal(found.labels, LABELS if soft is None else SOFT.argmax(1))
     assert (found.soft is None) if soft is None else found.soft is not None and torch.equal(found.soft, SOFT)
-    assert found.card == {**CARD, "value_range": [0.0, 1.0]}
+    assert found.card == CARD
     assert load_file(file)["images"].dtype == torch.float32
     images, _, _ = interpret(found, Real())
     assert torch.equal(images, IMAGES)
@@ -660,7 +650,7 @@ def test_an_exported_safetensors_file_is_read_back_bit_for_bit(soft: Tensor | No
 def test_the_header_of_an_export_says_how_to_use_it(factor: int, decode_type: str, says: str, tmp_path: Path) -> None:
     card = {**CARD, "factor": factor, "decode_type": decode_type}
     file = tmp_path / "x.safetensors"
-    export_safetensors(file, IMAGES, LABELS, card=card)
+    export_safetensors(file, DistilledSet(IMAGES, LABELS, None), card=card)
     (length,) = struct.unpack("<Q", file.read_bytes()[:8])
     header = json.loads(file.read_bytes()[8 : 8 + length])["__metadata__"]
     assert header["format"] == "pt"

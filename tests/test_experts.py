@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from utils.method.training import Recipe, Trainer, batches, fresh_network
 from utils.numerics.compute import Compute
 from utils.numerics.vectors import flattened
 from utils.runs import experts
-from utils.runs.experts import Experts, representative_epoch
+from utils.runs.experts import Experts, portions, selected
 from utils.system.draws import Draws
 from utils.system.errors import UserError
-from utils.system.process import Stopped
+from utils.system.process import Stopped, Stopper
 
 CLASSES, PER_CLASS, SIDE, EPOCHS, COUNT = 3, 9, 8, 4, 2
 CPU = Compute(torch.device("cpu"))
@@ -46,26 +47,50 @@ def epoch(trainer: Trainer, k: int, e: int) -> None:
     trainer.all_images([Draws("cpu", "epoch", k, e)])
 
 
-class StopAfter:
-    """Raises Stopped when it is asked for the n-th time."""
+class StopAfter(Stopper):
+    """Has a reason from the n-th time on that it is asked for one."""
 
     def __init__(self, n: int) -> None:
+        super().__init__()
         self.left = n
 
-    def __call__(self) -> None:
+    def reason(self, *, signals_only: bool = False) -> int:
         self.left -= 1
         if self.left == 0:
-            raise Stopped("the test")
+            self.signal = signal.SIGTERM
+        return super().reason(signals_only=signals_only)
+
+    def check(self, *, signals_only: bool = False) -> None:
+        self.obey(super().reason(signals_only=signals_only))
 
 
 def found_in(folder: Path, identity: dict[str, Any] = IDENTITY) -> Experts:
     return Experts(folder, identity, count=COUNT, epochs=EPOCHS)
 
 
-def trained(folder: Path, stop: Callable[[], None] = lambda: None, told: list[int] | None = None) -> Experts:
-    found, told = found_in(folder), [] if told is None else told
+def train(
+    found: Experts,
+    stopper: Stopper | None = None,
+    told: list[int] | None = None,
+    *,
+    make: Callable[[int], Trainer] = make,
+    epoch: Callable[[Trainer, int, int], None] = epoch,
+) -> None:
+    """Train what is missing. told: gets a 1 for every epoch. Raises Stopped when the stopper says so."""
+    stopper = Stopper() if stopper is None else stopper
     with found.held():
-        found.train(make, epoch, on_epoch=told.append, stop=stop)
+        for k in found.missing():
+            trainer = make(k)
+            for e in found.epochs_left(k, trainer, stopper.reason):
+                epoch(trainer, k, e)
+                if told is not None:
+                    told.append(1)
+            stopper.check()
+
+
+def trained(folder: Path, stopper: Stopper | None = None, told: list[int] | None = None) -> Experts:
+    found = found_in(folder)
+    train(found, stopper, told)
     return found
 
 
@@ -114,8 +139,8 @@ def test_what_is_saved_meanwhile_is_gone_on_from_when_the_process_dies(
         if (k, e) == (1, 2):
             raise KeyboardInterrupt
 
-    with found.held(), pytest.raises(KeyboardInterrupt):
-        found.train(make, dying, on_epoch=lambda count: None, stop=lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(found, epoch=dying)
     assert found_in(tmp_path).missing() == [1] and found_in(tmp_path).done() == EPOCHS + 2
     assert torch.equal(rows(trained(tmp_path)), rows(whole))
 
@@ -189,8 +214,8 @@ def test_other_experts_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_numbers_that_leave_their_range_end_the_training_and_are_not_saved(tmp_path: Path) -> None:
     found = found_in(tmp_path)
-    with found.held(), pytest.raises(UserError, match=r"expert 0: .* after epoch 1; use a lower --lr"):
-        found.train(lambda k: make(k, lr=1e30), epoch, on_epoch=lambda count: None, stop=lambda: None)
+    with pytest.raises(UserError, match=r"expert 0: .* after epoch 1; use a lower --lr"):
+        train(found, make=lambda k: make(k, lr=1e30))
     assert found_in(tmp_path).missing() == [0, 1] and not list(tmp_path.glob("*.pt"))
 
 
@@ -229,39 +254,34 @@ def watched(batch_size: int) -> tuple[Watched, list[list[int]]]:
     return found, found.watch()
 
 
-def seen(strategy: str, *, batch_size: int, interval: int) -> tuple[list[list[int]], list[int]]:
-    """The mini-batches of an epoch, and which selections were asked for."""
+def seen(strategy: str, *, batch_size: int, interval: int) -> list[list[int]]:
+    """The mini-batches of an epoch."""
     trainer, found = watched(batch_size)
-    asked: list[int] = []
-
-    def context_of(number: int) -> Context:
-        asked.append(number)
-        return Context(trainer.nets[0], real_set(), Draws("cpu", "select", number), CPU)
-
-    representative_epoch(
-        trainer, context_of, strategy, interval=interval, draws_of=lambda number: Draws("cpu", "order", number)
-    )
-    return found, asked
+    for number, count in enumerate(portions(CLASSES * PER_CLASS, batch_size, interval)):
+        context = Context(trainer.nets[0], real_set(), Draws("cpu", "select", number), CPU)
+        draws = Draws("cpu", "order", number)
+        trainer.epoch(selected(context, count, strategy, draws), [draws])
+    return found
 
 
 @pytest.mark.parametrize(("batch_size", "interval"), [(8, 1), (8, 2), (8, 10), (13, 1), (2, 5), (100, 3), (1, 4)])
 def test_an_epoch_on_representatives_has_the_mini_batches_of_one_on_all_images(batch_size: int, interval: int) -> None:
     n = CLASSES * PER_CLASS
-    found, asked = seen("herding", batch_size=batch_size, interval=interval)
+    found = seen("herding", batch_size=batch_size, interval=interval)
     trainer, random = watched(batch_size)
     trainer.all_images([Draws("cpu", 0)])
     assert sorted(i for batch in random for i in batch) == list(range(n))
     assert [len(batch) for batch in found] == [len(batch) for batch in random]
     assert len(found) == len(batches(n, batch_size))
-    assert asked == list(range(-(-len(found) // interval)))
+    assert len(portions(n, batch_size, interval)) == -(-len(found) // interval)
 
 
 def test_an_epoch_on_representatives_sees_those_alone() -> None:
     labels = real_set().labels
-    central, _ = seen("central", batch_size=9, interval=1)
+    central = seen("central", batch_size=9, interval=1)
     for batch in central:  # three batches, three images of every class in each, by chance the same ones or others
         assert sorted(labels[batch].tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     together = {i for batch in central for i in batch}
     assert len(together) < CLASSES * PER_CLASS
-    first, _ = seen("kmeans", batch_size=9, interval=1)
+    first = seen("kmeans", batch_size=9, interval=1)
     assert sorted(first[0]) != sorted(central[0])

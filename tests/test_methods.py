@@ -9,30 +9,32 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from utils.config.methods import METHODS
+from utils.method.synthetic import initial_pixels
 
 import condense
 import models
 import train
 from data import Dataset
 from models import Network
-from tests.oracle import augment_one, augment_shared, class_distance
+from tests.distilling import distilled
+from tests.files import last_json
+from tests.killing import Server
+from tests.oracle import augment_shared, class_distance, decode_naively, naive_epoch
+from tests.outcome import outcome
+from utils.config.derived import update_recipe
 from utils.config.flags import make_parser
-from utils.config.methods import METHODS
 from utils.config.options import CondenseOptions, resolve
 from utils.method.augment import Augment
-from utils.method.images import Normalize
-from utils.method.pixels import PixelSGD
+from utils.method.images import ImageSet
 from utils.method.selection import Context, batched_kmeans, select
-from utils.method.synthetic import initial_pixels
-from utils.method.training import Recipe, Trainer, fresh_network, plan, update_network
+from utils.method.training import Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 from utils.system.errors import UsageError
@@ -148,26 +150,6 @@ def test_settings_that_exclude_each_other_are_named(argv: list[str], says: str, 
     assert not list(tmp_path.iterdir())
 
 
-# --- The joint pixel step ---------------------------------------------------------------------------------------------
-
-
-def test_a_joint_step_is_sgd_on_normalised_images() -> None:
-    normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    target = torch.randn(4, 2, 3, 5, 5, dtype=torch.float64)
-    start = torch.rand_like(target)
-    images = normalize(start.flatten(0, 1)).requires_grad_()
-    sgd = torch.optim.SGD([images], lr=0.3, momentum=0.5)
-    ours = PixelSGD(start.clone(), lr=0.3, momentum=0.5, joint=normalize)
-    for _ in range(4):
-        sgd.zero_grad()
-        (images.unflatten(0, (4, 2)) - target).square().sum().backward()
-        sgd.step()
-        pixels = ours.lookahead().requires_grad_()
-        loss = (normalize(pixels.flatten(0, 1)).unflatten(0, (4, 2)) - target).square().sum()
-        ours.step(torch.autograd.grad(loss, pixels)[0])
-    torch.testing.assert_close(normalize(ours.pixels.flatten(0, 1)), images.detach(), rtol=1e-12, atol=1e-12)
-
-
 # --- Sub-clusters -----------------------------------------------------------------------------------------------------
 
 
@@ -198,134 +180,84 @@ def draws(purpose: str, *position: int) -> Draws:
     return Draws("cpu", 4, purpose, *position)
 
 
-def distilled(tmp_path: Path, *argv: str) -> Tensor:
-    """What condense.py makes of it, (classes, ipc, C, H, W)."""
-    assert condense.main([*TINY, *argv, "--results_dir", str(tmp_path)]) == 0
-    images, _ = torch.load(next(tmp_path.glob("digits/conv*/data.pt")), weights_only=True)
-    return images.unflatten(0, (10, -1))
+def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
+    """Algorithm 1 in plain loops, with the settings and random numbers of condense.py's run with these flags.
 
+    Returns the initial and the final pixels, (classes, ipc, C, H, W), and how many values were ever clamped.
+    """
+    o, real, normalize, compute = parsed(*TINY, *argv), digits.train, digits.normalize, Compute(CPU)
+    augment, recipe = Augment(o.aug_type), update_recipe(o)
+    how: dict[str, Any] = dict(names=augment.names, geometries=augment.geometries)
+    joint = o.pixel_step == "joint"  # pixels are learned where they are normalised, in one step of all classes
 
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return Dataset("digits", device=CPU)
+    def representatives(net: Network, purpose: Draws) -> Context:
+        return Context(net, real, purpose, compute.cheapest(), per_cluster=o.per_cluster)
 
+    def learned(images: Tensor) -> Tensor:
+        return normalize(images.flatten(0, 1)).unflatten(0, images.shape[:2]) if joint else images.clone()
 
-def start(dataset: Dataset, init: str) -> Tensor:
     first = draws("init")
-    context = Context(fresh_network(SPEC, first), dataset.train, first, Compute(CPU).cheapest())
-    return initial_pixels(context, init, ipc=2, factor=1)
-
-
-def picked(dataset: Dataset, net: Network, strategy: str, it: int, step: int, each: int = 1) -> Tensor:
-    context = Context(net, dataset.train, draws("select", it, step), Compute(CPU).cheapest(), per_cluster=each)
-    return select(context, 8, strategy=strategy)
-
-
-@pytest.mark.parametrize(("method", "names"), [("dc", "none"), ("dsa", "color_crop_cutout_scale_rotate")])
-@pytest.mark.parametrize("strategy", ["random", "kmeans"])
-def test_dc_and_dsa_match_cosines_and_train_the_network_on_the_synthetic_images(
-    tmp_path: Path, digits: Dataset, method: str, names: str, strategy: str
-) -> None:
-    argv = f"-m {method} --select {strategy} --interval 2 --niter 2 --inner_loop 3 --net_epoch 2 --lr_img 0.5"
-    ours = distilled(tmp_path, *argv.split())
-    real, normalize, augment = digits.train, digits.normalize, Augment(names)
-    begun = start(digits, "noise")
-    x = normalize(begun.flatten(0, 1)).unflatten(0, (10, 2)).requires_grad_()  # learned where it is normalised
-    sgd = torch.optim.SGD([x], lr=0.5, momentum=0.5)
-    labels = torch.arange(10).repeat_interleave(2)
-    recipe = Recipe(8, augment, "vanilla", momentum=0.0, weight_decay=0.0, epochs=2)
-    low, high = normalize(torch.zeros(1, 1, 8, 8)), normalize(torch.ones(1, 1, 8, 8))
-    for it in range(2):
+    context = Context(fresh_network(SPEC, first), real, first, compute.cheapest())
+    start, clamped = initial_pixels(context, o.init, ipc=2, factor=o.factor), 0
+    x = learned(start).requires_grad_()
+    sgd = torch.optim.SGD([x], lr=o.lr_img * (1 if joint else 2 / 10), momentum=o.mom_img)
+    low, high = (learned(torch.full((1, 1, 1, 8, 8), value)) for value in (0.0, 1.0))
+    for it in range(o.niter):
+        velocity: dict[str, Tensor] = {}
         net = fresh_network(SPEC, draws("network", it))
+        trainer = Trainer([net], [real], recipe, compute)
+        clamped += int(((x < low) | (x > high)).sum())
         x.data = torch.minimum(torch.maximum(x.data, low), high)
-        for step in range(3):
-            if step in (0, 2):
-                picks = picked(digits, net, strategy, it, step)
-            u = augment.draw_shared(10, draws("match", it, step))
-            loss = torch.zeros(())
+        for epoch in range(o.pretrain):
+            trainer.epoch(torch.arange(len(real)), [draws("pretrain", it, epoch)])
+        for step in range(o.inner_loop):
+            if (
+                step if o.interval <= o.inner_loop else it
+            ) % o.interval == 0:  # one selection may serve several networks
+                picks = select(representatives(net, draws("select", it, step)), 8, strategy=o.select)
+            u, loss = augment.draw_shared(10, draws("match", it, step)), torch.zeros(())
             for c in range(10):
-                syn = augment_shared(x[c], u[c], augment.names, augment.geometries)
-                wanted = augment_shared(normalize(real.images[picks[c]]), u[c], augment.names, augment.geometries)
-                loss = loss + class_distance(net, wanted, syn, c, "cos", "grad", fc=True)
-            sgd.zero_grad()
-            loss.backward()
-            sgd.step()
-            if step == 2:
+                decoded = decode_naively(x[c], o.factor, o.decode_type)
+                syn = augment_shared(decoded if joint else normalize(decoded), u[c], **how)
+                wanted = augment_shared(normalize(real.images[picks[c]]), u[c], **how)
+                loss = loss + class_distance(net, wanted, syn, c, o.metric, o.match, fc=o.fc)
+                if not joint or c == 9:
+                    x.grad, loss = torch.autograd.grad(loss, x)[0], torch.zeros(())
+                    sgd.step()
+            if step + 1 == o.inner_loop:
                 continue
-            drawn, weights = draws("update", it, step), torch.optim.SGD(net.parameters(), lr=0.01)
+            drawn = draws("update", it, step)
+            if o.train_on == "real":
+                update_network(trainer, n_data=o.n_data, draws=drawn)
+                continue
+            images = (x.detach() * normalize.std + normalize.mean if joint else x.detach()).flatten(0, 1)
+            synthetic = ImageSet(images, torch.arange(10).repeat_interleave(2), classes=10, normalize=normalize)
             order = drawn.permutation(20)
-            for _ in range(2):
-                epoch = plan(order, [(0, 8), (8, 16), (16, 20)], drawn)
-                for first, last in ((0, 8), (8, 16), (16, 20)):
-                    batch = epoch.order[first:last]
-                    images = torch.stack([
-                        augment_one(x.detach().flatten(0, 1)[i], epoch.u[first + n], augment.names, augment.geometries)
-                        for n, i in enumerate(batch.tolist())
-                    ])  # fmt: skip
-                    weights.zero_grad()
-                    F.cross_entropy(net(images), labels[batch]).backward()
-                    weights.step()
-    assert recipe.lr == 0.01
-    expected = x.detach() * normalize.std + normalize.mean
-    assert (expected - begun).abs().max() > 0.05
-    torch.testing.assert_close(ours, expected.clamp(0, 1), rtol=0, atol=2e-4)
+            for _ in range(o.net_epoch):
+                naive_epoch(net, velocity, synthetic, order, recipe, drawn)
+    end = x.detach() * normalize.std + normalize.mean if joint else x.detach()
+    return start, end.clamp(0, 1), clamped
 
 
-@pytest.mark.parametrize("strategy", ["random", "kmeans"])
-def test_dm_matches_mean_embeddings_of_untrained_networks(tmp_path: Path, digits: Dataset, strategy: str) -> None:
-    ours = distilled(tmp_path, *f"-m dm --select {strategy} --interval 2 --niter 5".split())
-    real, normalize, augment = digits.train, digits.normalize, Augment("color_crop_cutout_scale_rotate")
-    begun = start(digits, strategy)
-    x = normalize(begun.flatten(0, 1)).unflatten(0, (10, 2)).requires_grad_()
-    sgd = torch.optim.SGD([x], lr=1.0, momentum=0.5)
-    low, high = normalize(torch.zeros(1, 1, 8, 8)), normalize(torch.ones(1, 1, 8, 8))
-    for it in range(5):
-        net = fresh_network(SPEC, draws("network", it))
-        x.data = torch.minimum(torch.maximum(x.data, low), high)
-        if it % 2 == 0:  # one selection serves two networks
-            picks = picked(digits, net, strategy, it, 0)
-        u = augment.draw_shared(10, draws("match", it, 0))
-        loss = torch.zeros(())
-        for c in range(10):
-            syn = augment_shared(x[c], u[c], augment.names, augment.geometries)
-            wanted = augment_shared(normalize(real.images[picks[c]]), u[c], augment.names, augment.geometries)
-            means = [torch.stack([net.embed(image[None])[0] for image in images]).mean(0) for images in (wanted, syn)]
-            loss = loss + (means[0].detach() - means[1]).square().sum()
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-    expected = x.detach() * normalize.std + normalize.mean
-    assert (expected - begun).abs().max() > 0.05
-    torch.testing.assert_close(ours, expected.clamp(0, 1), rtol=0, atol=2e-4)
-
-
-def test_dream_plus_matches_both_under_networks_that_have_seen_all_real_images(tmp_path: Path, digits: Dataset) -> None:
-    argv = "-m dream+ --niter 2 --inner_loop 2 --interval 2 --per_cluster 2 --n_data 16 --lr_img 0.02"
-    ours = distilled(tmp_path, *argv.split())
-    real, normalize, augment = digits.train, digits.normalize, Augment("color_crop_cutout")
-    begun = start(digits, "kmeans")
-    pixels = begun.clone().requires_grad_()
-    sgd = torch.optim.SGD([pixels], lr=0.02 * 2 / 10, momentum=0.5)
-    update = Recipe(batch_size=8, augment=Augment("color_crop"), mixup="cut")
-    for it in range(2):
-        net = fresh_network(SPEC, draws("network", it))
-        trainer = Trainer([net], [real], update, Compute(CPU))
-        pixels.data.clamp_(0, 1)
-        trainer.epoch(torch.arange(len(real)), [draws("pretrain", it, 0)])
-        for step in range(2):
-            if step == 0:
-                picks = picked(digits, net, "kmeans", it, 0, each=2)
-            u = augment.draw_shared(10, draws("match", it, step))
-            for c in range(10):
-                syn = augment_shared(normalize(pixels[c]), u[c], augment.names, augment.geometries)
-                wanted = augment_shared(normalize(real.images[picks[c]]), u[c], augment.names, augment.geometries)
-                loss = class_distance(net, wanted, syn, c, "mse", "grad")
-                loss = loss + (net.embed(wanted).mean(0).detach() - net.embed(syn).mean(0)).square().sum()
-                pixels.grad = torch.autograd.grad(loss, pixels)[0]
-                sgd.step()
-            update_network(trainer, n_data=16, draws=draws("update", it, step))
-    assert (pixels.detach() - begun).abs().max() > 0.05
-    torch.testing.assert_close(ours, pixels.detach().clamp(0, 1), rtol=0, atol=2e-4)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-f 2 --niter 2 --inner_loop 3 --interval 2 --n_data 16 --lr_img 0.3",
+        "-m idc --niter 1 --inner_loop 3 --n_data 16 --lr_img 0.3",
+        "-m dc --niter 2 --inner_loop 3 --net_epoch 2 --lr_img 0.5",
+        "-m dsa --select kmeans --interval 2 --niter 1 --inner_loop 3 --net_epoch 2 --lr_img 0.5",
+        "-m dm --select kmeans --interval 2 --niter 4",
+        "-m dream+ --niter 2 --inner_loop 2 --interval 2 --per_cluster 2 --n_data 16 --lr_img 0.02",
+    ],
+)
+def test_a_run_is_the_published_algorithm(tmp_path: Path, flags: str) -> None:
+    """When it selects, clamps, renews and keeps what, and what it matches; trajectories: test_trajectory.py."""
+    argv = flags.split()
+    images, _ = torch.load(distilled(tmp_path, [*TINY, *argv]) / "data.pt", weights_only=True)
+    start, expected, clamped = naively(Dataset("digits", device=CPU), *argv)
+    assert (expected - start).abs().max() > 0.05
+    assert clamped > 50 or "--niter 1" in flags  # so that a clamp at another moment would show
+    torch.testing.assert_close(images, expected.flatten(0, 1), rtol=0, atol=2e-4)
 
 
 # --- What the project promises of every run ---------------------------------------------------------------------------
@@ -334,7 +266,8 @@ BUDGET = {
     "dream": "--niter 2 --inner_loop 3 --n_data 16", "idc": "--niter 2 --inner_loop 3 --n_data 16",
     "dc": "--niter 2 --inner_loop 3 --net_epoch 2", "dsa": "--niter 2 --inner_loop 3 --net_epoch 2",
     "dm": "--niter 6",
-    "mtt": "--niter 6 --experts 2 --expert_epochs 4 --max_start 2 --match_epochs 2 --student_steps 3 --batch_real 128",
+    "mtt": "--niter 5 --experts 2 --expert_epochs 3 --max_start 1 --match_epochs 2 --student_steps 2 --batch_real 128 "
+    "--interval 11",
     "dream+": "--niter 2 --inner_loop 3 --n_data 16",
 }  # fmt: skip
 
@@ -342,39 +275,28 @@ BUDGET = {
 @pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "kmeans"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_evaluated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, strategy: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, strategy: str
 ) -> None:
-    argv = [*TINY, "-m", method, "--select", strategy, "-f", "2", *BUDGET[method].split(), "--interval", "2"]
-    assert condense.main([*argv, "--results_dir", str(tmp_path / "whole")]) == 0
-    name = "convnet2_f2_ipc2" + ("" if method == "dream" else f"_{method}")
-    whole = tmp_path / "whole" / "digits" / name
-    original, steps = condense.Job.after_step, 0
-
-    def after_step(job: condense.Job, state: condense.State) -> None:
-        nonlocal steps
-        steps += 1
-        if steps in (1, 4):
-            job.stopper.signal = signal.SIGTERM
-        original(job, state)
-
-    monkeypatch.setattr(condense.Job, "after_step", after_step)
-    parts = [*argv, "--results_dir", str(tmp_path / "parts")]
-    assert [condense.main(parts) for _ in range(3)] == [128 + signal.SIGTERM] * 2 + [0]
-    there = tmp_path / "parts" / "digits" / name
-    assert (there / "data.pt").read_bytes() == (whole / "data.pt").read_bytes()
+    argv = [*TINY, "-m", method, "--select", strategy, "-f", "2", "--interval", "2", *BUDGET[method].split()]
+    whole, there = distilled(tmp_path / "whole", argv), distilled(tmp_path / "parts", argv, 1, 4)
+    assert there.name == "convnet2_f2_ipc2" + ("" if method == "dream" else f"_{method}")
+    assert outcome(there) == outcome(whole)
     card = json.loads((there / "data.json").read_text())
     assert card["settings"]["method"] == method and card["finished"]
     assert list(card["learned"]) == (["step_size"] if method == "mtt" else [])
     assert ("expert_seconds" in card) == (method == "mtt")
     capsys.readouterr()
     assert train.main([str(there), "--device", "cpu", "--baselines", "none", "--epochs", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 1
+    assert last_json(capsys)["n"] == 1
+
+
+MTT = [*TINY, "-m", "mtt", *BUDGET["mtt"].split()]
 
 
 def test_experts_are_trained_by_a_command_of_their_own_and_shared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [*TINY, "-m", "mtt", *BUDGET["mtt"].split(), "--results_dir", str(tmp_path)]
+    argv = [*MTT, "--results_dir", str(tmp_path)]
     assert condense.main([*argv, "--experts_only"]) == 0
     (folder,) = (tmp_path / "digits").iterdir()
     assert folder.name.startswith("experts_convnet2_random_") and "are ready" in capsys.readouterr().out
@@ -383,38 +305,32 @@ def test_experts_are_trained_by_a_command_of_their_own_and_shared(
     for more in ([], ["--seed", "5", "--tag", "other", "--lr_img", "10"]):
         assert condense.main([*argv, *more]) == 0
     assert {file.name: file.stat().st_mtime_ns for file in folder.glob("expert_*.pt")} == written
-    assert condense.main([*argv, "--tag", "more", "--experts", "3"]) == 0
+    assert condense.main([*argv, "--tag", "more", "--experts", "3", "--experts_only"]) == 0
     assert len(list(folder.glob("expert_*.pt"))) == 3
-    assert condense.main([*argv, "--tag", "representatives", "--select", "kmeans"]) == 0
+    assert condense.main([*argv, "--tag", "representatives", "--select", "kmeans", "--experts_only"]) == 0
     assert len(list(tmp_path.glob("digits/experts_*"))) == 2
 
 
 def test_another_run_s_step_size_is_taken_over_with_its_pixels(tmp_path: Path) -> None:
-    argv = [*TINY, "-m", "mtt", *BUDGET["mtt"].split(), "--lr_step", "1e-2", "--results_dir", str(tmp_path)]
-    assert condense.main(argv) == 0
-    folder = tmp_path / "digits" / "convnet2_f1_ipc2_mtt"
-    there = json.loads((folder / "data.json").read_text())["learned"]["step_size"]
-    more = ["--resume_from", str(folder), "--niter", "7", "--lr_step", "0", "--tag", "longer"]
-    assert condense.main([*argv, *more]) == 0
-    here = json.loads((tmp_path / "digits/convnet2_f1_ipc2_mtt_longer/data.json").read_text())["learned"]["step_size"]
+    folder = distilled(tmp_path, [*MTT, "--lr_step", "1e-2"])
+    more = ["--resume_from", str(folder), "--niter", "6", "--lr_step", "0", "--tag", "longer"]
+    there, here = (
+        json.loads((run / "data.json").read_text())["learned"]["step_size"]
+        for run in (folder, distilled(tmp_path, [*MTT, *more]))
+    )
     assert here == there != pytest.approx(0.01, rel=1e-3)
 
 
-def test_experts_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
+def test_experts_survive_a_kill_at_any_moment(server: Server, tmp_path: Path) -> None:
     """Killed between two saves, the same command ends with the same bytes."""
-    argv = [*TINY, "-m", "mtt", *BUDGET["mtt"].split(), "--expert_epochs", "16", "--experts_only"]
-    assert condense.main([*argv, "--results_dir", str(tmp_path / "whole")]) == 0
-    words = [sys.executable, str(ROOT / "condense.py"), *argv, "--results_dir", str(tmp_path / "parts")]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("parts/digits/*/expert_000.pt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and len(list(tmp_path.glob("parts/digits/*/expert_*.pt"))) < 2
-    assert condense.main([*argv, "--results_dir", str(tmp_path / "parts")]) == 0
-    whole, parts = (sorted(tmp_path.glob(f"{name}/digits/*/expert_*.pt")) for name in ("whole", "parts"))
-    assert [file.name for file in whole] == [file.name for file in parts] == ["expert_000.pt", "expert_001.pt"]
-    for one, other in zip(whole, parts, strict=True):
+    argv = [*MTT, "--expert_epochs", "8", "--experts_only"]
+    parts, whole = ([*argv, "--results_dir", str(tmp_path / name)] for name in ("parts", "whole"))
+    assert server.run(parts, computing=150, then="kill").status == -signal.SIGKILL  # in the second expert's training
+    assert len(list(tmp_path.glob("parts/digits/*/expert_000.pt"))) == 1
+    assert [server.run(words).status for words in (parts, whole)] == [0, 0]
+    files = [sorted(tmp_path.glob(f"{name}/digits/*/expert_*.pt")) for name in ("parts", "whole")]
+    assert [[file.name for file in found] for found in files] == [["expert_000.pt", "expert_001.pt"]] * 2
+    for one, other in zip(*files, strict=True):
         assert torch.equal(*(torch.load(file, weights_only=True)["trajectory"] for file in (one, other)))
 
 
@@ -441,9 +357,8 @@ def test_the_worked_example_of_the_readme_is_a_seventh_framework(tmp_path: Path)
 def test_whitened_images_are_distilled_and_evaluated_as_such(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    argv = [*TINY, "-m", method, *BUDGET[method].split(), "--results_dir", str(tmp_path)]
-    assert condense.main([*argv, "--whiten", "zca", "--tag", "zca"]) == condense.main(argv) == 0
-    whitened, plain = (tmp_path / "digits" / f"convnet2_f1_ipc2_{method}{tag}" for tag in ("_zca", ""))
+    argv = [*TINY, "-m", method, *BUDGET[method].split()]
+    whitened, plain = distilled(tmp_path, [*argv, "--whiten", "zca", "--tag", "zca"]), distilled(tmp_path, argv)
     assert (whitened / "data.pt").read_bytes() != (plain / "data.pt").read_bytes()
     assert "ZCA" in json.loads((whitened / "data.json").read_text())["about"]
     found = []
@@ -468,5 +383,5 @@ def test_idc_with_representatives_is_dream() -> None:
 
 def test_a_network_with_batch_norm_can_be_distilled_with_by_every_method(tmp_path: Path) -> None:
     for method in METHODS:
-        argv = [*TINY[:-6], "--norm_type", "batch", "--epochs", "1", "--repeat", "1", "-m", method]
-        assert condense.main([*argv, *BUDGET[method].split(), "--results_dir", str(tmp_path)]) == 0
+        argv = [*TINY, "--norm_type", "batch", "--epochs", "1", "-m", method, *BUDGET[method].split()]
+        distilled(tmp_path, [*argv, "--niter", "1"])

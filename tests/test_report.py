@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.files import pictures
+from utils.files.imagefiles import GRID_COLUMNS, grid_png
 from utils.system import report
 from utils.system.report import Progress, log, logged_to, messages, span
 
@@ -75,7 +75,7 @@ def test_a_grid_has_a_row_per_class_and_enlarges_small_images(tmp_path: Path) ->
     images = torch.zeros(3, 2, 1, 8, 8)
     images[1, 1] = 1
     file = tmp_path / "grid.png"
-    file.write_bytes(pictures.grid_png(images))
+    file.write_bytes(grid_png(images))
     with Image.open(file) as grid:
         assert grid.size == (2 * 34 + 2, 3 * 34 + 2)
         shown = torch.tensor([[grid.getpixel((x, y))[0] for x in (18, 52)] for y in (18, 52, 86)])
@@ -84,6 +84,6 @@ def test_a_grid_has_a_row_per_class_and_enlarges_small_images(tmp_path: Path) ->
 
 def test_a_grid_shows_the_first_images_of_a_large_set_only(tmp_path: Path) -> None:
     file = tmp_path / "grid.png"
-    file.write_bytes(pictures.grid_png(torch.zeros(2, 50, 3, 32, 32)))
+    file.write_bytes(grid_png(torch.zeros(2, 50, 3, 32, 32)))
     with Image.open(file) as grid:
-        assert grid.width == pictures.COLUMNS * 34 + 2
+        assert grid.width == GRID_COLUMNS * 34 + 2

@@ -18,14 +18,15 @@ from utils.method.selection import (
     Context,
     assign,
     batched_kmeans,
+    coreset,
     embed,
+    initial_pixels,
     lloyd,
     padded,
     representatives,
     select,
     update_centroids,
 )
-from utils.method.synthetic import coreset, initial_pixels
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws

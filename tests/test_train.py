@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,21 @@ from torchvision.datasets import ImageFolder
 
 import condense
 import train
-from tests.files import last_json, tree
+from tests.distilling import TINY, distilled
+from tests.files import image_folder, last_json, tree
 from utils.config.flags import make_parser
 from utils.config.options import TrainOptions
-from utils.system import process
 from utils.system.errors import UsageError, UserError
 
-TINY = shlex.split(
-    "--device cpu --ipc 2 -f 2 --niter 3 --inner_loop 4 --interval 2 --batch_real 8 --n_data 16 --batch_syn_max 6 "
-    "--width 8 --epochs 2 --repeat 2"
-)
 FEW = ["--device", "cpu", "--epochs", "1", "--repeat", "2", "--width", "4"]
+ONCE = ["--niter", "1", "--inner_loop", "1", "--epochs", "1", "--repeat", "1"]
 ALONE = ["--baselines", "none"]
 ROWS = ["distilled set", "random real images", "random real images", "k-means representatives", "herded real images"]
 
 
 def run(results: Path, *more: str) -> Path:
     """condense.py on digits in this process; the run folder."""
-    assert condense.main([*TINY, "--results_dir", str(results), *more]) == 0
-    return next((results / "digits").iterdir())
+    return distilled(results, [*TINY, *more])
 
 
 @pytest.fixture(autouse=True)
@@ -49,24 +45,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("results"))
 
 
-COMMIT = "0123456789abcdef"
-
-
-def at_commit(monkeypatch: pytest.MonkeyPatch, commit: str) -> None:
-    versions = {**process.versions(), "git_commit": commit}
-    monkeypatch.setattr(process, "versions", lambda: versions)
-
-
-@pytest.fixture(autouse=True)
-def changed_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a clone with changes, where nothing but the upper bound is found again."""
-    at_commit(monkeypatch, f"{COMMIT}-dirty")
-
-
 @pytest.fixture
-def clean_code(monkeypatch: pytest.MonkeyPatch, changed_code: None) -> None:
-    """As in a clone without changes, where results of the same commit are found again."""
-    at_commit(monkeypatch, COMMIT)
+def evaluated(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """train.py with few epochs in this process; what it prints as JSON."""
+
+    def evaluate(*argv: object) -> dict[str, Any]:
+        assert train.main([*FEW, *map(str, argv), "--json"]) == 0
+        return last_json(capsys)
+
+    return evaluate
 
 
 def rows(found: dict[str, Any]) -> list[tuple[object, ...]]:
@@ -79,11 +66,10 @@ def rows(found: dict[str, Any]) -> list[tuple[object, ...]]:
 
 
 def test_a_set_stands_beside_real_images_of_its_stored_and_of_its_decoded_budget(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
-    assert train.main([*FEW, str(finished), "--json"]) == 0
     sizes = [(2, 8, 20 * 64 * 4), (2, 2, 20 * 64), (8, 8, 80 * 64), (2, 2, 20 * 64), (2, 2, 20 * 64)]
-    assert rows(last_json(capsys)) == [(what, *size) for what, size in zip(ROWS, sizes, strict=True)]
+    assert rows(evaluated(finished)) == [(what, *size) for what, size in zip(ROWS, sizes, strict=True)]
 
 
 def test_random_real_images_are_those_that_condense_has_measured(
@@ -97,9 +83,8 @@ def test_random_real_images_are_those_that_condense_has_measured(
     )  # fmt: skip
 
 
-def test_baselines_are_those_asked_for(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main([*FEW, str(finished), "--baselines", "central", "boundary", "--json"]) == 0
-    assert [row[0] for row in rows(last_json(capsys))] == [
+def test_baselines_are_those_asked_for(finished: Path, evaluated: Callable[..., dict[str, Any]]) -> None:
+    assert [row[0] for row in rows(evaluated(finished, "--baselines", "central", "boundary"))] == [
         "distilled set", "central real images", "random real images", "boundary real images",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="--baselines: none and other words"):
@@ -107,55 +92,52 @@ def test_baselines_are_those_asked_for(finished: Path, capsys: pytest.CaptureFix
 
 
 def test_the_upper_bound_is_trained_once_and_gives_every_row_its_share(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*FEW, str(finished), "--real", "--results_dir", str(tmp_path), *ALONE, "--json"]
     assert train.main(argv) == 0
-    first = last_json(capsys)
-    ours, real = first["results"]
+    ours, real = last_json(capsys)["results"]
     assert real["trained_on"] == "all real images" and real["images_per_class"] == pytest.approx(134.7)
     assert (tmp_path / "digits" / "real" / "eval.json").exists()
-    trained: list[object] = []
-    evaluate = train.evaluate
-
-    def counted(spec: Any, *rest: Any, **more: Any) -> Any:
-        trained.append(spec)
-        return evaluate(spec, *rest, **more)
-
-    monkeypatch.setattr(train, "evaluate", counted)
     table = tmp_path / "table.csv"
     assert train.main([*argv, "--table", str(table), "--repeat", "1"]) == 0
     out = capsys.readouterr().out
-    assert len(trained) == 1 and "known from" in out  # the set alone
-    again = json.loads(out.splitlines()[-1])["results"][1]
+    assert out.count("known from") == 1  # the set itself is trained on again
+    _, again = json.loads(out.splitlines()[-1])["results"]
     assert again["accuracies"] == real["accuracies"][:1] and again["n"] == 1
     share, whole = (float(row["share_of_real"]) for row in csv.DictReader(table.read_text().splitlines()))
     assert whole == 100
     assert share == pytest.approx(100 * ours["accuracies"][0] / real["accuracies"][0])
     assert "of all real" in out and f"{share:.1f} %" in out
-    assert train.main([*argv, "--retrain"]) == 0
-    assert len(trained) == 3 and last_json(capsys)["results"][1]["accuracies"] == real["accuracies"]
+    for change in (["--retrain"], ["--lr", "0.02"], ["--width", "8"], ["--repeat", "3"]):
+        assert train.main([*argv, *change]) == 0
+        out = capsys.readouterr().out
+        assert "known from" not in out
+    assert json.loads(out.splitlines()[-1])["results"][1]["accuracies"][:2] == real["accuracies"]
 
 
-def test_a_row_of_the_same_code_is_not_trained_again_but_one_of_other_code_is(
-    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clean_code: None
+@pytest.mark.parametrize("changed", ["train", "test"])
+def test_the_upper_bound_of_other_images_with_the_same_names_is_another_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
 ) -> None:
-    argv = [*FEW, str(finished), *ALONE, "--seed", "7", "--json"]
-    assert train.main(argv) == 0
-    first = last_json(capsys)
-    assert train.main(argv) == 0
-    assert "known from" in (out := capsys.readouterr().out)
-    assert json.loads(out.splitlines()[-1])["results"] == first["results"]
-    assert train.main([*argv, "--confusion"]) == 0  # which was not kept
+    root = image_folder(tmp_path / "images", {"a": 9, "b": 9}, {"a": 3, "b": 3})
+    argv = ["--real", "--image_folder", str(root), "--depth", "2"]
+    for known in (False, True):
+        assert train.main([*FEW, *argv]) == 0
+        assert ("known from" in capsys.readouterr().out) == known
+    with Image.open(root / changed / "a" / "0.png") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(root / changed / "a" / "0.png")  # of the same statistics
+    assert train.main([*FEW, *argv]) == 0
     assert "known from" not in capsys.readouterr().out
-    at_commit(monkeypatch, f"{COMMIT}-dirty")
+
+
+def test_all_other_rows_are_trained_every_time(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        assert train.main(argv) == 0
+        assert train.main([*FEW, str(finished), "--baselines", "random", "--seed", "7"]) == 0
         assert "known from" not in capsys.readouterr().out
 
 
 def test_a_damaged_eval_json_is_said_and_begun_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*FEW, str(finished), *ALONE, "--seed", "9"]
     file = finished / "eval.json"
     good = {"accuracies": [1.0], "seconds": 1.0}
     for damaged in ("{", "[]", '{"results": 3}', *(json.dumps({"results": [r]}) for r in (
@@ -163,20 +145,9 @@ def test_a_damaged_eval_json_is_said_and_begun_again(finished: Path, capsys: pyt
         7, {**good, "accuracies": ["x"]}, {"accuracies": [1.0]}, {**good, "versions": 5},
     ))):  # fmt: skip
         file.write_text(damaged)
-        assert train.main(argv) == 0
+        assert train.main([*FEW, str(finished), *ALONE]) == 0
         assert "was damaged, and is begun again" in capsys.readouterr().out
         assert len(json.loads(file.read_text())["results"]) == 1
-
-
-@pytest.mark.parametrize("change", [["--lr", "0.02"], ["--epochs", "2"], ["--width", "8"], ["--repeat", "3"]])
-def test_another_protocol_is_another_result(
-    finished: Path, capsys: pytest.CaptureFixture[str], clean_code: None, change: list[str]
-) -> None:
-    argv = [*FEW, str(finished), *ALONE, "--seed", "8"]
-    assert train.main(argv) == 0
-    capsys.readouterr()
-    assert train.main([*argv, *change]) == 0
-    assert "known from" not in capsys.readouterr().out
 
 
 def test_the_table_is_written_as_markdown_csv_and_json(finished: Path, tmp_path: Path) -> None:
@@ -257,17 +228,16 @@ def test_the_wrong_factor_is_noticed(finished: Path, tmp_path: Path, caplog: pyt
 
 
 def test_a_normalised_file_is_refused_until_it_is_called_so(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
     mean, std = 0.3053, 0.3758
     file = bare(finished, tmp_path / "theirs.pt", lambda images: (images - mean) / std)
-    argv = [*FEW, str(file), "-d", "digits", "-f", "2", *ALONE, "--json"]
+    argv = ["-d", "digits", "-f", "2", *ALONE]
     with pytest.raises(UserError, match="--normalized"):
-        train.main(argv)
-    assert train.main([*argv, "--normalized"]) == 0
-    theirs = last_json(capsys)
-    assert train.main([*FEW, str(bare(finished, tmp_path / "ours.pt")), *argv[len(FEW) + 1 :]]) == 0
-    assert last_json(capsys)["accuracies"] == pytest.approx(theirs["accuracies"], abs=1)
+        evaluated(file, *argv)
+    ours = evaluated(bare(finished, tmp_path / "ours.pt"), *argv)
+    assert (ours["images_per_class"], ours["decoded_per_class"]) == (2, 8)
+    assert evaluated(file, *argv, "--normalized")["accuracies"] == pytest.approx(ours["accuracies"], abs=1)
 
 
 def test_a_set_that_trains_no_better_than_random_images_is_questioned(
@@ -332,38 +302,34 @@ def test_soft_labels_that_are_certain_train_like_hard_ones_and_uncertain_ones_do
 
 
 def test_a_safetensors_export_is_evaluated_like_the_run_it_came_from(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
     file = tmp_path / "set.safetensors"
     assert train.main([str(finished), "--export", str(file)]) == 0
     assert not (finished / "eval.json").exists() or "safetensors" not in (finished / "eval.json").read_text()
-    found = []
-    for path in (finished, file):
-        assert train.main([*FEW, str(path), *ALONE, "--json"]) == 0
-        found.append(last_json(capsys))
+    found = [evaluated(path, *ALONE) for path in (finished, file)]
     assert found[0]["accuracies"] == found[1]["accuracies"] and rows(found[0]) == rows(found[1])
     with pytest.raises(UsageError, match="--export"):
         train.main([str(finished), "--export", str(file)])
 
 
 def test_a_folder_export_is_read_by_imagefolder_and_by_train(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
     folder = tmp_path / "exported"
     assert train.main([str(finished), "--export", str(folder)]) == 0
     images = ImageFolder(str(folder))
     assert len(images) == 80 and images.classes == [str(c) for c in range(10)]
-    assert "(Liu" in (folder / "README.md").read_text() or "digits" in (folder / "README.md").read_text()
-    assert train.main([*FEW, str(folder), "-d", "digits", "-f", "1", *ALONE, "--json"]) == 0
-    assert rows(last_json(capsys)) == [("distilled set", 8, 8, 80 * 64)]
+    assert rows(evaluated(folder, "-d", "digits", "-f", "1", *ALONE)) == [("distilled set", 8, 8, 80 * 64)]
 
 
-def test_a_snapshot_is_evaluated_with_the_card_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run(tmp_path, "--snapshot_every", "2", "--epochs", "1", "--repeat", "1")
+def test_a_snapshot_is_evaluated_with_the_card_of_its_run(
+    tmp_path: Path, evaluated: Callable[..., dict[str, Any]]
+) -> None:
+    folder = run(tmp_path, *ONCE, "--niter", "3", "--snapshot_every", "2")
     assert [p.name for p in sorted(folder.glob("data_*.pt"))] == ["data_000000.pt", "data_000002.pt", "data_000003.pt"]
     assert (folder / "data_000003.pt").read_bytes() == (folder / "data.pt").read_bytes()
-    assert train.main([*FEW, str(folder / "data_000000.pt"), *ALONE, "--json"]) == 0
-    assert rows(last_json(capsys)) == [("distilled set", 2, 8, 20 * 64 * 4)]
+    assert rows(evaluated(folder / "data_000000.pt", *ALONE)) == [("distilled set", 2, 8, 20 * 64 * 4)]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +346,7 @@ def test_flags_for_a_set_are_refused_where_there_is_none(more: list[str], tmp_pa
 
 def test_tensorboard_shows_losses_accuracies_and_pictures_of_both_scripts(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = run(tmp_path, "--tensorboard", "--eval_every", "2")
+    folder = run(tmp_path, *ONCE, "--niter", "3", "--tensorboard", "--eval_every", "2")
     assert train.main([*FEW, str(folder), "--tensorboard", "--epochs", "3", *ALONE]) == 0
     events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
     tags = events.Tags()
@@ -395,11 +361,8 @@ def test_tensorboard_shows_losses_accuracies_and_pictures_of_both_scripts(tmp_pa
 
 def test_a_run_that_stopped_goes_on_with_its_curves(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    argv = [*TINY, "--results_dir", str(tmp_path), "--tensorboard"]
-    assert condense.main([*argv, "--max_minutes", "0.0001"]) == 0
-    assert condense.main(argv) == 0
-    (card,) = tmp_path.glob("digits/*/data.json")
-    events = accumulator.EventAccumulator(str(card.parent / "tensorboard")).Reload()
+    folder = distilled(tmp_path, [*TINY, *ONCE, "--niter", "3", "--tensorboard"], 2)
+    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("matching loss")] == [1, 2, 3]
 
 
@@ -431,39 +394,23 @@ def test_train_evaluates_the_newest_set_and_names_it(finished: Path, capsys: pyt
 
 
 def test_train_takes_several_networks_and_keeps_earlier_results(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, evaluated: Callable[..., dict[str, Any]]
 ) -> None:
-    for argv in (["-n", "convnet", "resnet10", "--width", "4"], ["-n", "resnet10", "--width", "4"]):
-        assert (
-            train.main(["--device", "cpu", str(finished), "--epochs", "1", "--repeat", "1", "--json", *ALONE, *argv])
-            == 0
-        )
-    assert last_json(capsys)["net"] == "resnet10"
+    for argv in (["-n", "convnet", "resnet10"], ["-n", "resnet10"]):
+        assert evaluated(finished, *ALONE, *argv)["net"].startswith(argv[1])
     written = json.loads((finished / "eval.json").read_text())["results"]
     assert [r["net"] for r in written] == ["convnet2", "resnet10"]
     (finished / "eval.json").unlink()
 
 
 def test_train_picks_by_data_set_factor_and_ipc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--niter", "1", "--inner_loop", "1", "--epochs", "1", "--repeat", "1"]
-    older = run(tmp_path, *quick, "--ipc", "1", "-f", "1")
-    run(tmp_path, *quick)
-    few = ["--results_dir", str(tmp_path), "--epochs", "1", "--repeat", "1"]
+    older = run(tmp_path, *ONCE, "--ipc", "1", "-f", "1")
+    run(tmp_path, *ONCE)
+    few = ["--results_dir", str(tmp_path), "--epochs", "1", "--repeat", "1", *ALONE]
     assert train.main(["--device", "cpu", *few, "-d", "digits", "-f", "1", "--ipc", "1"]) == 0
     assert str(older) in capsys.readouterr().out
     with pytest.raises(UserError, match="no distilled set with data set digits, factor 7"):
         train.main(["--device", "cpu", *few, "-d", "digits", "-f", "7"])
-
-
-def test_a_bare_data_pt_is_evaluated_as_described(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bare = tmp_path / "theirs.pt"
-    bare.write_bytes((finished / "data.pt").read_bytes())
-    few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--json"]
-    assert train.main(["--device", "cpu", str(bare), "-d", "digits", "-f", "2", *few]) == 0
-    found = last_json(capsys)
-    assert (found["images_per_class"], found["decoded_per_class"]) == (2, 8)
 
 
 @pytest.mark.parametrize(("argv", "count"), [(["--real"], 134.7), (["--coreset", "kmeans", "--ipc", "3"], 3)])
@@ -478,17 +425,10 @@ def test_real_images_are_the_bounds(
 
 
 def test_an_own_folder_goes_through_both_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split, counts in (("train", (9, 6)), ("test", (4, 4))):
-        for c, name in enumerate(("cat", "dog")):
-            (tmp_path / "own" / split / name).mkdir(parents=True)
-            for i in range(counts[c]):
-                colour = tuple(torch.randint(0, 256, (3,)).tolist())
-                Image.new("RGB", (20, 16), colour).save(tmp_path / "own" / split / name / f"{i}.png")
-    argv = [*TINY, "--image_folder", str(tmp_path / "own"), "--size", "16", "--results_dir", str(tmp_path / "r")]
-    assert condense.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "--batch_real is 8, class dog has 6 images" in out
-    card = json.loads((tmp_path / "r/folder/convnet3_f2_ipc2/data.json").read_text())
+    root = image_folder(tmp_path / "own", {"cat": 9, "dog": 6}, {"cat": 4, "dog": 4}, shape=(16, 20, 3))
+    folder = run(tmp_path / "r", "--image_folder", str(root), "--size", "16")
+    assert "--batch_real is 8, class dog has 6 images" in capsys.readouterr().out
+    card = json.loads((folder / "data.json").read_text())
     assert card["class_names"] == ["cat", "dog"] and len(card["normalization"]["mean"]) == 3
-    assert train.main(["--device", "cpu", "--results_dir", str(tmp_path / "r"), "--json"]) == 0
+    assert train.main(["--device", "cpu", "--results_dir", str(tmp_path / "r"), "--json", *ALONE]) == 0
     assert last_json(capsys)["accuracy_mean"] == card["accuracy"]["accuracy_mean"]

@@ -12,8 +12,8 @@ from models import Network
 from tests.oracle import naive_epoch
 from utils.method.augment import GEOMETRY, Augment
 from utils.method.evaluation import Score, evaluate
+from utils.method.formation import training_images
 from utils.method.images import ImageSet, Normalize
-from utils.method.synthetic import training_images
 from utils.method.training import (
     APPLY,
     SIZE,

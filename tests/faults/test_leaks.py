@@ -133,19 +133,22 @@ class Sealed:
 
 
 def seal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Dataset's test split is sealed from now on but for the time of a confusion matrix."""
+    """Every Dataset's test split is sealed from now on but for the time of a confusion matrix or a digest."""
     whole = Dataset.__dict__["test"].func
-    confusion_matrix = evaluation.confusion_matrix
 
-    def unsealed(net: Network, test: ImageSet, compute: Compute) -> Tensor:
-        Sealed.tests_under_way += 1
-        try:
-            return confusion_matrix(net, test, compute)
-        finally:
-            Sealed.tests_under_way -= 1
+    def unsealed(function: Any) -> Any:
+        def called(*given: Any) -> Any:
+            Sealed.tests_under_way += 1
+            try:
+                return function(*given)
+            finally:
+                Sealed.tests_under_way -= 1
+
+        return called
 
     monkeypatch.setattr(Dataset, "test", property(lambda dataset: Sealed(whole(dataset))))
-    monkeypatch.setattr(evaluation, "confusion_matrix", unsealed)
+    monkeypatch.setattr(evaluation, "confusion_matrix", unsealed(evaluation.confusion_matrix))
+    monkeypatch.setattr(train, "digest", unsealed(train.digest))
 
 
 def test_the_test_split_is_read_while_a_trained_network_is_tested_and_at_no_other_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -115,13 +116,21 @@ def moments(
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]; float images as they are."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """Images in [0, 1]: bytes in PyTorch's default precision, float images as they are."""
+    return x.to(torch.get_default_dtype()) / 255 if x.dtype == torch.uint8 else x
 
 
 def starts(counts: Sequence[int]) -> list[int]:
     """Where each class begins among images that are grouped by class."""
     return [0, *itertools.accumulate(counts)][: len(counts)]
+
+
+def digest(images: ImageSet) -> str:
+    """SHA-256 of a set's images and labels, in hexadecimal digits: the same for the same content in the same order."""
+    total = hashlib.sha256(f"{images.images.dtype} {tuple(images.images.shape)}".encode())
+    for chunk in (*images.images.split(EXACT), images.labels):  # a copy of everything might not fit beside a GPU
+        total.update(chunk.cpu().contiguous().numpy())
+    return total.hexdigest()
 
 
 class ImageSet:
@@ -178,3 +187,62 @@ class ImageSet:
         return ImageSet(
             self.images[index], self.labels[index], classes=self.classes, normalize=self.normalize, soft=soft
         )
+
+
+# --- Images for the training of the condensation network --------------------------------------------------------------
+
+
+class RealImages:
+    """The real images of all classes, whichever ranks hold them."""
+
+    def __init__(
+        self, held: ImageSet, counts: Sequence[int], all_reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """held: the images of this rank's classes. counts: images of every class.
+
+        all_reduce: the sum over all ranks of tensors that are zero wherever another rank holds the image. Without it,
+        images of other ranks are zeros.
+        """
+        self.held, self.all_reduce = held, all_reduce
+        sizes = torch.tensor(counts, device=held.device)
+        self.labels = torch.arange(len(counts), device=held.device).repeat_interleave(sizes)  # (N,)
+        # By how much an image's position among all images exceeds its position among those that are held.
+        first = torch.tensor(starts(counts), device=held.device)
+        self.shift = first - torch.tensor(held.starts, device=held.device)  # (classes,)
+        self.complete = len(held) == len(self.labels)
+        self.is_held = torch.isin(self.labels, torch.tensor(held.held, device=held.device))  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, C, H, W) and labels (n,) at positions among all images."""
+        labels = self.labels[index]
+        if self.complete:
+            return self.held.images[index], labels
+        here = self.is_held[index]
+        images = self.held.images[(index - self.shift[labels]) * here] * here[:, None, None, None]
+        return self.all_reduce(images) if self.all_reduce else images, labels
+
+    def to_global(self, positions: Tensor) -> Tensor:
+        """Positions among all images, from positions among the images held; any shape."""
+        return positions + self.shift[self.held.labels[positions]]
+
+    def to_local(self, positions: Tensor) -> Tensor:
+        """Positions among the images held, from positions among all images; any shape."""
+        return positions - self.shift[self.labels[positions]]
+
+
+class SyntheticImages:
+    """The training images that the synthetic set decodes to at the moment they are taken."""
+
+    def __init__(self, current: Callable[[], Tensor], classes: int, each: int) -> None:
+        """current: returns them as they are now, (classes, each, C, H, W)."""
+        self.current, self.classes, self.each = current, classes, each
+
+    def __len__(self) -> int:
+        return self.classes * self.each
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, C, H, W) and labels (n,) at positions, class after class."""
+        return self.current().flatten(0, 1)[index], index // self.each

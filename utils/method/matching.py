@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models import Network
 from utils.method.augment import Augment
-from utils.method.formation import decode, decoded_count
+from utils.method.formation import Formation
 from utils.method.images import ImageSet
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
@@ -25,8 +25,7 @@ class Matcher:
     """How all classes' synthetic images are compared: decode, thin out, normalise, augment, compare, differentiate."""
 
     how: Comparison
-    factor: int
-    decode_type: str
+    formation: Formation
     batch_syn_max: int
     augment: Augment
     compute: Compute
@@ -34,7 +33,7 @@ class Matcher:
     def draw(self, classes: int, ipc: int, draws: Draws) -> tuple[Tensor, ...]:
         """One siamese draw per class, and which images take part where more are decoded than may."""
         shared = self.augment.draw_shared(classes, draws)
-        count = decoded_count(ipc, factor=self.factor, decode_type=self.decode_type)
+        count = self.formation.decoded_count(ipc)
         if count <= self.batch_syn_max:
             return (shared,)
         return shared, draws.uniform(classes, count).argsort(1)[:, : self.batch_syn_max]
@@ -48,11 +47,11 @@ class Matcher:
         they are; the rest as drawn. The network is fixed meanwhile, so the classes are independent of each other.
         """
         classes = real.labels[picks[:, 0]]
-        each = picks.shape[1] + decoded_count(pixels.shape[1], factor=self.factor, decode_type=self.decode_type)
+        each = picks.shape[1] + self.formation.decoded_count(pixels.shape[1])
         distances, gradients = [], []
         for group in torch.arange(len(pixels), device=pixels.device).split(self.compute.group(each, real.side)):
             stored = pixels[group].detach().requires_grad_()
-            syn = decode(stored, factor=self.factor, decode_type=self.decode_type)  # (k, S, C, H, W)
+            syn = self.formation.decode(stored)  # (k, S, C, H, W)
             if chosen is not None:
                 syn = syn[torch.arange(len(group), device=pixels.device)[:, None], chosen[group]]
             syn = self._prepared(syn, real, shared[group])

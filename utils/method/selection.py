@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models import Network
+from utils.method.formation import pack
 from utils.method.images import ImageSet, to_unit
 from utils.numerics import derivatives as forms
 from utils.numerics.compute import Compute
@@ -159,6 +160,39 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
     found = compute.retry(lambda: torch.cat([forms.embed(net, prepare(piece), compute) for piece in pieces]))
     net.train(training)
     return found
+
+
+# --- Sets of real images, selected by a strategy ----------------------------------------------------------------------
+
+NOISE_MEAN, NOISE_STD = 0.5, 0.25
+BASELINE = "random real"  # key of the draws of the random real images shown beside a set, in both scripts
+
+
+def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Tensor:
+    """Stored images to begin with, (classes, ipc, C, H, W) float in [0, 1] (Sec. 3.3, "clustering initialisation").
+
+    kmeans, random: ipc * factor^2 real images per class, selected by that strategy, shrunk into the cells.
+    noise: N(0.5, 0.25^2), clamped.
+    """
+    real = context.real
+    if init == "noise":
+        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.classes]
+        return (NOISE_MEAN + NOISE_STD * torch.stack(noise)).clamp_(0, 1)
+    index = select(context, ipc * factor**2, strategy=init)
+    return pack(to_unit(real.images[index]), factor=factor).clamp_(0, 1)
+
+
+def coreset(
+    context: Context, strategy: str, *, ipc: int, all_gather: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> ImageSet:
+    """A baseline of the same size: `ipc` real images per class, selected by a strategy.
+
+    all_gather: rows of all classes from each rank's rows of its own.
+    """
+    real = context.real
+    images = all_gather(real.images[select(context, ipc, strategy=strategy)])
+    labels = torch.arange(len(images), device=real.device).repeat_interleave(ipc)
+    return ImageSet(images.flatten(0, 1), labels, classes=real.classes, normalize=real.normalize)
 
 
 # --- Clustering: points (N, D) of several classes, k representatives of each, all k < N ------------------------------

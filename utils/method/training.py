@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,8 +14,7 @@ from torch import Tensor
 import models
 from models import NetSpec, Network
 from utils.method.augment import GEOMETRY, Augment
-from utils.method.images import ImageSet
-from utils.method.sources import Source
+from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.numerics import derivatives as forms
 from utils.numerics.compute import Captured, Compute
 from utils.numerics.vectors import joined, separated
@@ -90,7 +89,7 @@ class Trainer:
         sets: Sequence[ImageSet],
         recipe: Recipe,
         compute: Compute,
-        source: Source | None = None,
+        source: RealImages | SyntheticImages | None = None,
         together: Together | None = None,
     ) -> None:
         """source: where the images come from whenever they are needed, like those of the one set in shape and type.
@@ -229,23 +228,17 @@ def update_network(trainer: Trainer, *, n_data: int | None, draws: Draws) -> Non
 
 
 def train_networks(
-    spec: NetSpec,
-    sets: Sequence[ImageSet],
-    recipe: Recipe,
-    draws: Sequence[Draws],
-    compute: Compute,
-    on_epoch: Callable[[int, Trainer], None] = lambda epoch, trainer: None,
-) -> list[Network]:
-    """Fresh networks side by side, each trained on the whole of its set; the sets are of one size.
+    spec: NetSpec, sets: Sequence[ImageSet], recipe: Recipe, draws: Sequence[Draws], compute: Compute
+) -> Iterator[tuple[int, Trainer]]:
+    """Train fresh networks side by side, each on the whole of its set; the sets are of one size.
 
-    on_epoch: told how many epochs are done.
+    Yields the number of epochs done, and the trainer, after every epoch.
     """
     trainer = Trainer([fresh_network(spec, d) for d in draws], sets, recipe, compute)
     for epoch in range(recipe.epochs):
         trainer.set_lr(recipe.lr_at(epoch))
         trainer.all_images(draws)
-        on_epoch(epoch + 1, trainer)
-    return trainer.nets
+        yield epoch + 1, trainer
 
 
 def batches(n: int, size: int) -> list[tuple[int, int]]:

@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import Network
-from utils.method.formation import decode, decoded_count
 from utils.method.images import ImageSet
 from utils.method.matching import Matcher
 from utils.method.pixels import PixelSGD
 from utils.numerics import derivatives as forms
 from utils.numerics.compute import Captured, Compute
 from utils.numerics.vectors import joined, load, separated
-from utils.system.distributed import ALONE, Group
+from utils.system.distributed import SINGLE, Group
 from utils.system.draws import Draws
 
 LEAST_STEP = 1e-6  # of a student: see TrajectoryStep
@@ -123,7 +122,7 @@ class TrajectoryStep:
         max_start: int,
         step_size: float,
         lr_step: float,
-        group: Group = ALONE,
+        group: Group = SINGLE,
     ) -> None:
         """steps: of the student, `epochs` of the expert's worth, from one of the first `max_start` epochs on.
 
@@ -135,7 +134,7 @@ class TrajectoryStep:
         self.steps, self.epochs, self.max_start, self.lr_step = steps, epochs, max_start, lr_step
         stored = pixels.pixels
         self.held = torch.tensor(real.held, device=stored.device)
-        self.decoded = decoded_count(stored.shape[1], factor=matcher.factor, decode_type=matcher.decode_type)
+        self.decoded = matcher.formation.decoded_count(stored.shape[1])
         self.each = min(self.decoded, matcher.batch_syn_max)  # images per class and step of the student
         self.learned = {"step_size": torch.tensor([step_size, 0.0], dtype=stored.dtype, device=stored.device)}
         self.labels = self.held.repeat_interleave(self.each)
@@ -182,7 +181,7 @@ class TrajectoryStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The distance, (), and its derivatives by the pixels and by the step size."""
         stored = pixels.detach().requires_grad_()
-        decoded = decode(stored, factor=self.matcher.factor, decode_type=self.matcher.decode_type)
+        decoded = self.matcher.formation.decode(stored)
         everything = decoded.detach().requires_grad_()
         picked = [None] * self.steps if chosen is None else chosen
         with torch.no_grad():

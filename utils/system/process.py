@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
@@ -21,6 +21,7 @@ import torch
 
 from utils.system import distributed
 from utils.system.device import device_name, keep_freed_memory, out_of_memory
+from utils.system.distributed import Group
 from utils.system.errors import UserError, first_line, printable
 
 OUT_OF_MEMORY = (
@@ -59,7 +60,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
             raise
         else:
             message = OUT_OF_MEMORY.format(first_line(error))
-    if message is not None and (said := distributed.in_the_name_of(message, lost=lost)) is not None:
+    if message is not None and (said := distributed.message_of_rank(message, lost=lost)) is not None:
         with suppress(OSError):
             print(f"{name}: {printable(said)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):  # here, since the interpreter would change the status if it cannot
@@ -158,23 +159,28 @@ class Stopper:
         """Raise Stopped if there is a reason here."""
         self.obey(self.reason(signals_only=signals_only))
 
+    @contextmanager
+    def stopping_together(self, group: Group) -> Iterator[None]:
+        """Run a block that a signal ends on one rank, then raise Stopped on all ranks if it did on any."""
+        with suppress(Stopped):
+            yield
+        (reason,) = group.all_reduce_max(self.reason(signals_only=True))
+        self.obey(reason)
+
     @property
     def status(self) -> int:
         """The exit status after a stop: 0 when it was planned, 128 + the signal's number otherwise."""
         return 0 if self.signal is None else 128 + self.signal.value
 
 
-def session(
-    program: str, argv: Sequence[str], device: torch.device, *, precision: str, deterministic: bool
-) -> dict[str, Any]:
-    """What ran, when, on what, for the files that it leaves."""
+def session(program: str, argv: Sequence[str], device: torch.device, **conditions: Any) -> dict[str, Any]:
+    """What ran, when, on what, for the files that it leaves; conditions: entries to add."""
     return {
         "command": shlex.join([program, *argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": precision,
-        "deterministic": deterministic,
+        **conditions,
         "versions": versions(),
     }
 
