@@ -191,7 +191,7 @@ def silent(argv: list[str]) -> int:
 
 
 def program(function: Any) -> dict[str, Any]:
-    return {"program": f"tests.test_ranks:{function.__name__}"}
+    return {"program": f"tests.runs.test_ranks:{function.__name__}"}
 
 
 def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> None:
@@ -201,7 +201,7 @@ def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> N
 def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all(server: Server) -> None:
     ended = run_group(server, 2, [], **program(refusing))
     assert [e.status for e in ended] == [2, 2]
-    assert re.fullmatch(r"tests\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
+    assert re.fullmatch(r"tests\.runs\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
 
 
 def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
