@@ -399,20 +399,20 @@ def test_a_run_goes_on_with_any_number_of_ranks(server: Server, tmp_path: Path, 
     assert outcome(tmp_path / FOLDER) == undisturbed
 
 
-def test_a_time_limit_ends_all_ranks_at_the_same_step(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
-    for _ in range(2):
-        ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED, "--max_minutes", "1e-4")))
-    ended_well(run_group(server, 3, tiny(tmp_path, *REPEATED)))
-    assert outcome(tmp_path / FOLDER) == undisturbed
-
-
-def test_a_stop_while_ranks_evaluate_ends_all_of_them(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
-    """The one that gets the signal is in a training, the other one has none."""
-    stop = {"computing": 1, "then": "SIGINT"}  # the first one is that of the initial selection
-    ended = run_group(server, 2, tiny(tmp_path, *REPEATED), of={0: stop})
-    assert [e.status for e in ended] == [130, 130], ended
-    ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED)))
-    assert outcome(tmp_path / FOLDER) == undisturbed
+@pytest.mark.parametrize(
+    ("flags", "of", "status"),
+    [
+        (["--max_minutes", "1e-4"], {}, 0),
+        ([], {0: {"computing": 1, "then": "SIGINT"}}, 130),  # in an evaluation, of which the other rank has no training
+    ],
+    ids=["a time limit", "a signal"],
+)
+def test_a_stop_ends_all_ranks_at_the_same_step(
+    server: Server, tmp_path: Path, undisturbed: Outcome, flags: list[str], of: dict[int, Any], status: int
+) -> None:
+    ended = run_group(server, 2, tiny(tmp_path, *REPEATED, *flags), of=of)
+    assert [e.status for e in ended] == [status, status], ended
+    assert outcome(distilled_by(server, 3, tmp_path, *REPEATED)) == undisturbed
 
 
 @pytest.mark.parametrize("victim", [0, 2])

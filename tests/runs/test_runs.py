@@ -193,7 +193,7 @@ def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
             ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"],
             marks=pytest.mark.slow,
         ),
-        ["--norm_type", "group"],
+        ["--kmeans", "sklearn", "--norm_type", "group"],
         ["--precision", "bf16", "--bias", "--norm_type", "batch"],
         ["--aug_type", "flip_crop_scale_rotate_translate", "--norm_type", "layer", "--net_epoch", "2"],
     ],
@@ -241,12 +241,6 @@ def test_a_run_in_bfloat16_is_recorded_as_such_and_evaluated_in_float32(
         results.append(last_json(capsys))
     assert [found["results"][0]["protocol"]["precision"] for found in results] == ["fp32", "bf16"]
     assert results[0]["accuracies"] == card["accuracy"]["accuracies"]
-
-
-def test_scikit_learn_s_k_means_is_recorded_and_selects_by_itself(finished: Path, tmp_path: Path) -> None:
-    folder = distilled(tmp_path, [*OFTEN, "--kmeans", "sklearn"])
-    assert settings(folder)["kmeans"] == "sklearn"
-    assert outcome(folder).files != outcome(finished).files
 
 
 def test_tf32_is_refused_on_a_cpu(tmp_path: Path) -> None:
