@@ -322,18 +322,11 @@ def table(results: Results, words: dict[str, str], repeats: int, precision: str)
         lines.append(row(part, cells))
     for part in (REPEATED, SHARED):
         lines.append(row(f"MB per inner step, {part}", (f"{one['bytes'][part] / 1e6:.4g}" for _, _, one in runs)))
-    return "\n".join([*lines, row("the faster update", (faster(one) if n > 1 else "" for _, n, one in runs))])
+    return "\n".join(lines)
 
 
 def row(name: str, cells: Sequence[str] | Iterator[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def faster(one: dict[str, Any]) -> str:
-    """Which update, and by how much."""
-    found = {part: statistics.median(one["seconds"][part]) for part in (REPEATED, SHARED)}
-    best = min(found, key=lambda part: found[part])
-    return f"{best.rpartition(', ')[2]}, {max(found.values()) / found[best]:.2f} x"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 from utils.system.errors import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 ALL = "color_crop_cutout_flip_scale_rotate"
 

@@ -190,7 +190,7 @@ def silent(argv: list[str]) -> int:
 
 
 def program(function: Any) -> dict[str, Any]:
-    return {"program": f"tests.test_ranks:{function.__name__}"}
+    return {"program": f"tests.runs.test_ranks:{function.__name__}"}
 
 
 def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> None:
@@ -200,7 +200,7 @@ def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> N
 def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all(server: Server) -> None:
     ended = run_group(server, 2, [], **program(refusing))
     assert [e.status for e in ended] == [2, 2]
-    assert re.fullmatch(r"tests\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
+    assert re.fullmatch(r"tests\.runs\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
 
 
 def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
@@ -398,20 +398,20 @@ def test_a_run_goes_on_with_any_number_of_ranks(server: Server, tmp_path: Path, 
     assert outcome(tmp_path / FOLDER) == undisturbed
 
 
-def test_a_time_limit_ends_all_ranks_at_the_same_step(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
-    for _ in range(2):
-        ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED, "--max_minutes", "1e-4")))
-    ended_well(run_group(server, 3, tiny(tmp_path, *REPEATED)))
-    assert outcome(tmp_path / FOLDER) == undisturbed
-
-
-def test_a_stop_while_ranks_evaluate_ends_all_of_them(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
-    """The one that gets the signal is in a training, the other one has none."""
-    stop = {"computing": 1, "then": "SIGINT"}  # the first one is that of the initial selection
-    ended = run_group(server, 2, tiny(tmp_path, *REPEATED), of={0: stop})
-    assert [e.status for e in ended] == [130, 130], ended
-    ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED)))
-    assert outcome(tmp_path / FOLDER) == undisturbed
+@pytest.mark.parametrize(
+    ("flags", "of", "status"),
+    [
+        (["--max_minutes", "1e-4"], {}, 0),
+        ([], {0: {"computing": 1, "then": "SIGINT"}}, 130),  # in an evaluation, of which the other rank has no training
+    ],
+    ids=["a time limit", "a signal"],
+)
+def test_a_stop_ends_all_ranks_at_the_same_step(
+    server: Server, tmp_path: Path, undisturbed: Outcome, flags: list[str], of: dict[int, Any], status: int
+) -> None:
+    ended = run_group(server, 2, tiny(tmp_path, *REPEATED, *flags), of=of)
+    assert [e.status for e in ended] == [status, status], ended
+    assert outcome(distilled_by(server, 3, tmp_path, *REPEATED)) == undisturbed
 
 
 @pytest.mark.parametrize("victim", [0, 2])

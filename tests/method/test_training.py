@@ -220,13 +220,6 @@ def test_an_update_sees_n_data_images_and_all_when_there_are_fewer(monkeypatch: 
     assert [len(index.unique()) for index in seen] == [5, 20, 0, 6, 6, 6]
 
 
-def test_an_update_without_images_leaves_the_network_alone() -> None:
-    net = fresh_network(SPEC, Draws("cpu", 0))
-    before = weights(net).clone()
-    update_network(Trainer([net], [easy_set(20, 0)], recipe(epochs=1), CPU), n_data=0, draws=Draws("cpu", 0))
-    assert torch.equal(weights(net), before)
-
-
 def test_a_single_left_over_image_joins_the_batch_before_it() -> None:
     assert batches(9, 4) == [(0, 4), (4, 9)]
     assert batches(10, 4) == [(0, 4), (4, 8), (8, 10)]
