@@ -14,6 +14,7 @@ import models
 from models import Network
 from tests.oracle import augment_one, decode_naively
 from utils.method.augment import Augment
+from utils.method.formation import Formation
 from utils.method.images import ImageSet, Normalize
 from utils.method.matching import Matcher
 from utils.method.objectives import Comparison
@@ -160,7 +161,7 @@ def trajectory_step(
     pixels: PixelSGD, *, factor: int = 1, syn_max: int = 128, names: str = AUGMENTATION, lr_step: float = 1e-3
 ) -> TrajectoryStep:
     net = network()
-    matcher = Matcher(Comparison(), factor, "single", syn_max, Augment(names), CPU)
+    matcher = Matcher(Comparison(), Formation(factor, "single"), syn_max, Augment(names), CPU)
     return TrajectoryStep(
         matcher,
         net,
@@ -179,7 +180,7 @@ def naive_batch(step: TrajectoryStep, z: Tensor, u: Tensor, chosen: Tensor | Non
     """Of normalised stored images (classes, ipc, C, H, W), image by image."""
     found = []
     for c, images in enumerate(z):
-        decoded = decode_naively(images, step.matcher.factor, "single")
+        decoded = decode_naively(images, step.matcher.formation.factor, "single")
         found += [decoded[i] for i in (range(len(decoded)) if chosen is None else chosen[c].tolist())]
     augment = step.matcher.augment
     return torch.stack([augment_one(x, n, augment.names, augment.geometries) for x, n in zip(found, u, strict=True)])

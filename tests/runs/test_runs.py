@@ -14,9 +14,9 @@ from PIL import Image
 import condense
 import train
 from tests.distilling import STOPPED, TINY, distilled, signals
-from tests.faults import injected
 from tests.files import last_json
 from tests.outcome import metrics, outcome
+from tests.tally import injected
 from utils.numerics.compilation import compiler_error
 from utils.system import process
 from utils.system.errors import UsageError
