@@ -75,7 +75,7 @@ def train_experts(experts: Experts, o: CondenseOptions, dataset: Dataset, spec: 
 
 
 def train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
-    """Epoch e of expert k: on all real images, or with --select on as many that are selected anew every few batches."""
+    """Epoch e of expert k: on all real images, or on as many that --select picks anew every few mini-batches."""
     if o.select == "random":
         trainer.all_images([expert_draws(o, real.device, k, e)])
         return
