@@ -52,7 +52,7 @@ from utils.numerics.compilation import computing
 from utils.numerics.compute import Compute
 from utils.runs import confusion, export, results, sets
 from utils.runs.board import Board, check_board
-from utils.runs.card import CARD, card_without_run, newest_distilled
+from utils.runs.card import CARD, card_of_set, newest_distilled
 from utils.runs.layout import factor_warning
 from utils.runs.results import ALL_REAL, EVALUATIONS, Record
 from utils.runs.sets import DistilledSet, SetFile
@@ -412,7 +412,7 @@ def interpret(o: TrainOptions, stored: SetFile, dataset: Dataset) -> DistilledSe
 def card_of_stranger(o: TrainOptions, dataset: Dataset, ipc: int) -> dict[str, Any]:
     """What data.json would say of a set that has none, as far as flags say it."""
     mean, std = dataset.statistics
-    return card_without_run(
+    return card_of_set(
         dataset=o.dataset,
         image_folder=o.image_folder,
         class_names=dataset.class_names,

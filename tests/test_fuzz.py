@@ -34,7 +34,7 @@ from utils.files import atomic
 from utils.method.images import Normalize
 from utils.runs import card as cards
 from utils.runs import sets as exchange
-from utils.runs.card import card_without_run
+from utils.runs.card import card_of_set
 from utils.runs.checkpoint import read_earlier
 from utils.runs.layout import factor_warning
 from utils.system.errors import UserError, printable
@@ -337,7 +337,7 @@ def check_content(place: Path, example: tuple[Any, bool]) -> None:
 # --- What a set says of itself ----------------------------------------------------------------------------------------
 
 CARD: dict[str, Any] = {
-    **card_without_run(dataset="digits", image_folder=None, class_names=list(string.digits), ipc=1, factor=1,
+    **card_of_set(dataset="digits", image_folder=None, class_names=list(string.digits), ipc=1, factor=1,
                        decode_type="single", mean=[0.5], std=[0.25], settings={}),
     "settings": {"net_type": "convnet", "depth": 2, "epochs": 300, "lr": 0.01, "mixup": "cut"},
 }  # fmt: skip

@@ -23,7 +23,7 @@ from utils.config import options
 from utils.config.flags import make_parser
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.config.presets import DATASET_SETTINGS
-from utils.runs.card import card_without_run
+from utils.runs.card import card_of_set
 from utils.system.errors import UserError, printable
 
 FAULT = "a hostile command line"
@@ -159,7 +159,7 @@ def check_condense(place: Path, line: Line) -> None:
 
 
 CARD = {
-    **card_without_run(dataset="digits", image_folder=None, class_names=list(string.digits), ipc=1, factor=1,
+    **card_of_set(dataset="digits", image_folder=None, class_names=list(string.digits), ipc=1, factor=1,
                        decode_type="single", mean=[0.5], std=[0.25], settings={}),
     "settings": {"net_type": "convnet", "depth": 2, "epochs": 300, "lr": 0.01, "mixup": "cut"},
 }  # fmt: skip

@@ -16,7 +16,7 @@ from utils.files import atomic
 from utils.method.evaluation import Score
 from utils.method.formation import decoded_count
 from utils.method.state import State
-from utils.runs.card import CARD, card_of_run
+from utils.runs.card import CARD, card_of_run, card_of_set
 from utils.runs.folder import RunFolder
 from utils.system.errors import printable
 
@@ -32,7 +32,7 @@ def card(
 ) -> dict[str, object]:
     """data.json: what the set is and how to use it."""
     mean, std = dataset.statistics
-    return card_of_run(
+    usage = card_of_set(
         dataset=o.dataset,
         image_folder=options.as_saved(o)["image_folder"],
         class_names=dataset.class_names,
@@ -42,6 +42,9 @@ def card(
         mean=mean,
         std=std,
         settings=options.remaining_settings(o),
+    )
+    return card_of_run(
+        usage,
         shape=state.pixels.pixels.shape[2:],
         network=dataclasses.asdict(spec),
         learned={name: value[0].item() for name, value in state.match.learned.items()},
