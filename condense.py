@@ -105,7 +105,7 @@ class Run:
 
     def card(self, *, finished: bool) -> dict[str, Any]:
         """The content of data.json."""
-        return derived.card(self.o, *self.parts.problem, self.state, self.parts.experts, finished=finished)
+        return derived.run_card(self.o, *self.parts.problem, self.state, self.parts.experts, finished=finished)
 
     # --- Around the steps ---------------------------------------------------------------------------------------------
 
