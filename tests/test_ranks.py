@@ -271,7 +271,7 @@ class InTurn(Trainer):
 
     def _gradients_together(self, x: Tensor, target: Tensor, together: Together, labels: Tensor) -> list[Tensor]:
         of_one = super()._gradients_together
-        each = [of_one(x, target, together._replace(ours=ours), labels) for ours in self.everybody]
+        each = [of_one(x, target, together._replace(is_own=is_own), labels) for is_own in self.everybody]
         return [sum(parts[1:], parts[0]) for parts in zip(*each, strict=True)]
 
 
