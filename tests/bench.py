@@ -39,6 +39,7 @@ from models import NetSpec
 from tests import bench_methods, bench_ranks, forecast, published
 from utils.config.presets import METHODS
 from utils.method.augment import Augment
+from utils.method.formation import Formation
 from utils.method.images import ImageSet, Normalize
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
@@ -202,7 +203,7 @@ def run_ours(work: Work, real: ImageSet, timer: Timer, precision: str) -> dict[s
     trainer = Trainer([fresh_network(work.spec, Draws(device, 0))], [real], recipe, compute)
     pixels = PixelSGD(torch.rand(work.classes, work.ipc, *real.images.shape[1:], device=device), lr=1e-4, momentum=0.5)
     how = Comparison(metric=work.metric)
-    matcher = Matcher(how, work.factor, "single", BATCH, Augment("color_crop_cutout"), compute)
+    matcher = Matcher(how, Formation(work.factor), BATCH, Augment("color_crop_cutout"), compute)
     step = MatchingStep(matcher, trainer.nets[0], pixels, real)
     picks = torch.stack(
         [s + torch.randperm(n, device=device)[:BATCH] for s, n in zip(real.starts, real.counts, strict=True)]

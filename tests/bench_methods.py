@@ -9,7 +9,7 @@ import argparse
 import shlex
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,20 +18,17 @@ from torch import Tensor
 
 from models import NetSpec
 from tests import published
-from utils.config import derived as recipes
-from utils.config import options
-from utils.config.build import Parts
-from utils.config.flags import make_parser
+from utils.config import derived, resolve
+from utils.config.build import Parts, Problem
 from utils.config.options import CondenseOptions
 from utils.config.presets import METHODS, TRAJECTORY
 from utils.method.images import ImageSet, Normalize
 from utils.method.pixels import PixelSGD
 from utils.method.training import fresh_network, update_network
 from utils.numerics.compilation import compiler_error
-from utils.numerics.compute import Captured, Compute
+from utils.numerics.compute import Captured
 from utils.numerics.vectors import flattened
 from utils.system.device import set_precision
-from utils.system.distributed import SINGLE
 from utils.system.draws import Draws
 
 NAIVE = ("naive", "naive, allocator kept")
@@ -59,12 +56,12 @@ class Step:
     def of(cls, method: str, flags: str, device: torch.device) -> Step:
         factor = "2" if method in ("dream", "idc", "dream+") else "1"
         words = ["-d", "cifar10", "-f", factor, "--method", method, *shlex.split(flags)]
-        o = options.resolve(make_parser(CondenseOptions, "").parse_given(words)).options
+        o = resolve.condense(words, "").options
         images = torch.randint(0, 256, (10 * PER_CLASS, 3, 32, 32), dtype=torch.uint8).to(device)
         labels = torch.arange(10, device=device).repeat_interleave(PER_CLASS)
         real = ImageSet(images, labels, classes=10, normalize=Normalize([0.5] * 3, [0.25] * 3, device))
         picks = torch.stack([s + torch.randperm(PER_CLASS, device=device)[: o.batch_real] for s in real.starts])
-        return cls(o, options.network(o, o.net_type, channels=3, classes=10, side=32), real, picks)
+        return cls(o, resolve.network(o, o.net_type, channels=3, classes=10, side=32), real, picks)
 
     def start(self) -> tuple[Any, Tensor]:
         """A fresh network, and pixels."""
@@ -80,7 +77,7 @@ def near(start: Tensor) -> tuple[Tensor, Tensor]:
 def naive(step: Step) -> Callable[[], None]:
     """The inner step, class by class, by autograd, with one optimiser of all pixels."""
     o, real, (net, start) = step.o, step.real, step.start()
-    pixels, update = start.requires_grad_(), recipes.update_recipe(o)
+    pixels, update = start.requires_grad_(), derived.update_recipe(o)
     sgd = torch.optim.SGD([pixels], 1e-4, momentum=0.5)
     if o.match == TRAJECTORY:
         ends, size = near(flattened(net)), torch.tensor(0.01, device=real.device, requires_grad=True)
@@ -89,7 +86,7 @@ def naive(step: Step) -> Callable[[], None]:
             net, pixels, size, sgds, ends, real, o.factor, steps=o.student_steps, names=o.aug_type
         )
     weights = torch.optim.SGD(net.parameters(), update.lr, update.momentum, weight_decay=update.weight_decay)
-    labels, names = torch.arange(10, device=real.device).repeat_interleave(o.ipc), recipes.update_augmentation(o)
+    labels, names = torch.arange(10, device=real.device).repeat_interleave(o.ipc), derived.update_augmentation(o)
     cutmix = 0.5 if o.mixup_net == "cut" else 0.0
     net.requires_grad_(o.match != "embed")  # without which the distance's gradient by the weights is computed in vain
     how: dict[str, Any] = dict(match=o.match, fc=o.fc, names=o.aug_type, joint=o.pixel_step == "joint")
@@ -113,14 +110,17 @@ def ours(step: Step, precision: str) -> Callable[[], None]:
     o, real, (net, start) = step.o, step.real, step.start()
     device = real.device
     set_precision(device, precision)
-    compute = Compute(device, precision, compile=compiler_error(device) is None)
     ends = near(flattened(net))
     experts: Any = SimpleNamespace(count=1, pair=lambda expert, start, end: ends) if o.match == TRAJECTORY else None
-    about: Any = SimpleNamespace(device=device, train=real, counts=real.counts, classes=10, channels=3, side=32)
-    parts = Parts(o, about, step.spec, compute, SINGLE.shard([1.0] * 10), experts)
+    about: Any = SimpleNamespace(
+        device=device, train=real, test=real, counts=real.counts, classes=10, channels=3, side=32, base_side=32,
+        class_names=[str(c) for c in range(10)],
+    )  # fmt: skip
+    compile = "on" if compiler_error(device) is None else "off"
+    parts = Parts(replace(o, precision=precision, compile=compile), Problem(about, step.spec), experts=experts)
     joint = real.normalize if o.pixel_step == "joint" else None
     pixels = PixelSGD(start, lr=1e-4, momentum=0.5, joint=joint)
-    trainer, match = parts.trainer(net, start, together=False), parts.step(net, pixels)
+    trainer, match = parts.trainer(net, start), parts.matching_step(net, pixels)
 
     def inner_step() -> None:
         match(step.picks, Draws(device, "match"))

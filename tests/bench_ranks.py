@@ -25,17 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from data import Dataset
-from utils.config import options, overview
-from utils.config.build import Parts
-from utils.config.flags import make_parser
+from utils.config import build, resolve
+from utils.config.build import Parts, Problem
 from utils.config.options import CondenseOptions
-from utils.method.formation import decoded_count
 from utils.method.images import ImageSet, Normalize
 from utils.method.selection import select
 from utils.method.training import update_network
 from utils.numerics.compilation import compiler_error
-from utils.numerics.compute import Captured, Compute
+from utils.numerics.compute import Captured
 from utils.system import device as machine
 from utils.system import distributed, process
 from utils.system.distributed import Group, Shard
@@ -95,7 +92,7 @@ WORKS = {
 
 
 def resolved(words: Sequence[str]) -> CondenseOptions:
-    return options.resolve(make_parser(CondenseOptions, "").parse_given(list(words))).options
+    return resolve.condense(list(words), "").options
 
 
 class RandomImages:
@@ -106,8 +103,9 @@ class RandomImages:
         self.base_side, self.device = self.side, device
         self.counts = [self.per_class] * self.classes
         self.held = list(range(self.classes))
+        self.class_names, self.test = [str(c) for c in self.held], self.held  # there is a test set, nobody uses it
 
-    def hold(self, classes: list[int], add: Callable[..., object]) -> None:
+    def shard(self, classes: list[int], all_reduce_sum: Callable[..., object]) -> None:
         self.held = classes
 
     @cached_property
@@ -133,21 +131,20 @@ def parts_of(
 
     held: so many classes only, all on this process.
     """
-    more = ["--init", "random", "--share_update", "off", "--precision", precision]
+    more = [
+        "--init",
+        "random",
+        "--share_update",
+        "off",
+        "--precision",
+        precision,
+        "--compile",
+        "on" if compile else "off",
+    ]
     o = resolved([*work.words(device, image_folder), *more])
-    dataset: Any = (
-        Dataset(o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size)
-        if work.random is None
-        else RandomImages(work.random, device)
-    )
-    spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
-    decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
-    shard = group.shard(overview.class_work(o, dataset.counts, decoded=decoded))
-    if held is not None:
-        shard = Shard(group, list(range(held)), dataset.classes)
-    if len(shard.classes) < dataset.classes:
-        dataset.hold(shard.classes, group.all_reduce_sum)
-    return Parts(o, dataset, spec, Compute(device, precision, compile=compile), shard)
+    data: Any = build.dataset(o) if work.random is None else RandomImages(work.random, device)
+    shard = None if held is None else Shard(group, list(range(held)), data.classes)
+    return Parts(o, Problem(data, build.network(o, data)), group, shard=shard)
 
 
 # --- In every process -------------------------------------------------------------------------------------------------
@@ -185,7 +182,7 @@ class Clock:
 
 def measure(parts: Parts, repeats: int) -> dict[str, Timed]:
     """Every part, on all ranks."""
-    o, group, state = parts.o, parts.group, parts.state(empty=False)
+    o, group, state = parts.o, parts.group, parts.state(None)
     clock, turn = Clock(group, parts.device, repeats), itertools.count()  # the same on all ranks
 
     def selection() -> None:
@@ -193,10 +190,10 @@ def measure(parts: Parts, repeats: int) -> dict[str, Timed]:
         state.picks.copy_(select(context, o.batch_real, strategy=o.select))
 
     def matching() -> None:
-        state.match(state.picks, parts.draws("match", next(turn)))
+        state.matching_step(state.picks, parts.draws("match", next(turn)))
 
     def update(together: bool) -> Callable[[], None]:
-        trainer = parts.trainer(state.net, state.pixels.pixels, together=together)
+        trainer = parts.trainer(state.net, state.optimizer.pixels, shared=together)
         return lambda: update_network(trainer, n_data=parts.n_data, draws=parts.draws("update", next(turn)))
 
     def agreement() -> None:
@@ -243,7 +240,7 @@ def worker(argv: Sequence[str]) -> int:
         compile = compiler_error(device) is None
         parts = parts_of(WORKS[given.work], group, device, given.precision, compile, image_folder=given.image_folder)
         found = report(parts, measure(parts, given.repeats))
-        group.once(print, json.dumps(found))
+        distributed.rank_zero_only(print)(json.dumps(found))
     return 0
 
 
@@ -322,18 +319,11 @@ def table(results: Results, words: dict[str, str], repeats: int, precision: str)
         lines.append(row(part, cells))
     for part in (REPEATED, SHARED):
         lines.append(row(f"MB per inner step, {part}", (f"{one['bytes'][part] / 1e6:.4g}" for _, _, one in runs)))
-    return "\n".join([*lines, row("the faster update", (faster(one) if n > 1 else "" for _, n, one in runs))])
+    return "\n".join(lines)
 
 
 def row(name: str, cells: Sequence[str] | Iterator[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def faster(one: dict[str, Any]) -> str:
-    """Which update, and by how much."""
-    found = {part: statistics.median(one["seconds"][part]) for part in (REPEATED, SHARED)}
-    best = min(found, key=lambda part: found[part])
-    return f"{best.rpartition(', ')[2]}, {max(found.values()) / found[best]:.2f} x"
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from utils.config.overview import class_work
 
 import models
 from tests import bench_ranks
 from tests.bench_ranks import MATCHING, REPEATED, SELECTION, SHARED, WORKS, Work, measure, parts_of, resolved
-from utils.method.formation import decoded_count
+from utils.config import derived
 from utils.method.training import GATHERED, batches
 from utils.numerics.compilation import compiler_error
 from utils.system import device as machine
-from utils.system.distributed import ALONE
+from utils.system.distributed import SINGLE
 
 FORECAST = ("cifar100_ipc50", "imagenet100")
 STEPS = 2000 * 100  # inner steps of the published budget
@@ -115,18 +114,15 @@ def measured(work: Work, device: torch.device, repeats: int, precision: str) -> 
     assert work.random is not None
     sizes, compile = work.random, compiler_error(device) is None
     o, whole = (resolved(work.words(where)) for where in (device, torch.device("meta")))
-    images = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
+    images = derived.formation(o).decoded_count(o.ipc)
     few = sizes._replace(per_class=sizes.per_class * o.batch_real // whole.batch_real)
     work = replace(work, random=few)
-    flop, all_flop = (
-        class_work(each, [0], decoded=decoded_count(each.ipc, factor=each.factor, decode_type=each.decode_type))[0]
-        for each in (o, whole)
-    )
+    flop, all_flop = (derived.class_work(each, [0])[0] for each in (o, whole))
     matching, selection, update = [], [], []
-    parts = parts_of(work, ALONE, device, precision, compile, held=1)
+    parts = parts_of(work, SINGLE, device, precision, compile, held=1)
     together = parts.compute.group(o.batch_real + images, sizes.side)
     for count in sorted({1, min(sizes.classes, together)}):
-        parts = parts_of(work, ALONE, device, precision, compile, held=count)
+        parts = parts_of(work, SINGLE, device, precision, compile, held=count)
         found = {name: statistics.median(timed.seconds) for name, timed in measure(parts, repeats).items()}
         matching.append((float(count), found[MATCHING] * all_flop / flop))
         selection.append((float(count), found[SELECTION] / o.interval * sizes.per_class / few.per_class))

@@ -17,8 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import condense
-from utils.config import options
-from utils.config.flags import make_parser
+from utils.config import resolve
 from utils.runs.folder import METRICS
 from utils.system.process import run_main
 
@@ -38,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     words = ["--reproduce", "-d", "cifar10", "-f", "2", "--ipc", "10", "--eval_every", "40", "--tag", "headline"]
     words += ["--image_folder", given.image_folder, "--max_minutes", given.minutes, *given.more]
     status = condense.main(words)
-    o = options.resolve(make_parser(options.CondenseOptions, "").parse_given(words)).options
-    print(table(options.run_folder(o) / METRICS, o.select))
+    o = resolve.condense(words, "").options
+    print(table(resolve.run_folder(o) / METRICS, o.select))
     return status
 
 

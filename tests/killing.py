@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -119,6 +120,12 @@ class Child:
     def paused(self) -> bool:
         """Whether SIGSTOP has stopped it."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+    def until_paused(self, seconds: float = 60.0) -> None:
+        """Wait until SIGSTOP has stopped it."""
+        deadline = time.monotonic() + seconds
+        while not self.paused and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def wait(self, seconds: float = 60.0) -> Ended:
         """Its end. A run that takes longer is killed, and TimeoutError raised."""

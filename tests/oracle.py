@@ -6,6 +6,7 @@ Slow and obviously right; the fast parts are tested against it in float64.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from models import Network
 from utils.method.images import ImageSet, Normalize
-from utils.method.training import Recipe, plan
+from utils.method.training import Recipe, plan, train_networks
 from utils.system.draws import Draws
 
 
@@ -247,3 +248,9 @@ def naive_epoch(
                 step = g + recipe.weight_decay * p
                 velocity[name] = recipe.momentum * velocity[name] + step if name in velocity else step
                 p.sub_(recipe.lr * velocity[name])
+
+
+def trained_networks(*arguments: Any) -> list[Network]:
+    """Networks at the end of `train_networks`, with its arguments."""
+    *_, (_, trainer) = train_networks(*arguments)
+    return trainer.nets

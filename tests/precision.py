@@ -18,19 +18,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import condense
-from utils.config import options
-from utils.config.flags import make_parser
-from utils.config.options import CondenseOptions
+from utils.config import resolve
 from utils.files import atomic
-from utils.runs import card as cards
+from utils.runs.card import CARD
 from utils.system.process import run_main
 
 
 def accuracy(words: Sequence[str]) -> float:
     """Mean test accuracy of the set that this command distils."""
     condense.main(words)
-    o = options.resolve(make_parser(CondenseOptions, "").parse_given(words)).options
-    card = atomic.read_json(options.run_folder(o) / cards.CARD)
+    o = resolve.condense(words, "").options
+    card = atomic.read_json(resolve.run_folder(o) / CARD)
     return float(card["accuracy"]["accuracy_mean"])
 
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from models import Network
 from tests.oracle import class_distance
 from utils.method.augment import Augment
-from utils.method.formation import decode
+from utils.method.formation import Formation
 from utils.method.images import ImageSet
 from utils.method.trajectory import separated
 from utils.system.draws import Draws
@@ -43,7 +43,7 @@ def matching(
     augment, draws = Augment(names), Draws(pixels.device, "published")
     for c in range(len(pixels)):
         u = augment.draw_shared(1, draws)
-        syn = augment(real.normalize(decode(pixels[c], factor=factor)), u)
+        syn = augment(real.normalize(Formation(factor).decode(pixels[c])), u)
         wanted = augment(real.normalize(real.images[picks[c]]), u)
         if not joint or c == 0:
             sgd.zero_grad()
@@ -69,7 +69,7 @@ def trajectory(
     parameters = [name for name, _ in net.named_parameters()]
     theta = ends[0].clone().requires_grad_()
     for _ in range(steps):
-        syn = decode(pixels, factor=factor)  # (classes, S, C, H, W)
+        syn = Formation(factor).decode(pixels)  # (classes, S, C, H, W)
         labels = torch.arange(len(syn), device=syn.device).repeat_interleave(syn.shape[1])
         x = augment(real.normalize(syn.flatten(0, 1)), augment.draw(1, len(labels), draws))
         weights = dict(zip(parameters, separated(net, theta), strict=True))

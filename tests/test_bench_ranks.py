@@ -13,7 +13,7 @@ import torch
 from tests import bench, bench_ranks, forecast
 from tests.bench_ranks import PARTS, REPEATED, SHARED, WORKS, Work
 from tests.forecast import Links, Load, fullest_share, inner_step
-from utils.system.distributed import ALONE
+from utils.system.distributed import SINGLE
 
 CPU = torch.device("cpu")
 FREE = Links(within=1e30, between=1e30, latency_within=0, latency_between=0, latency_host=0)
@@ -63,7 +63,7 @@ def test_a_curve_is_proportional_where_nothing_else_is_known() -> None:
 
 def test_one_process_measures_all_parts() -> None:
     digits = Work("-d digits --ipc 1 --depth 1 --width 8 --batch_real 4 --n_data 8")
-    parts = bench_ranks.parts_of(digits, ALONE, CPU, "fp32", compile=False)
+    parts = bench_ranks.parts_of(digits, SINGLE, CPU, "fp32", compile=False)
     found = json.loads(json.dumps(bench_ranks.report(parts, bench_ranks.measure(parts, 2))))
     assert found["classes"] == [10] and set(found["seconds"]) == set(PARTS)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found["seconds"].values())

@@ -10,7 +10,7 @@ import models
 from models import NetSpec, Network
 from tests.oracle import PublishedPixels, class_distance
 from utils.method.augment import Augment
-from utils.method.formation import decoded_count
+from utils.method.formation import Formation
 from utils.method.images import ImageSet, Normalize
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import METRICS, Comparison, distance, gradient_distance, matched_parameters, parse
@@ -53,7 +53,7 @@ def matcher(
     names: str = AUGMENTATION,
     compute: Compute = CPU,
 ) -> Matcher:
-    return Matcher(how, factor, decode_type, syn_max, Augment(names), compute)
+    return Matcher(how, Formation(factor, decode_type), syn_max, Augment(names), compute)
 
 
 def matched(match: Matcher, net: Network, pixels: Tensor, real: ImageSet, picks: Tensor, key: int = 0) -> list[Tensor]:
@@ -79,8 +79,8 @@ def check_inner_steps(match: Matcher, net: Network, *, ipc: int = 2, side: int =
             real,
             picks,
             *match.draw(CLASSES, ipc, Draws("cpu", "match", it)),
-            factor=match.factor,
-            decode_type=match.decode_type,
+            factor=match.formation.factor,
+            decode_type=match.formation.decode_type,
             names=match.augment.names,
             geometries=match.augment.geometries,
             metric=how.metric,
@@ -138,7 +138,7 @@ def test_inner_steps_of_every_decode_type_and_count_equal_the_published_loop(
 
 @pytest.mark.parametrize("syn_max", [20, 128])
 def test_inner_steps_with_three_factors_within_the_bound_equal_the_published_loop(syn_max: int) -> None:
-    assert decoded_count(42, factor=3, decode_type="bound") == 10 * 9 + 2 * 4 + 30
+    assert Formation(3, "bound").decoded_count(42) == 10 * 9 + 2 * 4 + 30
     check_inner_steps(matcher(3, decode_type="bound", syn_max=syn_max, names="flip"), network(), ipc=42)
 
 

@@ -382,7 +382,7 @@ def test_a_loss_that_is_nan_names_iteration_class_and_settings_and_the_state_to_
 
 POISON: dict[str, Callable[[State], Tensor]] = {
     "loss": lambda state: state.losses[3:5],
-    "pixel": lambda state: state.pixels.pixels[3:5, 0, 0, 0, :1],
+    "pixel": lambda state: state.optimizer.pixels[3:5, 0, 0, 0, :1],
     "weight": lambda state: state.net.classifier.weight[:1],
 }
 

@@ -18,7 +18,6 @@ import pytest
 
 from tests.killing import (
     FOLDER,
-    Child,
     Operation,
     Server,
     goes_on,
@@ -31,13 +30,6 @@ from tests.outcome import Outcome
 from tests.tally import injected
 
 pytestmark = pytest.mark.faults
-
-
-def let_stop(child: Child) -> None:
-    """Wait until a run has stopped itself by SIGSTOP."""
-    deadline = time.monotonic() + 30
-    while not child.paused and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -125,7 +117,7 @@ def test_a_disk_that_is_full_when_a_signal_asks_to_save_is_told_in_one_line(
     at = [o.at for o in operations if (o.what, o.file) == ("write", "metrics.jsonl")][2]
     with injected("full disk (tmpfs), and a signal") as fault:
         child = server.start(tiny(results), root=str(results), at=at, then="SIGSTOP")
-        let_stop(child)
+        child.until_paused()
         ballast = fill(disk)
         child.send(signal.SIGTERM)
         child.send(signal.SIGCONT)
@@ -162,7 +154,7 @@ def test_a_run_folder_that_turns_read_only_ends_the_run_in_one_line(
     at = next(o.at for o in operations if (o.what, o.file) == ("write", "metrics.jsonl"))
     with injected("read-only results folder") as fault:
         child = server.start(tiny(results), root=str(results), at=at, then="SIGSTOP", plain_user=True)
-        let_stop(child)
+        child.until_paused()
         (results / FOLDER).chmod(0o555)
         child.send(signal.SIGCONT)
         must_say(child.wait(), "EACCES", results)

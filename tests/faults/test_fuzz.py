@@ -26,7 +26,7 @@ from data import Dataset
 from tests.faults import hostile
 from tests.faults.fuzz import CARD, Property, both, in_one_line, little_memory
 from tests.files import Payload, noise
-from utils.config import options
+from utils.config import resolve
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.files import atomic
 from utils.runs import card as cards
@@ -327,9 +327,10 @@ def resolve_set(file: Path, said: dict[str, Any]) -> None:
     else the command does."""
     given = {"run": str(file), **said}
     try:
-        o, stored = train.resolve(given)
-        assert stored is not None
-        options.networks(o, given, stored.card, channels=1, classes=10, side=8)
+        source = train.read_set(given)
+        assert source is not None
+        o = train.options(given, source)
+        resolve.networks(o, given, source.card, channels=1, classes=10, side=8)
     except UserError as error:
         assert printable(str(file)) in in_one_line(error) or error.status == 2
         return

@@ -18,7 +18,7 @@ import condense
 from tests.faults import hostile
 from tests.faults.fuzz import CARD, Property, both, in_one_line
 from tests.files import image_folder
-from utils.config import options
+from utils.config import resolve
 from utils.config.flags import make_parser
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.config.presets import DATASET_SETTINGS
@@ -140,7 +140,7 @@ def check_condense(place: Path, line: Line) -> None:
     given = read_line(line, CondenseOptions)
     if given is not None:
         try:
-            resolved = dataclasses.asdict(options.resolve(given).options)
+            resolved = dataclasses.asdict(resolve.condense_options(given).options)
         except UserError as error:
             assert "-" in in_one_line(error) and error.status == 2
         else:
@@ -152,7 +152,7 @@ def check_train(place: Path, example: tuple[Line, dict[str, Any] | None]) -> Non
     given = read_line(line, TrainOptions)
     if given is not None:
         try:
-            resolved = dataclasses.asdict(options.resolve_training(given, card, Path("data.json")))
+            resolved = dataclasses.asdict(resolve.train_options(given, card, Path("data.json")))
         except UserError as error:
             assert "-" in in_one_line(error) and error.status == 2
         else:

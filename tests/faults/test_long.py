@@ -25,6 +25,7 @@ import condense
 from tests.files import image_folder, quick
 from tests.outcome import Outcome, metrics, outcome
 from tests.tally import injected
+from utils.runs import recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +110,7 @@ def test_thousands_of_iterations_leave_memory_handles_threads_and_files_as_they_
         events = metrics(folder)
         assert [e["iteration"] for e in events if "loss" in e] == list(range(1, SOAK + 1))
         assert [e["iteration"] for e in events if "accuracy_mean" in e] == list(range(0, SOAK + 1, every))
-        assert len(events) <= condense.METRIC_LINES + 8
+        assert len(events) <= recorder.METRIC_LINES + 8
 
         text = (folder / "log.txt").read_text(encoding="utf-8")
         lines = text.splitlines()
@@ -145,7 +146,7 @@ def test_hundreds_of_trainings_leave_memory_handles_and_threads_as_they_are(
 def test_a_longer_run_logs_the_loss_of_every_nth_iteration_and_of_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, niter: int, expected: list[int]
 ) -> None:
-    monkeypatch.setattr(condense, "METRIC_LINES", 4)
+    monkeypatch.setattr(recorder, "METRIC_LINES", 4)
     assert condense.main(quick(tmp_path, "--niter", str(niter), "--batch_real", "2")) == 0
     (folder,) = tmp_path.glob("digits/*")
     assert [event["iteration"] for event in metrics(folder) if "loss" in event] == expected

@@ -202,18 +202,25 @@ class Parts:
     """Objects of a run, built from its options. They hold the classes that this rank owns."""
 
     def __init__(
-        self, o: CondenseOptions, problem: Problem, group: Group, experts: Experts | None, folder: RunFolder
+        self,
+        o: CondenseOptions,
+        problem: Problem,
+        group: Group = SINGLE,
+        experts: Experts | None = None,
+        folder: RunFolder | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """Share the classes among ranks, and check flags against the data.
 
         experts: those whose trajectories are matched, None for other methods. folder: the run's, see `resumed_from`.
+        shard: used in place of one that balances the classes by their cost.
         Raises UsageError or UserError where flags and data do not fit.
         """
         self.o, self.problem, self.group, self.experts = o, problem, group, experts
         self.data, self.spec = problem
         self.device, self.counts = self.data.device, self.data.counts
-        self.shard: Shard = group.shard(derived.class_work(o, self.counts))
-        if not group.alone:
+        self.shard: Shard = shard or group.shard(derived.class_work(o, self.counts))
+        if len(self.shard.classes) < self.data.classes:
             self.data.shard(self.shard.classes, group.all_reduce_sum)
         if not len(self.data.test):
             raise UserError(f"{o.dataset}: has no test images")
@@ -229,7 +236,8 @@ class Parts:
         self.real = self.data.train
         self.formation = derived.formation(o)
         self.shape = (o.ipc, self.data.channels, self.data.side, self.data.side)  # of a class's stored pixels
-        self.earlier = resumed_from(o.resume_from, folder, (self.data.classes, *self.shape))
+        pixels = (self.data.classes, *self.shape)
+        self.earlier = None if folder is None else resumed_from(o.resume_from, folder, pixels)
         self.flop = derived.run_flop(o, self.spec, self.counts)
         self.compute = computing(self.device, o.compile, o.precision, self.flop)
         self.n_data = o.n_data if o.train_on == "real" else None  # None: all synthetic images
@@ -297,8 +305,8 @@ class Parts:
         )
         return State(
             optimizer=optimizer,
-            trainer=self._trainer(net, pixels),
-            matching_step=self._matching_step(net, optimizer),
+            trainer=self.trainer(net, pixels),
+            matching_step=self.matching_step(net, optimizer),
             picks=torch.zeros(len(classes), o.batch_real, dtype=torch.int64, device=device),
             losses=torch.zeros(len(classes), device=device),
             shard=self.shard,
@@ -311,7 +319,7 @@ class Parts:
         context = self.context(fresh_network(self.spec, draws), draws)
         return initial_pixels(context, self.o.init, ipc=self.o.ipc, factor=self.o.factor)
 
-    def _matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
+    def matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
         """Object that moves the pixels: by matching real images under the network, or experts' trajectories."""
         o = self.o
         matcher = Matcher(
@@ -339,12 +347,17 @@ class Parts:
 
     # --- The network's training between two matching steps ------------------------------------------------------------
 
-    def _trainer(self, net: Network, pixels: Tensor) -> Trainer:
-        """Trainer of the network on real images, or on the synthetic images as they are at each update."""
+    def trainer(self, net: Network, pixels: Tensor, *, shared: bool | None = None) -> Trainer:
+        """Trainer of the network on real images, or on the synthetic images as they are at each update.
+
+        shared: whether ranks share its mini-batches; None: as the options say.
+        """
         o, group, classes = self.o, self.group, self.data.classes
         recipe = derived.update_recipe(o)
         is_own = torch.isin(torch.arange(classes), torch.tensor(self.shard.classes)).to(self.device)
-        together = Together(is_own, group.all_reduce_sum) if self.shares_update else None
+        together = (
+            Together(is_own, group.all_reduce_sum) if (self.shares_update if shared is None else shared) else None
+        )
         if o.train_on == "real":
             # CutMix pastes a box of another image, which may be on another rank.
             needs_others = together is None or recipe.mixup == "cut"

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from utils.config.methods import METHODS
-from utils.method.synthetic import initial_pixels
 
 import condense
 import models
@@ -28,24 +26,25 @@ from tests.files import last_json
 from tests.killing import Server
 from tests.oracle import augment_shared, class_distance, decode_naively, naive_epoch
 from tests.outcome import outcome
+from utils.config import resolve
 from utils.config.derived import update_recipe
-from utils.config.flags import make_parser
-from utils.config.options import CondenseOptions, resolve
+from utils.config.options import CondenseOptions
+from utils.config.presets import METHODS
 from utils.method.augment import Augment
 from utils.method.images import ImageSet
-from utils.method.selection import Context, batched_kmeans, select
+from utils.method.selection import Context, batched_kmeans, initial_pixels, select
 from utils.method.training import Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 from utils.system.errors import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 ALL = "color_crop_cutout_flip_scale_rotate"
 
 
 def parsed(*argv: str) -> CondenseOptions:
-    return resolve(make_parser(CondenseOptions, "").parse_given(argv)).options
+    return resolve.condense(argv, "").options
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def test_mirror_images_are_left_out_where_they_are_other_classes() -> None:
 
 
 def test_the_origin_of_a_method_s_settings_is_said() -> None:
-    origin = resolve(make_parser(CondenseOptions, "").parse_given(["-m", "dm", "-d", "mnist", "--niter", "3"])).origin
+    origin = resolve.condense(["-m", "dm", "-d", "mnist", "--niter", "3"], "").origin
     assert [origin[name] for name in ("match", "metric", "niter", "n_data", "factor")] == [
         "method", "method", "flag", "method", "default",
     ]  # fmt: skip

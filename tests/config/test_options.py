@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.config import derived as recipes
-from utils.config import options
+from utils.config import derived, resolve
 from utils.config.derived import pixel_lr
 from utils.config.flags import make_parser
-from utils.config.options import CondenseOptions, TrainOptions, resolve
+from utils.config.options import CondenseOptions, TrainOptions
 from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
 from utils.numerics import compilation
 from utils.system.errors import UsageError
@@ -31,7 +30,7 @@ PAPER = {
 
 
 def parsed(*argv: str) -> CondenseOptions:
-    return resolve(make_parser(CondenseOptions, "").parse_given(argv)).options
+    return resolve.condense(argv, "").options
 
 
 @pytest.mark.parametrize("factor", ["1", "2"])
@@ -49,10 +48,10 @@ def test_reproduce_is_the_published_table(dataset: str, ipc: str, factor: str) -
     assert o.mixup == ("vanilla" if single_svhn or packed_mnist else "cut")
     assert o.mixup_net == ("vanilla" if packed_mnist else "cut")
     assert o.aug_type == ("color_crop" if packed_mnist else "color_crop_cutout")
-    assert recipes.update_augmentation(o) == "color_crop"
+    assert derived.update_augmentation(o) == "color_crop"
     flip = dataset not in ("svhn", "mnist")
     expected = "color_crop" + ("_cutout" if single_svhn else "") + ("_flip" if flip else "") + "_scale_rotate"
-    assert recipes.evaluation_augmentation(o, flip=flip) == expected
+    assert derived.evaluation_augmentation(o, flip=flip) == expected
 
 
 def test_the_pixel_rate_scales_with_ipc_and_area() -> None:
@@ -91,7 +90,7 @@ def test_a_flag_that_repeats_a_default_still_beats_the_preset() -> None:
 
 def test_the_origin_of_every_option_is_known() -> None:
     given = make_parser(CondenseOptions, "").parse_given(["--reproduce", "-d", "svhn", "--seed", "0"])
-    origin = resolve(given).origin
+    origin = resolve.condense_options(given).origin
     found = [origin[name] for name in ("seed", "niter", "n_data", "tag")]
     assert found == ["flag", "--reproduce", "data set", "default"]
 
@@ -127,7 +126,7 @@ def test_compilation_follows_from_the_work_the_flag_and_the_compiler(monkeypatch
 
 
 def test_where_and_how_to_compute_is_no_part_of_a_set_but_its_precision_is() -> None:
-    kept = options.remaining_settings(parsed("--precision", "bf16", "--compile", "off", "--kmeans", "sklearn"))
+    kept = resolve.saved_settings(parsed("--precision", "bf16", "--compile", "off", "--kmeans", "sklearn"))
     assert (kept["precision"], kept["kmeans"]) == ("bf16", "sklearn")
     assert not {"compile", "device", "data_dir", "results_dir"} & set(kept)
 
@@ -168,7 +167,7 @@ def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -
     }
 
     def training(*argv: str) -> TrainOptions:
-        return options.resolve_training(make_parser(TrainOptions, "").parse_given(argv), card, Path("data.json"))
+        return resolve.train_options(make_parser(TrainOptions, "").parse_given(argv), card, Path("data.json"))
 
     o = training()
     assert (o.epochs, o.depth, o.net_type, o.eval_aug_type) == (33, 2, ["convnet"], "color_crop_scale_rotate")
@@ -178,7 +177,7 @@ def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -
 
     def networks(*argv: str) -> list[tuple[str, int]]:
         given = make_parser(TrainOptions, "").parse_given(argv)
-        found = options.networks(training(*argv), given, card, **shape)
+        found = resolve.networks(training(*argv), given, card, **shape)
         return [(spec.name, spec.width) for spec in found]
 
     assert networks() == [("convnet2", 128)]

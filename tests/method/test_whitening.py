@@ -72,27 +72,6 @@ def test_whitened_images_are_those_of_the_definition() -> None:
     np.testing.assert_allclose(found.flatten(1), (x - x.mean(0)) @ root, rtol=0, atol=1e-6)  # std is float32
 
 
-def test_training_images_have_no_mean_and_a_spectrum_that_eps_alone_bends() -> None:
-    images = photos(500)
-    x = exact()(images.double() / 255).flatten(1)
-    spectrum = np.linalg.eigvalsh(np.cov(normalised(images).T))
-    assert x.mean(0).abs().max() < 1e-12
-    np.testing.assert_allclose(np.linalg.eigvalsh(np.cov(x.numpy().T)), spectrum / (spectrum + EPS), rtol=1e-5)
-
-
-def test_the_matrix_is_symmetric_and_the_inverse_root() -> None:
-    whiten = exact()
-    torch.testing.assert_close(whiten.matrix, whiten.matrix.T, rtol=0, atol=1e-14)
-    identity = torch.eye(len(whiten.matrix), dtype=torch.float64)
-    torch.testing.assert_close(whiten.matrix @ whiten.matrix @ whiten.square, identity, rtol=0, atol=1e-11)
-
-
-def test_without_eps_and_with_images_enough_covariance_is_the_identity() -> None:
-    images = photos(500)
-    x = Whiten.of(images, MEAN, STD, eps=0, dtype=torch.float64)(images.double() / 255).flatten(1)
-    torch.testing.assert_close(x.T.cov(), torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-9)
-
-
 def test_constant_pixels_and_a_single_image_stay_finite() -> None:
     images = photos(20)
     images[:, :, 0] = 7

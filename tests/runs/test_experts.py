@@ -145,47 +145,33 @@ def test_what_is_saved_meanwhile_is_gone_on_from_when_the_process_dies(
     assert torch.equal(rows(trained(tmp_path)), rows(whole))
 
 
-def cut(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, "trajectory": content["trajectory"][0]}
-
-
-def spoilt(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, "trajectory": content["trajectory"] * torch.nan}
-
-
-def moved(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, "trajectory": content["trajectory"][:2] + 1}
-
-
-def foreign(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, "of": "another"}
-
-
-def without_momentum(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, "momentum": None}
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "cut": lambda content: {**content, "trajectory": content["trajectory"][0]},
+    "spoilt": lambda content: {**content, "trajectory": content["trajectory"] * torch.nan},
+    "moved": lambda content: {**content, "trajectory": content["trajectory"][:2] + 1},
+    "foreign": lambda content: {**content, "of": "another"},
+    "without momentum": lambda content: {**content, "momentum": None},
+    "no dictionary": lambda content: 5,
+}
 
 
 @pytest.mark.parametrize("stopped_after", [2, EPOCHS])
-@pytest.mark.parametrize("damage", [None, cut, spoilt, moved, foreign, without_momentum, lambda content: 5])
+@pytest.mark.parametrize("damage", ["one bit", *DAMAGE])
 def test_a_damaged_file_is_reported_once_and_its_expert_trained_again(
-    tmp_path: Path,
-    whole: Experts,
-    caplog: pytest.LogCaptureFixture,
-    damage: Callable[[dict[str, Any]], Any] | None,
-    stopped_after: int,
+    tmp_path: Path, whole: Experts, caplog: pytest.LogCaptureFixture, damage: str, stopped_after: int
 ) -> None:
     with pytest.raises(Stopped):
         trained(tmp_path, StopAfter(stopped_after))
     file = tmp_path / "expert_000.pt"
-    if damage is None:
+    if damage == "one bit":
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     else:
-        tensors.write_tensors(file, damage(tensors.read_tensors(file, "")))
+        tensors.write_tensors(file, DAMAGE[damage](tensors.read_tensors(file, "")))
     with caplog.at_level(logging.WARNING, "dream"):
         assert torch.equal(rows(trained(tmp_path)), rows(whole))
-    if damage is not without_momentum or stopped_after < EPOCHS:  # which a finished expert does not need
+    if damage != "without momentum" or stopped_after < EPOCHS:  # which a finished expert does not need
         (warning,) = [record.getMessage() for record in caplog.records]
         assert warning.startswith(f"{file}: ") and warning.endswith("; trained again")
 

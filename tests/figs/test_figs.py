@@ -213,13 +213,7 @@ def test_a_set_that_its_card_does_not_describe_is_refused(runs: list[Path], tmp_
 def test_the_headline_script_runs_resumes_and_tabulates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for split in ("train", "test"):
-        for c in range(10):
-            folder = tmp_path / "images" / split / f"class{c}"
-            folder.mkdir(parents=True)
-            for i in range(5):
-                pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    image_folder(tmp_path / "images", {f"class{c}": 5 for c in range(10)}, shape=(32, 32, 3))
     argv = ["--image_folder", str(tmp_path / "images"), "--"]
     argv += [*TINY, "--ipc", "1", "--results_dir", str(tmp_path / "results")]
     assert headline.main(["--minutes", "0.00001", *argv]) == 0

@@ -39,7 +39,7 @@ from utils.method.training import Recipe, Together, Trainer, fresh_network, upda
 from utils.numerics.compute import Compute
 from utils.numerics.vectors import flattened
 from utils.system import distributed
-from utils.system.distributed import SINGLE, Shard, shares
+from utils.system.distributed import SINGLE, Shard, balanced
 from utils.system.draws import Draws
 from utils.system.errors import UsageError
 
@@ -66,7 +66,7 @@ def distilled_by(server: Server, count: int, results: Path, *flags: str, **plan:
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=60), st.integers(1, 12))
 def test_work_is_shared_out_whole_once_and_evenly(work: list[float], count: int) -> None:
-    found = shares(work, count)
+    found = balanced(work, count)
     assert sorted(piece for pieces in found for piece in pieces) == list(range(len(work)))
     assert all(pieces == sorted(pieces) for pieces in found)
     loads = [sum(work[piece] for piece in pieces) for pieces in found]
@@ -75,8 +75,8 @@ def test_work_is_shared_out_whole_once_and_evenly(work: list[float], count: int)
 
 
 def test_equal_classes_are_dealt_out_and_a_large_one_counts_for_what_it_is() -> None:
-    assert shares([1.0] * 10, 3) == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
-    assert shares([5.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2) == [[0], [1, 2, 3, 4, 5]]
+    assert balanced([1.0] * 10, 3) == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    assert balanced([5.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2) == [[0], [1, 2, 3, 4, 5]]
 
 
 def test_one_process_owns_everything_and_sends_nothing() -> None:
@@ -112,7 +112,7 @@ def test_drawn_images_are_those_of_one_process_whoever_holds_them(count: int) ->
     assert torch.equal(expected[0], images[index]) and torch.equal(expected[1], labels[index])
 
     holders, picks = Holders(), torch.stack([torch.arange(8) + start for start in whole.starts])
-    for classes in shares([float(n) for n in sizes], count):
+    for classes in balanced([float(n) for n in sizes], count):
         part = whole.subset(torch.isin(labels, torch.tensor(classes)).nonzero().flatten())
         assert part.held == classes and part.classes == 5
         source = RealImages(part, sizes, holders.merge)
@@ -120,9 +120,9 @@ def test_drawn_images_are_those_of_one_process_whoever_holds_them(count: int) ->
         assert len(source) == len(whole) and torch.equal(its_labels, labels[index])
         ours = torch.isin(its_labels, torch.tensor(classes))
         assert torch.equal(found[ours], images[index][ours]) and not found[~ours].any()
-        here = source.here(picks[classes])
+        here = source.to_local(picks[classes])
         assert torch.equal(part.images[here], images[picks[classes]])
-        assert torch.equal(source.everywhere(here), picks[classes])
+        assert torch.equal(source.to_global(here), picks[classes])
     assert torch.equal(torch.stack(holders.given).sum(0, dtype=torch.uint8), images[index])
 
 
@@ -141,7 +141,7 @@ def test_synthetic_images_are_taken_as_they_are_at_the_moment() -> None:
 def telling(argv: list[str]) -> int:
     """A program of several ranks: everything that they can tell each other; raises AssertionError."""
     with distributed.process_group("gloo", minutes=1) as group:
-        assert group.count == 3 and group.either(True, False) == (group.rank == 0)
+        assert group.count == 3
         odd = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-42])
         rows = odd[None] if group.rank == 1 else torch.zeros(1, 4)
         shard = Shard(group, [[0, 3], [1], [2]][group.rank], 4)
@@ -159,12 +159,8 @@ def telling(argv: list[str]) -> int:
         content: dict[str, Any] = {"x": rows, "n": None, "t": ("a", 1.5, True), "d": {"y": torch.arange(3)}}
         found: dict[str, Any] = group.broadcast(lambda: content | {"rank": group.rank})
         assert found["rank"] == 0 and found["t"] == ("a", 1.5, True) and torch.equal(found["d"]["y"], torch.arange(3))
-        told: list[int] = []
-        group.once(told.append, 1)
-        assert told == ([1] if group.rank == 0 else [])
+        assert distributed.rank_zero_only(lambda: 1)() == (1 if group.rank == 0 else None)
         assert group.assigned([1.0] * 7) == [[0, 3, 6], [1, 4], [2, 5]][group.rank]
-        slow = group.seconds(lambda: time.sleep(0.05 * group.rank), lambda: None, wait=lambda: None, warm=0)
-        assert slow[0] >= 0.1 > slow[1]
         assert group.sent > 0
     return 0
 
@@ -190,7 +186,7 @@ def silent(argv: list[str]) -> int:
 
 
 def program(function: Any) -> dict[str, Any]:
-    return {"program": f"tests.test_ranks:{function.__name__}"}
+    return {"program": f"tests.runs.test_ranks:{function.__name__}"}
 
 
 def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> None:
@@ -200,7 +196,7 @@ def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> N
 def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all(server: Server) -> None:
     ended = run_group(server, 2, [], **program(refusing))
     assert [e.status for e in ended] == [2, 2]
-    assert re.fullmatch(r"tests\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
+    assert re.fullmatch(r"tests\.runs\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
 
 
 def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
@@ -266,12 +262,12 @@ class InTurn(Trainer):
     """Ranks that share out updates, one after the other in this process."""
 
     def __init__(self, net: Network, real: ImageSet, recipe: Recipe, compute: Compute, count: int) -> None:
-        self.everybody = [torch.tensor([c in classes for c in range(10)]) for classes in shares([1.0] * 10, count)]
+        self.everybody = [torch.tensor([c in classes for c in range(10)]) for classes in balanced([1.0] * 10, count)]
         super().__init__([net], [real], recipe, compute, None, Together(self.everybody[0], lambda total: total))
 
     def _gradients_together(self, x: Tensor, target: Tensor, together: Together, labels: Tensor) -> list[Tensor]:
         of_one = super()._gradients_together
-        each = [of_one(x, target, together._replace(is_own=is_own), labels) for is_own in self.everybody]
+        each = [of_one(x, target, together._replace(is_own=own), labels) for own in self.everybody]
         return [sum(parts[1:], parts[0]) for parts in zip(*each, strict=True)]
 
 
@@ -398,20 +394,20 @@ def test_a_run_goes_on_with_any_number_of_ranks(server: Server, tmp_path: Path, 
     assert outcome(tmp_path / FOLDER) == undisturbed
 
 
-def test_a_time_limit_ends_all_ranks_at_the_same_step(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
-    for _ in range(2):
-        ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED, "--max_minutes", "1e-4")))
-    ended_well(run_group(server, 3, tiny(tmp_path, *REPEATED)))
-    assert outcome(tmp_path / FOLDER) == undisturbed
-
-
-def test_a_stop_while_ranks_evaluate_ends_all_of_them(server: Server, tmp_path: Path, undisturbed: Outcome) -> None:
-    """The one that gets the signal is in a training, the other one has none."""
-    stop = {"computing": 1, "then": "SIGINT"}  # the first one is that of the initial selection
-    ended = run_group(server, 2, tiny(tmp_path, *REPEATED), of={0: stop})
-    assert [e.status for e in ended] == [130, 130], ended
-    ended_well(run_group(server, 2, tiny(tmp_path, *REPEATED)))
-    assert outcome(tmp_path / FOLDER) == undisturbed
+@pytest.mark.parametrize(
+    ("flags", "of", "status"),
+    [
+        (["--max_minutes", "1e-4"], {}, 0),
+        ([], {0: {"computing": 1, "then": "SIGINT"}}, 130),  # in an evaluation, of which the other rank has no training
+    ],
+    ids=["a time limit", "a signal"],
+)
+def test_a_stop_ends_all_ranks_at_the_same_step(
+    server: Server, tmp_path: Path, undisturbed: Outcome, flags: list[str], of: dict[int, Any], status: int
+) -> None:
+    ended = run_group(server, 2, tiny(tmp_path, *REPEATED, *flags), of=of)
+    assert [e.status for e in ended] == [status, status], ended
+    assert outcome(distilled_by(server, 3, tmp_path, *REPEATED)) == undisturbed
 
 
 @pytest.mark.parametrize("victim", [0, 2])
