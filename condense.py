@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # So that Ctrl-C shows no traceback while PyTorch is loaded; run_main takes it back.
+    # Until run_main sets it back, so that Ctrl-C shows no traceback while PyTorch is imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import logging
@@ -44,9 +44,9 @@ log = logging.getLogger("dream")
 
 
 def condense(run: Run) -> None:
-    """Carry a run from wherever its state is to the last outer iteration (Algorithm 1). Raises Stopped on request.
+    """Distil from the position of a run's state to the last outer iteration (Algorithm 1). Raises Stopped on request.
 
-    Ranks that share a run draw the same random numbers; each works on the classes that it owns.
+    Under torchrun all ranks draw the same random numbers, and each works on the classes that it owns.
     """
     o, parts, state = run.o, run.parts, run.state
     while state.it < o.niter:
@@ -62,7 +62,7 @@ def condense(run: Run) -> None:
 
         # (classes,), on the device: reading them at every step would stall a GPU.
         state.losses += state.matching_step(state.picks, parts.draws("match", it, step))
-        if step + 1 < o.inner_loop:  # after the last one another network comes
+        if step + 1 < o.inner_loop:  # after the last step a fresh network follows
             update_network(state.trainer, n_data=parts.n_data, draws=parts.draws("update", it, step))
 
         state.advance(o.inner_loop)
@@ -70,10 +70,10 @@ def condense(run: Run) -> None:
 
 
 class Run:
-    """One run of `condense`: its state, and what is saved and measured around the steps."""
+    """A run of condense.py: its state, and what is saved and measured around the steps."""
 
     def __init__(self, o: CondenseOptions, parts: Parts, folder: RunFolder, stopper: Stopper) -> None:
-        """Begin where the folder's last checkpoint is, else at --resume_from, else with initial pixels.
+        """Begin at the folder's last checkpoint, else at --resume_from, else with initial pixels.
 
         Raises UserError when a checkpoint does not fit.
         """
@@ -90,8 +90,8 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Save checkpoint, data.pt and pictures. Raises NotFinite, and saves nothing, when the state has gone wrong."""
-        self.state.mean_loss(self.o.inner_loop)
+        """Save checkpoint, data.pt and pictures. Raises NotFinite, and saves nothing, for NaN in the state."""
+        self.state.mean_loss(self.o.inner_loop)  # raises NotFinite
         self.recorder.book(self.state)
         content = self.state.state_dict()
         self.folder.save_checkpoint(content)
@@ -110,7 +110,7 @@ class Run:
     # --- Around the steps ---------------------------------------------------------------------------------------------
 
     def before_iteration(self, it: int) -> None:
-        """Evaluate the set and keep a copy of it, where they are due."""
+        """Evaluate the set, and save a copy of it, if --eval_every and --snapshot_every say so."""
         if self.o.eval_every and it % self.o.eval_every == 0:
             self.evaluate()
         if self.o.snapshot_every and it % self.o.snapshot_every == 0:
@@ -122,7 +122,7 @@ class Run:
             self.save()
 
     def evaluate(self) -> Score:
-        """Test the set as it is and log the score. Raises Stopped on request."""
+        """Train networks on the set as it is, test them, and log the score. Raises Stopped on request."""
         it, began = self.state.it, time.monotonic()
         with self.recorder.interrupted():
             training_set = self.parts.synthetic(self.state.pixels.clamp(0, 1))
@@ -165,7 +165,7 @@ class Run:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
+    """Run a command line of condense.py. Returns the exit status; raises UserError for what the user can mend."""
     resolved = resolve.condense(argv, __doc__ or "")
     o = resolved.options
     with messages(), process_group(backends(), minutes=o.wait_minutes) as group:
@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def distil(**flags: Any) -> Path:
-    """Distil from Python; keywords as the flags of condense.py: distil(dataset="digits", ipc=10, eval_every=5).
+    """Distil from Python, with the flags of condense.py as keywords: distil(dataset="digits", ipc=10, eval_every=5).
 
     Returns the run folder, which `train.evaluate` takes. Raises UserError with a message for the user, and
     KeyboardInterrupt after Ctrl-C, when everything is saved and the same call goes on.

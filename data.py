@@ -1,10 +1,10 @@
-"""Real images: one row per data set, loaded through torchvision, kept as uint8 on the device, grouped by class.
+"""Real images of all data sets: loaded through torchvision, kept as uint8 on the device, grouped by class.
 
     dataset = Dataset("cifar10", device=device)
     dataset.train, dataset.test                 # ImageSet each, read when first used
 
 A new data set is one row of `DATASETS` here, with a function like `load_digits` unless torchvision has it, and one row
-of `DATASET_SETTINGS` in utils/config/presets.py, which may be empty.
+of `DATASET_SETTINGS` in utils/config/presets.py, which may be `dict()`.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ log = logging.getLogger("dream")
 
 DIGITS_SPLIT = 0  # scikit-learn's random_state of the digits' train/test split, whatever --seed says
 CHUNK = 1024 * 3 * 32 * 32  # numbers that are converted at a time
-SPARE_MEMORY = 0.5  # of what is free; the other half is for networks and gradients
-WHITENED = 3 * 48 * 48  # numbers of an image that are whitened at most: matrices of 200 MB, a minute to find them
+SPARE_MEMORY = 0.5  # fraction of the free memory that images may take; the rest is for networks and gradients
+WHITENED = 3 * 48 * 48  # largest C * H * W that is whitened: matrices of 200 MB, computed in a minute
 
 Split = tuple[Tensor, Tensor, list[str]]  # images (N, C, H, W) uint8, labels (N,) int64, class names
 
 
 def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Path, train: bool) -> Split:
-    """A torchvision data set as tensors; downloaded unless its files lie in data_dir, and then used without network.
+    """Training or test split of a torchvision data set, downloaded unless its files lie in data_dir.
 
-    Of several processes one downloads, the others wait for it. Raises UserError saying which files to put where.
+    Of several processes one downloads while the others wait. Raises UserError, which says what files to put where.
     """
     read = partial(_read, kind, data_dir, train)
-    with suppress(Exception):  # pickle, struct, scipy ...: each has errors of its own for "not there" and for halves
-        return read()  # without the lock: where everything is there, nothing is written
+    with suppress(Exception):  # pickle, struct, scipy ...: each has its own errors for missing and truncated files
+        return read()  # without the lock: nothing is written if all files are there
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with locked(data_dir / f".{kind}.lock", doing=f"downloading {kind}", wait=True):
-            with suppress(Exception):  # by now another process may be done
+            with suppress(Exception):  # another process may have downloaded it in the meantime
                 return read()
             log.info("%s is not ready in %s: unpacking or downloading it", kind, printable(str(data_dir)))
             _unpack(kind, data_dir / folder)
             return read(download=True)
-    except Exception as error:  # also urllib, http, tarfile, gzip
+    except Exception as error:  # of urllib, http, tarfile, gzip and the libraries above
         candidates = [name.removesuffix(".gz") for name in files if name.endswith("ubyte.gz")] + list(files)
         there = [name for name in candidates if (data_dir / folder / name).exists()]
         broken = f"; {', '.join(there)} is there but may be damaged: delete it first" if there else ""
@@ -69,59 +69,61 @@ def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Pat
 
 
 def _read(kind: str, data_dir: Path, train: bool, *, download: bool = False) -> Split:
-    """Raises whatever torchvision and its libraries raise."""
+    """Split of a torchvision data set as tensors. Raises whatever torchvision and its libraries raise."""
     split = {"split": "train" if train else "test"} if kind == "SVHN" else {"train": train}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's about the pickles of CIFAR
-        found = getattr(torchvision.datasets, kind)(data_dir, download=download, **split)
-    images = torch.as_tensor(found.data)
+        source = getattr(torchvision.datasets, kind)(data_dir, download=download, **split)
+    images = torch.as_tensor(source.data)
     if images.dim() == 3:  # (N, H, W), grey
         images = images[:, None]
     elif images.shape[-1] == 3:  # (N, H, W, C)
         images = images.permute(0, 3, 1, 2)
-    labels = torch.as_tensor(found.labels if kind == "SVHN" else found.targets).long()
+    labels = torch.as_tensor(source.labels if kind == "SVHN" else source.targets).long()
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images have {len(labels)} labels")
-    names = getattr(found, "classes", [str(c) for c in range(10)])
+    names = getattr(source, "classes", [str(c) for c in range(10)])
     return images.contiguous(), labels, [str(name) for name in names]
 
 
 def _unpack(kind: str, folder: Path) -> None:
-    """The archives, as far as they are whole: for torchvision, MNIST's unpacked files and CIFAR's list of classes are
-    whole if they exist."""
-    found = getattr(torchvision.datasets, kind)
-    for name, md5 in getattr(found, "resources", ()):
+    """Unpack the undamaged archives of a data set again.
+
+    torchvision never looks into MNIST's unpacked files and CIFAR's list of classes once they exist, even if truncated.
+    """
+    source = getattr(torchvision.datasets, kind)
+    for name, md5 in getattr(source, "resources", ()):
         archive = folder / name
         if check_integrity(archive, md5):
             write_atomically(archive.with_suffix(""), gzip.decompress(archive.read_bytes()))
-    if hasattr(found, "tgz_md5") and check_integrity(folder / found.filename, found.tgz_md5):
+    if hasattr(source, "tgz_md5") and check_integrity(folder / source.filename, source.tgz_md5):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's, that extracting will change
-            extract_archive(str(folder / found.filename))
+            extract_archive(str(folder / source.filename))
 
 
 def load_digits(data_dir: Path, train: bool) -> Split:
-    """scikit-learn's 1,797 handwritten digits, three quarters for training, stratified."""
+    """Split of scikit-learn's 1,797 handwritten digits, 8 x 8: three quarters for training, stratified."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
-    halves = train_test_split(x, y, test_size=0.25, stratify=y, random_state=DIGITS_SPLIT)
-    x, y = (halves[0], halves[2]) if train else (halves[1], halves[3])
+    splits = train_test_split(x, y, test_size=0.25, stratify=y, random_state=DIGITS_SPLIT)
+    x, y = (splits[0], splits[2]) if train else (splits[1], splits[3])
     images = np.rint(x * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)  # 0..16 -> 0..255
     return torch.from_numpy(images), torch.from_numpy(y).long(), [str(c) for c in range(10)]
 
 
 @dataclass(frozen=True)
 class Info:
-    """What is fixed about a data set."""
+    """Properties of a data set that are known without its images."""
 
     classes: int
     channels: int
     side: int
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel, in units of [0, 1], as std
     std: tuple[float, ...]
-    load: Callable[[Path, bool], Split]
+    load: Callable[[Path, bool], Split]  # (data_dir, train) -> images, labels, class names
     flip: bool = True  # whether a mirror image belongs to the same class
 
 
@@ -160,7 +162,7 @@ DATASETS = {
 
 
 def has_mirror_images(name: str) -> bool:
-    """Whether the mirror image of a data set's image belongs to the same class, as in folders of one's own."""
+    """Whether an image's mirror image belongs to the same class; taken for granted in folders of one's own."""
     return name not in DATASETS or DATASETS[name].flip
 
 
@@ -168,12 +170,12 @@ FOLDER_BASE_SIDE = 32  # at which the default pixel rate holds for folders of on
 
 
 class Dataset:
-    """A data set's properties at once, its images when they are first asked for.
+    """Data set whose properties are known at once, and whose images are read when they are first used.
 
-    mean, std: for a folder whose statistics are known already; otherwise they come from its training images.
-    threads: that read image files, as many as the machine suggests unless given.
-    whiten: none, or zca: both splits are normalised by the covariance of the training images, too.
-    Raises UsageError or UserError, naming the flag or the file, for whatever is wrong with a folder.
+    mean, std: per channel of a folder's images, where they are known; otherwise computed from the training images.
+    threads: number that read image files; None: as many as the machine suggests. whiten: none or zca, which whitens
+    both splits by the covariance of the training images. Raises UsageError or UserError, naming the flag or the file,
+    when a folder cannot be used.
     """
 
     def __init__(
@@ -227,7 +229,7 @@ class Dataset:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Training images of every class. A folder need not be read for it."""
+        """Number of training images of every class; the images of a folder are not read for it."""
         if self.folder is not None:
             labels = torch.tensor([label for _, label in self.folder.samples[True]])
         else:
@@ -237,32 +239,35 @@ class Dataset:
     def shard(self, classes: list[int], all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Keep the training images of some classes only, since other ranks keep the others.
 
-        To be called before the training images are first used. all_reduce_sum: the sum over all ranks, for statistics.
+        To be called before the training images are first used. all_reduce_sum: the sum of a tensor over all ranks, for
+        statistics of all classes.
         """
         assert "train" not in vars(self) and "normalize" not in vars(self), "the images of all classes are in use"
         self._kept_classes, self._all_reduce_sum = classes, all_reduce_sum
 
     @cached_property
     def train(self) -> ImageSet:
-        """The training images, or those of the classes that are to be held."""
+        """Training images, of all classes or those that `shard` has named."""
         self._drop_others()
-        normalize = self.normalize  # may need the images, too
-        found = self._image_set(*self._train, normalize)
+        normalize = self.normalize  # first, since it may need self._train
+        images = self._image_set(*self._train, normalize)
         del self._train  # only one copy stays in memory
-        return found
+        return images
 
     @cached_property
     def test(self) -> ImageSet:
+        """Test images of all classes."""
         images, labels, _ = self._load(train=False)
         return self._image_set(images, labels, self.normalize)
 
     @cached_property
     def normalize(self) -> Normalize:
+        """Normalisation of both splits by the training images' statistics, with whitening if asked for."""
         mean, std = self.statistics
         if self.whiten == "none":
             return Normalize(mean, std, self.device)
         self._drop_others()
-        images = self._train[0]  # there until `train` is: it asks for the normalisation first
+        images = self._train[0]  # still there: `train`, which deletes it, computes the normalisation first
         log.info("whitening: the covariance of %d images of %d numbers", sum(self.counts), images[0].numel())
         return Whiten.of(images, mean, std, self.device, all_reduce_sum=self._all_reduce_sum)
 
@@ -276,6 +281,7 @@ class Dataset:
 
     @property
     def class_names(self) -> list[str]:
+        """Name of every class."""
         if self.folder is not None:
             return self.folder.classes
         return self._names
@@ -286,10 +292,10 @@ class Dataset:
         return images, labels
 
     def _drop_others(self) -> None:
-        """Let go of the training images of other classes, once it is known how many there were."""
+        """Delete the training images of classes that `shard` has not named, after a count of all."""
         if self._kept_classes is not None and sum(self.counts) == len(self._train[0]):
-            ours = torch.isin(self._train[1], torch.tensor(self._kept_classes))
-            self._train = self._train[0][ours], self._train[1][ours]
+            keep = torch.isin(self._train[1], torch.tensor(self._kept_classes))
+            self._train = self._train[0][keep], self._train[1][keep]
 
     @cached_property
     def _names(self) -> list[str]:
@@ -314,11 +320,11 @@ class Dataset:
 
 
 def channel_statistics(
-    images: Tensor, add: Callable[[Tensor], Tensor] = lambda x: x
+    images: Tensor, all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of [0, 1].
 
-    add: the sum over processes that have other images, which is exact since bytes are whole numbers.
+    all_reduce_sum: the sum of a tensor over ranks that have other images; of integers, so it is exact.
     """
     sums = torch.zeros(3, images.shape[1], dtype=torch.int64)  # of ones, values, and squares
     sums[0] = images.numel() // images.shape[1]
@@ -326,14 +332,14 @@ def channel_statistics(
         value = chunk.long()
         sums[1] += value.sum((0, 2, 3))
         sums[2] += value.square().sum((0, 2, 3))
-    count, total, squares = add(sums).double()
+    count, total, squares = all_reduce_sum(sums).double()
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=0.255)  # a constant channel stays finite
     return (mean / 255).tolist(), (std / 255).tolist()
 
 
 class Folder:
-    """Images in DIR/train/CLASS/* and DIR/test/CLASS/*. Class numbers follow the alphabetical order of the folders."""
+    """Image files in DIR/train/CLASS/* and DIR/test/CLASS/*; classes are numbered in alphabetical order."""
 
     def __init__(self, root: Path, threads: int | None = None) -> None:
         self.root = root
@@ -342,7 +348,7 @@ class Folder:
         for train, split in ((True, "train"), (False, "test")):
             try:
                 classes, self.samples[train] = self._listed(str(root / split))
-            except (OSError, ValueError) as error:  # ValueError: no system has such a name, but a data.json may
+            except (OSError, ValueError) as error:  # ValueError: a data.json may have a name that no file can have
                 where, reason = getattr(error, "filename", None) or root / split, getattr(error, "strerror", None)
                 raise UserError(
                     f"--image_folder {root}: cannot use {where} ({reason or first_line(error)}); expected images in "
@@ -359,7 +365,7 @@ class Folder:
             raise UserError(f"--image_folder {root}: needs two classes or more, has {len(self.classes)}")
 
     def _listed(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
-        """Classes, and the images with their class numbers. Raises OSError."""
+        """Names of the classes, and (path, class number) of every image, in a split's folder. Raises OSError."""
         classes, stray = inside(split)
         ignored = [os.path.join(split, name) for name in stray]
         samples: list[tuple[str, int]] = []
@@ -378,7 +384,10 @@ class Folder:
         return classes, samples
 
     def shape(self, size: int | None) -> tuple[int, int]:
-        """Channels (1 when every image is grey) and side. Without a size, all images must be squares of one size."""
+        """Channels (1 if all images are grey, else 3) and side of the images; size: None, or the side to resize to.
+
+        Raises UsageError when there is no size and the images are not squares of one size.
+        """
         paths = [path for split in (True, False) for path, _ in self.samples[split]]
         heads = for_each(paths, mode_and_size, what=f"looking at {printable(str(self.root))}", threads=self.threads)
         modes, sizes = {mode for mode, _ in heads}, {size for _, size in heads}
@@ -397,7 +406,10 @@ class Folder:
     def load(
         self, train: bool, channels: int, side: int, device: torch.device, held: Sequence[int] | None = None
     ) -> Split:
-        """The images of a split, or of some of its classes, as uint8, resized and centre-cropped to the side."""
+        """Images of a split as uint8, resized and centre-cropped to `side`; held: only of these classes.
+
+        Raises UserError when they do not fit the memory.
+        """
         samples = [sample for sample in self.samples[train] if held is None or sample[1] in held]
         need, free = len(samples) * channels * side * side, free_memory(device)
         if need > SPARE_MEMORY * free:

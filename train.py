@@ -16,7 +16,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # So that Ctrl-C shows no traceback while PyTorch is loaded; run_main takes it back.
+    # Until run_main sets it back, so that Ctrl-C shows no traceback while PyTorch is imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
@@ -61,7 +61,7 @@ Row = tuple[NetSpec, TrainingData]
 
 
 class Evaluation:
-    """One command's fixed parts, and the results so far."""
+    """Evaluation by one command: what all its rows share, and the results so far."""
 
     def __init__(
         self, o: TrainOptions, data: Dataset, specs: list[NetSpec], session: dict[str, Any], group: Group
@@ -74,15 +74,15 @@ class Evaluation:
     # --- Training and testing -----------------------------------------------------------------------------------------
 
     def run(self, training_data: Sequence[TrainingData]) -> None:
-        """Train every network on everything; each row is recorded as soon as it is done."""
+        """Train every network on all training data; each row is recorded as soon as it is done."""
         rows = [(spec, data) for spec in self.specs for data in training_data]
         work = [self._flop(*row) for row in rows]
-        for spec, data in rows:  # before the first hour, not after it
+        for spec, data in rows:  # all of them before the first training, which may take hours
             checks.check_batches(spec, self.o.batch_size, round(data.decoded_per_class * self.data.classes))
         for data in training_data:
             self._show_images(data)
         began, trained = time.monotonic(), 0.0
-        # One row at a time, or as many as keep all ranks at work, two trainings each.
+        # One row at a time; with several ranks as many as give each two trainings, so that none waits.
         at_once = 1 if self.group.alone else -(-2 * self.group.count // self.o.repeat)
         for first in range(0, len(rows), at_once):
             numbers = range(first, min(first + at_once, len(rows)))
@@ -103,7 +103,7 @@ class Evaluation:
         return self.o.repeat * (trained + len(self.data.test)) * forward_flop(spec)
 
     def _description(self, spec: NetSpec, data: TrainingData) -> Record:
-        """All of a row's record but the result."""
+        """Record of a row without its result."""
         o = self.o
         protocol = {
             "epochs": data.epochs,
@@ -129,7 +129,7 @@ class Evaluation:
         }
 
     def _known(self, spec: NetSpec, data: TrainingData) -> Record | None:
-        """An earlier command's result on all real images, the only ones that take too long to be made again."""
+        """Result of an earlier command on all real images, which would take long to compute again; None for others."""
         if self.o.retrain or data.name != ALL_REAL:
             return None
         file = data.folder / EVALUATIONS
@@ -143,10 +143,10 @@ class Evaluation:
         return record
 
     def _train(self, rows: Sequence[Row], work: Mapping[int, float]) -> dict[int, Record]:
-        """Records of the rows whose numbers are keys of `work`, by floating-point operations; ranks share trainings."""
+        """Train some rows, shared by the ranks, and return their records; work: operations, by number of the row."""
         trainings = [(i, r) for i in work for r in range(self.o.repeat)]
-        mine = [trainings[number] for number in self.group.assigned([work[i] for i, _ in trainings])]
-        numbers = {i: [r for j, r in mine if j == i] for i in work}
+        assigned = [trainings[number] for number in self.group.assigned([work[i] for i, _ in trainings])]
+        numbers = {i: [r for j, r in assigned if j == i] for i in work}
         scores = {i: self._score(rows[i], numbers[i], work[i]) for i in work}
         records = {}
         for i, (own, own_seconds) in scores.items():
@@ -161,7 +161,7 @@ class Evaluation:
         return records
 
     def _score(self, row: Row, trainings: Sequence[int], flop: float) -> tuple[Score, float]:
-        """The score of some trainings of a row, and the seconds that they took."""
+        """Score of some trainings of a row, and the seconds that they took."""
         (spec, data), o, started = row, self.o, time.monotonic()
         title = f"{spec.name}, {data.title}"
         score = evaluate_networks(
@@ -180,7 +180,7 @@ class Evaluation:
     # --- Looking at it ------------------------------------------------------------------------------------------------
 
     def _show_images(self, data: TrainingData) -> None:
-        """Show the first training's first images of every class on TensorBoard."""
+        """Write the first training's first images of every class to the TensorBoard log."""
         if self.board.on:
             train = data.training_set(self.specs[0], 0)
             if count := min(GRID_COLUMNS, *train.counts):
@@ -188,6 +188,7 @@ class Evaluation:
                 self.board.images(0, **{f"training images/{data.title}": shown})
 
     def _show_loss(self, title: str, r: int, epoch: int, loss: float) -> None:
+        """Write the loss of training r after an epoch to the TensorBoard log."""
         self.board.scalar(f"training loss/{title}, training {r}", loss, epoch)
 
     @rank_zero_only
@@ -210,7 +211,7 @@ class Evaluation:
 
 
 def read_set(given: Mapping[str, Any]) -> SetFile | None:
-    """The file of the distilled set that the flags name; None for real images alone. Raises UserError."""
+    """File of the distilled set that the flags name; None for real images alone. Raises UserError."""
     if given.get("coreset") or (given.get("real") and "run" not in given):
         checks.check_alone(given)
         return None
@@ -236,9 +237,9 @@ def options(given: dict[str, Any], source: SetFile | None) -> TrainOptions:
 
 
 def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
-    """The content of a set's file. Raises UserError when it does not fit the data set.
+    """Content of a set's file. Raises UserError when it does not fit the data set.
 
-    A factor that a person said is compared with what the pixels look like.
+    A factor that comes from a flag is compared with what the pixels look like, and a warning says so if it seems wrong.
     """
     content = sets.interpret(source, data, normalized=o.normalized)
     formation = Formation(o.factor or 1, o.decode_type or "single")
@@ -256,7 +257,7 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
 
 
 def records_of(argv: Sequence[str]) -> list[Record]:
-    """Do what a command line says; the rows of its table, or none after --export. Raises UserError."""
+    """Run a command line of train.py, and return the rows of its table, none after --export. Raises UserError."""
     given = make_parser(TrainOptions, __doc__ or "").parse_given(argv)
     minutes = given.get("wait_minutes", TrainOptions.wait_minutes)
     with messages(), process_group(backends(), minutes=minutes) as group:
@@ -280,14 +281,15 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         # --- What networks are trained on ---
         if source is not None:
             content = interpret(o, source, data)
-            ours = rows.distilled(source, content, Formation(o.factor or 1, o.decode_type or "single"))
+            distilled = rows.distilled(source, content, Formation(o.factor or 1, o.decode_type or "single"))
             if o.export is not None:
                 settings = {} if o.whiten == "none" else {"whiten": o.whiten}
-                card = card or derived.set_card(o, data, ipc=round(ours.images_per_class), settings=settings)
-                decoded, write = ours.training_set(specs[0], 0), rank_zero_only(export.export_set)
+                card = card or derived.set_card(o, data, ipc=round(distilled.images_per_class), settings=settings)
+                decoded, write = distilled.training_set(specs[0], 0), rank_zero_only(export.export_set)
                 write(Path(o.export), stored=content, decoded=decoded, class_names=data.class_names, card=card)
                 return []
-            training_data = [ours, *([] if NO_BASELINES in o.baselines else rows.baselines(ours, o.baselines))]
+            compare = NO_BASELINES not in o.baselines
+            training_data = [distilled, *(rows.baselines(distilled, o.baselines) if compare else [])]
             if o.real:
                 training_data.append(rows.real(resolve.real_epochs(given)))
         elif o.coreset:
@@ -304,7 +306,7 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         evaluation.run(training_data)
         evaluation.board.close()
 
-        # --- Tell ---
+        # --- Report ---
         records = evaluation.records
         if source is not None:
             for text in results.low_accuracies(records, DISTILLED, RANDOM, chance=100 / data.classes):
@@ -322,13 +324,13 @@ def records_of(argv: Sequence[str]) -> list[Record]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The program. Returns the exit status; raises UserError for mistakes of the user or the surroundings."""
+    """Run a command line of train.py. Returns the exit status; raises UserError for what the user can mend."""
     records_of(argv)
     return 0
 
 
 def evaluate(run: str | Path | None = None, **flags: Any) -> list[Record]:
-    """Evaluate from Python; keywords as the flags of train.py: evaluate("results/digits/...", repeat=3, real=True).
+    """Evaluate from Python, with the flags of train.py as keywords: evaluate("results/digits/...", repeat=3).
 
     run: a run folder or anybody's set, the newest one by default. Returns the rows of the table, as --json does under
     `results`: net, trained_on, accuracy_mean, accuracy_std, n, accuracies, ... Raises UserError with a message for the

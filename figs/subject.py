@@ -1,4 +1,4 @@
-"""One class of a data set under one network: what figs.gradient_norms and figs.selection look at, and its flags."""
+"""Subject of figs.gradient_norms and figs.selection, one class of a data set under one network, and its flags."""
 
 from __future__ import annotations
 
@@ -31,27 +31,28 @@ UPDATES = 50  # by default: halfway through an outer iteration of the published 
 
 @dataclass(frozen=True)
 class Subject:
-    """The images of one class, and a network in evaluation mode that has been trained on all classes for a while."""
+    """Images of one class, and a network in evaluation mode that has been trained on all classes for a while."""
 
     dataset: str
     class_name: str
     label: int
     images: ImageSet  # of this class alone, as its class 0
     net: Network
-    about: str  # the network, for people
+    about: str  # description of the network
     seed: int
     compute: Compute
 
     def draws(self, purpose: str, *position: int) -> Draws:
+        """Random numbers for one purpose at one position."""
         return Draws(self.images.device, self.seed, purpose, *position)
 
     def context(self, draws: Draws) -> Context:
-        """What representatives are selected from, as condense.py does it."""
+        """Context of a selection among these images, as condense.py makes it."""
         return Context(self.net, self.images, draws, self.compute.cheapest())
 
 
 def add_flags(parser: flags.Parser, *, count: int) -> None:
-    """The flags that `prepare` understands, and --count."""
+    """Add the flags that `prepare` reads to a parser; count: the default of --count."""
     fields = {field.name: field for field in dataclasses.fields(CondenseOptions)}
     for name in BORROWED:
         flags.add_flag(parser, fields[name], default=argparse.SUPPRESS)
@@ -73,7 +74,7 @@ def add_flags(parser: flags.Parser, *, count: int) -> None:
 
 
 def prepare(given: argparse.Namespace) -> Subject:
-    """Read the data and train the network: that of condense.py's first outer iteration, so many inner steps later.
+    """Read the data, and train the network of condense.py's first outer iteration for --updates updates.
 
     Raises UsageError or UserError for flags and data that do not fit.
     """
@@ -101,7 +102,7 @@ def prepare(given: argparse.Namespace) -> Subject:
 
 
 def train(net: Network, real: ImageSet, o: CondenseOptions, updates: int, compute: Compute) -> None:
-    """As many network updates as that, with the draws of condense.py's first outer iteration."""
+    """Train a network for so many updates, with the random numbers of condense.py's first outer iteration."""
     trainer = Trainer([net], [real], derived.update_recipe(o), compute)
     with Progress(updates, "training the network", "update") as progress:
         for step in range(updates):
@@ -110,5 +111,5 @@ def train(net: Network, real: ImageSet, o: CondenseOptions, updates: int, comput
 
 
 def embedding(subject: Subject, draws: Draws) -> Tensor:
-    """All images of the class as they are clustered, (N, D)."""
+    """Embeddings of all images of the class, (N, D), as they are clustered."""
     return subject.context(draws).embedded(0)

@@ -50,9 +50,10 @@ log = logging.getLogger("dream")
 def dataset(
     o: Options, *, mean: list[float] | None = None, std: list[float] | None = None, precision: str = "fp32"
 ) -> Dataset:
-    """The data set on its device, which is made ready. mean, std: of a folder, where they are known already.
+    """Data set on its device, for which determinism and precision are set up.
 
-    Raises UsageError or UserError, naming the flag or file.
+    mean, std: per channel of an image folder, where they are known already. Raises UsageError or UserError, naming the
+    flag or file.
     """
     device = pick_device(o.device, distributed.local_rank())
     if o.deterministic:
@@ -72,19 +73,19 @@ def dataset(
 
 
 def network(o: CondenseOptions, data: Dataset) -> NetSpec:
-    """The network that distils. Raises UsageError, naming the flags, when it cannot be built for such images."""
+    """Specification of the network that distils. Raises UsageError, naming the flags, when it cannot be built."""
     return resolve.network(o, o.net_type, channels=data.channels, classes=data.classes, side=data.side)
 
 
 class Problem(NamedTuple):
-    """What a run distils, and with which network."""
+    """Data set that a run distils, and the network that it distils with."""
 
     data: Dataset
     spec: NetSpec
 
 
 def problem(o: CondenseOptions) -> Problem:
-    """Data set and network of a run; every rule between flags, data and network has been checked.
+    """Data set and network of a run, after a check of every rule between flags, data and network.
 
     Raises UsageError or UserError, naming the flag or file.
     """
@@ -101,15 +102,15 @@ def problem(o: CondenseOptions) -> Problem:
 
 
 def run_folder(o: CondenseOptions, group: Group = SINGLE) -> RunFolder:
-    """The folder of a run, untouched so far."""
-    restart = o.restart and not distributed.restart_count()  # torchrun's own restarts go on
+    """Folder of a run; nothing is read or written yet."""
+    restart = o.restart and not distributed.restart_count()  # a process that torchrun restarts goes on instead
     saved = resolve.as_saved(o)
     return RunFolder(resolve.run_folder(o), saved, free=FREE, resumable=RESUMABLE, restart=restart, group=group)
 
 
 # --- Experts ----------------------------------------------------------------------------------------------------------
 
-# Options on which trajectories depend; and those on which they do where images are clustered.
+# Options that trajectories depend on; CLUSTERING_OPTIONS only where images are clustered.
 EXPERT_OPTIONS = (
     "dataset", "image_folder", "size", "whiten", "batch_real", "select", "expert_epochs", "expert_seed", "precision",
 )  # fmt: skip
@@ -117,7 +118,7 @@ CLUSTERING_OPTIONS = ("interval", "kmeans", "cluster_raw")
 
 
 def experts(o: CondenseOptions, spec: NetSpec) -> Experts | None:
-    """The experts that a run matches, trained or not; None for other methods than trajectories.
+    """Experts whose trajectories a run matches, trained or not; None for methods without experts.
 
     Raises UserError when their folder cannot be used.
     """
@@ -137,7 +138,7 @@ def experts(o: CondenseOptions, spec: NetSpec) -> Experts | None:
 
 
 def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stopper: Stopper, group: Group) -> int | None:
-    """Train the experts that are missing; the exit status if that was stopped, else None.
+    """Train the experts that are missing. Returns the exit status if that was stopped, else None.
 
     Raises UsageError under torchrun, where none may be missing.
     """
@@ -158,7 +159,7 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
 
 
 def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopper: Stopper) -> None:
-    """Train the experts that are missing. Raises Stopped on request, after saving; the same command goes on."""
+    """Train the missing experts in turn, epoch by epoch. Raises Stopped on request, after saving."""
     if not experts.missing():
         return
     real, device, spec = problem.data.train, problem.data.device, problem.spec
@@ -178,7 +179,7 @@ def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopp
 
 
 def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
-    """Epoch e of expert k: on all real images, or with --select on as many that are selected anew every few batches."""
+    """Train expert k for epoch e: on all real images, or on as many that --select chooses anew every few batches."""
     if o.select == "random":
         trainer.all_images([_expert_draws(o, real.device, k, e)])
         return
@@ -190,7 +191,7 @@ def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e
 
 
 def _expert_draws(o: CondenseOptions, device: torch.device, *position: int | str) -> Draws:
-    """Random numbers of one moment in the training of experts; they do not depend on --seed."""
+    """Random numbers for one position in the training of experts; they depend on --expert_seed, not on --seed."""
     return Draws(device, o.expert_seed, "expert", *position)
 
 
@@ -198,7 +199,7 @@ def _expert_draws(o: CondenseOptions, device: torch.device, *position: int | str
 
 
 class Parts:
-    """The objects of a run, built from its options. All of them are about the classes that this rank owns."""
+    """Objects of a run, built from its options. They hold the classes that this rank owns."""
 
     def __init__(
         self,
@@ -209,9 +210,10 @@ class Parts:
         folder: RunFolder | None = None,
         shard: Shard | None = None,
     ) -> None:
-        """experts: whose trajectories are matched, in place of the effect of real images. folder: where
-        --resume_from must not overwrite anything. shard: in place of classes by their cost.
+        """Share the classes among ranks, and check flags against the data.
 
+        experts: those whose trajectories are matched, None for other methods. folder: the run's, see `resumed_from`.
+        shard: used in place of one that balances the classes by their cost.
         Raises UsageError or UserError where flags and data do not fit.
         """
         self.o, self.problem, self.group, self.experts = o, problem, group, experts
@@ -246,16 +248,16 @@ class Parts:
         return Draws(self.device, self.o.seed, purpose, *position)
 
     def network(self, it: int) -> Network:
-        """The fresh network of an outer iteration."""
+        """Fresh network of outer iteration `it`."""
         return fresh_network(self.spec, self.draws("network", it))
 
     def context(self, net: Network, draws: Draws, *, per_cluster: int = 1) -> Context:
-        """What real images are selected from: those of this rank's classes, under a network."""
+        """Context of a selection among the real images of this rank's classes, under a network."""
         o = self.o
         return Context(net, self.real, draws, self.compute.cheapest(), o.cluster_raw, o.kmeans, per_cluster)
 
     def describe(self) -> str:
-        """How much work the run is, and who does what."""
+        """Description for people: the work of the run, and how ranks share it."""
         compiled = ", compiled" if self.compute.compile else ""
         work = f"{self.flop / 1e12:.3g} TFLOP to go in {self.o.precision}{compiled}"
         if self.group.alone:
@@ -267,7 +269,7 @@ class Parts:
     # --- The state ----------------------------------------------------------------------------------------------------
 
     def state(self, saved: dict[str, Any] | None) -> State:
-        """The state of a checkpoint's content if there is one, else that of --resume_from, else the initial state.
+        """State from a checkpoint's content if there is one, else from --resume_from, else the initial state.
 
         Raises UserError when the checkpoint does not fit.
         """
@@ -289,7 +291,7 @@ class Parts:
         return state
 
     def _state(self, *, empty: bool) -> State:
-        """The state at the beginning of a run, with initial pixels or empty ones."""
+        """State at the beginning of a run; empty: with zeros in place of initial pixels, to be filled."""
         o, classes, device = self.o, self.shard.classes, self.device
         net = self.network(0)
         pixels = torch.zeros(len(classes), *self.shape, device=device) if empty else self._initial_pixels()
@@ -312,12 +314,13 @@ class Parts:
         )
 
     def _initial_pixels(self) -> Tensor:
+        """Initial pixels of this rank's classes by --init, (classes, ipc, C, H, W)."""
         draws = self.draws("init")
         context = self.context(fresh_network(self.spec, draws), draws)
         return initial_pixels(context, self.o.init, ipc=self.o.ipc, factor=self.o.factor)
 
     def matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
-        """How pixels learn: from the effect of real images on the network, or from experts' trajectories."""
+        """Object that moves the pixels: by matching real images under the network, or experts' trajectories."""
         o = self.o
         matcher = Matcher(
             how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
@@ -345,9 +348,9 @@ class Parts:
     # --- The network's training between two matching steps ------------------------------------------------------------
 
     def trainer(self, net: Network, pixels: Tensor, *, shared: bool | None = None) -> Trainer:
-        """Trainer of the network on real images, or on the synthetic ones as they are whenever it trains.
+        """Trainer of the network on real images, or on the synthetic images as they are at each update.
 
-        shared: whether ranks share its mini-batches; by default as the options say.
+        shared: whether ranks share its mini-batches; None: as the options say.
         """
         o, group, classes = self.o, self.group, self.data.classes
         recipe = derived.update_recipe(o)
@@ -356,7 +359,7 @@ class Parts:
             Together(is_own, group.all_reduce_sum) if (self.shares_update if shared is None else shared) else None
         )
         if o.train_on == "real":
-            # CutMix pastes into an image a box of another image, which may be another rank's.
+            # CutMix pastes a box of another image, which may be on another rank.
             needs_others = together is None or recipe.mixup == "cut"
             images = RealImages(self.real, self.counts, group.all_reduce_disjoint if needs_others else None)
             return Trainer([net], [self.real], recipe, self.compute, images, together)
@@ -369,9 +372,9 @@ class Parts:
         return self.shard.all_gather(self.formation.decode(pixels))
 
     def _shares_update(self) -> bool:
-        """Whether ranks share network updates. Otherwise each repeats all of them, and only images are sent.
+        """Whether ranks share network updates; otherwise every rank does all of them, and only images are sent.
 
-        Raises UsageError where a flag asks for what cannot be.
+        Raises UsageError for batch norm where updates would have to be shared.
         """
         o, group = self.o, self.group
         batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.network(0).modules())
@@ -388,7 +391,7 @@ class Parts:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What the rounding of a session depends on, besides the machine and versions."""
+        """Conditions that the rounding of a session depends on, besides the machine and versions."""
         return {
             "precision": self.o.precision,
             "deterministic": self.o.deterministic,
@@ -399,32 +402,32 @@ class Parts:
     # --- Sets and their evaluation ------------------------------------------------------------------------------------
 
     def synthetic(self, pixels: Tensor) -> ImageSet:
-        """The training images that pixels (classes, ipc, C, H, W) decode to."""
+        """Training images that the pixels (classes, ipc, C, H, W) of this rank's or all classes decode to."""
         labels = torch.arange(len(pixels), device=self.device).repeat_interleave(self.o.ipc)
         return training_images(
             pixels.flatten(0, 1), labels, self.formation, classes=self.data.classes, normalize=self.real.normalize
         )
 
     def random_real(self, r: int) -> ImageSet:
-        """As many random real images per class as the set stores; others for every training r."""
+        """Baseline for training number r: as many random real images per class as the set stores."""
         draws = self.draws(BASELINE, r)
         context = self.context(fresh_network(self.spec, draws), draws)
         return coreset(context, "random", ipc=self.o.ipc, all_gather=self.shard.all_gather)
 
     def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper) -> Score:
-        """Train --repeat networks, spread over the ranks, each on its set, and test them. Raises Stopped on request."""
+        """Train --repeat networks, shared by the ranks, each on its set, and test them. Raises Stopped on request."""
         o, group = self.o, self.group
-        mine = group.assigned([1.0] * o.repeat)
+        trainings = group.assigned([1.0] * o.repeat)
         with stopper.stopping_together(group):
             score = evaluate_networks(
                 self.spec,
                 sets.__getitem__,
                 self.data.test,
                 derived.evaluation_recipe(o, flip=self.data.flip),
-                trainings=mine,
+                trainings=trainings,
                 seed=o.seed,
                 compute=dataclasses.replace(self.compute, precision="fp32"),
                 title=title,
                 stopper=stopper,
             )
-        return score.all_reduce(mine, group, repeat=o.repeat)
+        return score.all_reduce(trainings, group, repeat=o.repeat)

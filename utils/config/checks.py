@@ -1,4 +1,4 @@
-"""Rules between flags, data and networks that no single flag knows. Each raises UsageError naming the flags."""
+"""Checks of rules between flags, data and networks. Each raises UsageError, which names the flags."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from utils.config.presets import TRAJECTORY
 from utils.system.device import free_memory
 from utils.system.errors import UsageError
 
-COPIES = 4  # of a network's weights, at least: themselves, their gradients, their momentum, and one under way
+COPIES = 4  # of a network's weights in memory, at least: weights, gradients, momentum, and a temporary one
 
 
 def check_data(dataset: str, image_folder: str | None, size: int | None) -> None:
-    """Rules between the flags that name the data. Raises UsageError."""
+    """Check the flags that name the data against each other. Raises UsageError."""
     if dataset == "folder" and image_folder is None:
         raise UsageError("-d folder: say where the images are with --image_folder DIR")
     if dataset == "digits" and image_folder is not None:
@@ -26,7 +26,7 @@ def check_data(dataset: str, image_folder: str | None, size: int | None) -> None
 
 
 def check_alone(given: Mapping[str, Any]) -> None:
-    """Rules for train.py without a distilled set. Raises UsageError for flags that have no meaning then."""
+    """Check the flags of train.py without a distilled set. Raises UsageError for those that need one."""
     if given.get("real") and given.get("coreset"):
         raise UsageError("--real and --coreset exclude each other")
     if given.get("coreset") and "run" in given:
@@ -39,7 +39,7 @@ def check_alone(given: Mapping[str, Any]) -> None:
 
 
 def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
-    """Raises UsageError when a class has fewer images than are asked for."""
+    """Check that every class has `ipc` images; counts, names: images and name of every class. Raises UsageError."""
     smallest = min(counts)
     if ipc > smallest:
         name = names[counts.index(smallest)]
@@ -49,30 +49,38 @@ def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
 def check_sizes(
     counts: list[int], names: list[str], *, ipc: int, factor: int, init: str, batch_real: int, n_data: int
 ) -> list[str]:
-    """Compare condense.py's flags with the training images per class. Raises UsageError where they are impossible;
-    returns warnings where they do not mean what they say."""
+    """Check condense.py's numbers of images against the training images of every class.
+
+    Returns warnings where images have to be used twice or fewer are used than asked for. Raises UsageError where there
+    are too few.
+    """
     check_ipc(ipc, counts, names)
-    warnings, have = [], min(counts)
-    name = names[counts.index(have)]
-    if init != "noise" and ipc * factor**2 > have:
+    warnings, smallest = [], min(counts)
+    name = names[counts.index(smallest)]
+    if init != "noise" and ipc * factor**2 > smallest:
         warnings.append(
-            f"--ipc times -f squared is {ipc * factor**2}, class {name} has {have} images: some begin twice"
+            f"--ipc times -f squared is {ipc * factor**2}, class {name} has {smallest} images: some begin twice"
         )
-    if batch_real > have:
-        warnings.append(f"--batch_real is {batch_real}, class {name} has {have} images: all are matched, some twice")
+    if batch_real > smallest:
+        warnings.append(
+            f"--batch_real is {batch_real}, class {name} has {smallest} images: all are matched, some twice"
+        )
     if n_data > sum(counts):
         warnings.append(f"--n_data is {n_data}, there are {sum(counts)} training images: all are used")
     return warnings
 
 
 def check_factor(factor: int, side: int) -> None:
-    """Raises UsageError when cells would be smaller than a pixel."""
+    """Check that cells are not smaller than a pixel. Raises UsageError."""
     if factor > side:
         raise UsageError(f"-f {factor}: a cell would be smaller than a pixel, images are {side} pixels wide")
 
 
 def check_batches(spec: models.NetSpec, *sizes: int) -> None:
-    """Raises UsageError when a network with batch norm would have to train on a single image that it cannot."""
+    """Check that a network can train on batches of these sizes, since batch norm may need two images.
+
+    Raises UsageError.
+    """
     if min(sizes) < models.smallest_batch(spec):
         raise UsageError(
             f"{spec.name}, which has batch norm, cannot train on a batch of one image of this size; use more images "
@@ -82,7 +90,7 @@ def check_batches(spec: models.NetSpec, *sizes: int) -> None:
 
 
 def check_weights(net: models.Network, name: str) -> None:
-    """Raises UsageError when the weights of a network, of which there are several copies at work, are beyond memory."""
+    """Check that the copies of a network's weights that training needs fit the free memory. Raises UsageError."""
     need, free = 4 * sum(p.numel() for p in net.parameters()), free_memory(torch.device("cpu"))
     if COPIES * need > free:
         raise UsageError(
@@ -92,7 +100,10 @@ def check_weights(net: models.Network, name: str) -> None:
 
 
 def check_matching(match: str, spec: models.NetSpec) -> None:
-    """Raises UsageError when gradients are to be matched that PyTorch cannot differentiate, as with hardsigmoid."""
+    """Check that PyTorch can differentiate the gradients that are matched, which some layers (hardsigmoid) forbid.
+
+    Raises UsageError.
+    """
     if ("grad" in match or match == TRAJECTORY) and (problem := models.second_derivative_error(spec)):
         raise UsageError(
             f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match {match} needs; "
@@ -101,7 +112,7 @@ def check_matching(match: str, spec: models.NetSpec) -> None:
 
 
 def check_method(o: Mapping[str, Any]) -> None:
-    """Raises UsageError for options of condense.py that exclude each other, whatever the method's name."""
+    """Check options of condense.py that exclude each other, for any method. Raises UsageError."""
     each, batch_real, match = o["per_cluster"], o["batch_real"], o["match"]
     if each > 1 and (batch_real % each or o["select"] != "kmeans"):
         raise UsageError(

@@ -24,17 +24,20 @@ from utils.system.errors import printable
 
 
 def formation(o: CondenseOptions) -> Formation:
-    """How stored images are decoded."""
+    """Formation by --factor and --decode_type: how stored images are decoded."""
     return Formation(o.factor, o.decode_type)
 
 
 def pixel_lr(lr_img: float, *, ipc: int, side: int, base_side: int) -> float:
-    """The pixel learning rate in use: gradients of a mean fall with ipc, those per pixel with the area."""
+    """Pixel learning rate of the published steps, lr_img scaled by ipc / 10 and the area by the base area.
+
+    Gradients of a mean over images fall with ipc, those of a pixel with the area.
+    """
     return lr_img * (ipc / 10) * (side / base_side) ** 2
 
 
 def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
-    """The factor of one pixel step: the scaled rate for --pixel_step sweep, --lr_img itself for joint."""
+    """Pixel learning rate of a run: --lr_img scaled for --pixel_step sweep, --lr_img itself for joint."""
     return pixel_lr(o.lr_img, ipc=o.ipc, side=side, base_side=base_side) if o.pixel_step == "sweep" else o.lr_img
 
 
@@ -44,7 +47,7 @@ def update_augmentation(options: CondenseOptions) -> str:
 
 
 def update_recipe(options: CondenseOptions) -> Recipe:
-    """How the network is trained between two matching steps."""
+    """Recipe of the network's training between two matching steps."""
     return Recipe(
         batch_size=options.batch_real,
         augment=Augment(update_augmentation(options)),
@@ -57,7 +60,7 @@ def update_recipe(options: CondenseOptions) -> Recipe:
 
 
 def has_update(o: CondenseOptions) -> bool:
-    """Whether networks are trained at all between two matching steps."""
+    """Whether networks are trained between two matching steps at all."""
     return o.inner_loop > 1 and (o.train_on == "syn" or o.n_data > 0)
 
 
@@ -70,7 +73,7 @@ def evaluation_augmentation(options: Options, *, flip: bool) -> str:
 
 
 def evaluation_recipe(options: Options, *, flip: bool, epochs: int | None = None) -> Recipe:
-    """The evaluation protocol. epochs: in place of --epochs."""
+    """Recipe of the trainings of an evaluation; epochs: used in place of --epochs if given."""
     return Recipe(
         batch_size=options.batch_size,
         augment=Augment(evaluation_augmentation(options, flip=flip)),
@@ -84,7 +87,7 @@ def evaluation_recipe(options: Options, *, flip: bool, epochs: int | None = None
 
 # --- Work -------------------------------------------------------------------------------------------------------------
 
-SHARED_FLOP = 1e9  # of a mini-batch, from which on ranks share it: digits 5e8, CIFAR-10 from 3e9; see tests/README.md
+SHARED_FLOP = 1e9  # ranks share mini-batches of more work: digits take 5e8, CIFAR-10 3e9 or more; see tests/README.md
 
 
 def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
@@ -106,12 +109,12 @@ def step_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float
     if o.match != TRAJECTORY:
         synthetic = spec.classes * formation(o).decoded_count(o.ipc)
         trained = min(o.n_data, real) if o.train_on == "real" else synthetic
-        updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # of an outer iteration
+        updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # images per outer iteration
     return forward_flop(spec) * (sum(class_work(o, counts)) + 3 * updates / o.inner_loop)
 
 
 def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
-    """Floating-point operations of a whole run, evaluations apart."""
+    """Floating-point operations of a run from its beginning to its end, without evaluations."""
     return o.niter * o.inner_loop * step_flop(o, spec, counts)
 
 
@@ -133,7 +136,7 @@ def shares_update(o: CondenseOptions, spec: NetSpec) -> bool:
 
 
 def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder: Path, experts: Experts | None) -> str:
-    """The resolved options, where each comes from, and what derives from them, for --dry_run."""
+    """Text of --dry_run: the resolved options, the origin of each, and what follows from them."""
     o = resolved.options
     rate = pixel_rate(o, side=dataset.side, base_side=dataset.base_side)
     lines = [
@@ -152,7 +155,7 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
 
 
 def update_summary(o: CondenseOptions) -> str:
-    """What a network trains on between two matching steps."""
+    """Description of a network update: images, epochs, augmentation."""
     if not has_update(o):
         return "none"
     images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
@@ -193,7 +196,7 @@ def run_card(
 
 
 def diverged(o: CondenseOptions, error: NotFinite, class_names: Sequence[str], run: Path) -> str:
-    """The message about NaN in a run: where, with which settings, and how to go on."""
+    """Message about NaN in a run: where, with which settings, and how to go on."""
     names = [class_names[c] for c in error.classes]
     where = f", class {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else ", in the network"
     return (

@@ -1,4 +1,4 @@
-"""Command-line flags from the fields of a dataclass: values that are checked, help by group, errors of one line."""
+"""Command-line flags from the fields of a dataclass: values are checked, help is grouped, errors are one line."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from utils.method import augment, objectives
 from utils.system.errors import UsageError
 
 
-def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
+    """Parser of flags whose value is an integer from `minimum` to `maximum`."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            high = "or more" if value < least else f"to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} {high}")
+            value = minimum - 1
+        if not minimum <= value <= maximum:
+            high = "or more" if value < minimum else f"to {maximum}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {minimum} {high}")
         return value
 
     return parse
 
 
-def number(least: float = 0.0, *, below: float = math.inf, open_end: bool = False) -> Callable[[str], float]:
-    """least <= value < below; with open_end, least < value."""
+def number(minimum: float = 0.0, *, below: float = math.inf, open_end: bool = False) -> Callable[[str], float]:
+    """Parser of flags whose value is a number, minimum <= value < below; with open_end, minimum < value."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (least < value if open_end else least <= value) or not value < below:
-            low = f"above {least:g}" if open_end else f"of {least:g} or more"
+        if not (minimum < value if open_end else minimum <= value) or not value < below:
+            low = f"above {minimum:g}" if open_end else f"of {minimum:g} or more"
             high = "" if below == math.inf else f" and below {below:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {low}{high}")
         return value
@@ -50,6 +52,7 @@ def number(least: float = 0.0, *, below: float = math.inf, open_end: bool = Fals
 
 
 def augmentation(text: str) -> str:
+    """Parser of flags whose value is the name of an augmentation, e.g. color_crop_cutout."""
     try:
         augment.parse(text)
     except ValueError as error:
@@ -58,7 +61,7 @@ def augmentation(text: str) -> str:
 
 
 def matching(text: str) -> str:
-    """What --match takes: objectives, or trajectories."""
+    """Parser of --match: objectives joined by +, or `trajectory`."""
     try:
         return text if text == TRAJECTORY else "+".join(objectives.parse(text))
     except ValueError as error:
@@ -66,7 +69,7 @@ def matching(text: str) -> str:
 
 
 def initialisation(text: str) -> str:
-    """`mix` is the published name of k-means initialisation with a factor above 1."""
+    """Parser of --init; `mix` is the published name of k-means initialisation with a factor above 1."""
     name = "kmeans" if text == "mix" else text
     if name not in ("kmeans", "random", "noise"):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of kmeans, random, noise")
@@ -74,6 +77,7 @@ def initialisation(text: str) -> str:
 
 
 def tag(text: str) -> str:
+    """Parser of --tag, which becomes part of a folder's name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} becomes part of a folder name: use up to 100 letters, digits, '.', '_', '+', '-'"
@@ -82,6 +86,7 @@ def tag(text: str) -> str:
 
 
 def table_file(text: str) -> str:
+    """Parser of --table: a file whose suffix names a format, in a folder that exists."""
     if Path(text).suffix not in (".md", ".csv", ".json"):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .md nor in .csv nor in .json")
     if not os.path.isdir(Path(text).parent):
@@ -99,7 +104,7 @@ def flag(
     metavar: str | None = None,
     nargs: str | None = None,
 ) -> Any:
-    """A dataclass field that is also a command-line flag; a default of False makes a switch."""
+    """Dataclass field that is also a command-line flag; a default of False makes a switch."""
     metadata = dict(names=names, help=help, group=group, parse=parse, choices=choices, metavar=metavar, nargs=nargs)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -108,15 +113,16 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, `-` for `_` in flag names, and a guess at what a misspelt flag meant."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise UsageError, where argparse would print its usage and exit."""
         raise UsageError(f"{message}; see {self.prog} --help")
 
     def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Only what the user gave."""
-        flags = list(itertools.takewhile(lambda word: word != "--", argv))  # what follows is a name, as it stands
+        """Values of the flags that the user gave, by name, without defaults. Raises UsageError for wrong ones."""
+        flags = list(itertools.takewhile(lambda word: word != "--", argv))  # what follows -- is taken literally
         words = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in flags]
         for word in words:
             name, _, value = word.partition("=")
-            if name.startswith("-") and value == "--":  # which argparse takes for no value at all
+            if name.startswith("-") and value == "--":  # argparse would drop such a value
                 self.error(f"{name}: '--' is no value")
         given, unknown = self.parse_known_args([*words, *argv[len(flags) :]])
         for word in unknown:
@@ -129,16 +135,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(kind: type[Any], description: str) -> Parser:
-    """The parser of an options class, whose --help begins with the flags named in its COMMON.
+    """Parser of an options class, whose --help begins with the flags named in its COMMON.
 
-    Absent flags stay absent, so that defaults and settings can fill them.
+    Flags that are not given stay absent from the result, so that defaults and settings can fill them.
     """
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        usage=f"%(prog)s {'[RUN] ' if 'run' in kind.COMMON else ''}[flags]",  # all by name would fill a screen
+        usage=f"%(prog)s {'[RUN] ' if 'run' in kind.COMMON else ''}[flags]",  # a list of all would fill a screen
     )
     fields = {field.name: field for field in dataclasses.fields(kind)}
     groups = {"most used": [fields.pop(name) for name in kind.COMMON]}
@@ -184,7 +190,7 @@ def as_argv(values: Mapping[str, Any]) -> list[str]:
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """The default for --help, and the data sets and methods that have another one."""
+    """Default of a flag for --help, and the data sets and methods that have another one."""
     others: dict[str, list[str]] = {}
     rows = {**DATASET_SETTINGS, **{f"--method {name}": method.settings for name, method in METHODS.items()}}
     for name, settings in rows.items():

@@ -1,6 +1,6 @@
-"""Every flag once: the fields of two dataclasses, with default, help text and the check of its value.
+"""All flags, as fields of two dataclasses: the default, the help text and the check of every value.
 
-utils/config/resolve.py lays flags, presets and defaults over each other.
+utils/config/resolve.py combines flags, presets and defaults.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from utils.method import formation, objectives, pixels, selection, training
 from utils.numerics.compute import PRECISIONS
 
 RESULTS_DIR = "results"
-# Options that may differ when a run goes on: where and how to compute, how to watch. RESUMABLE: until it is finished.
+# Options that may differ when a run goes on, about places, the machine and what is shown; RESUMABLE: until it is
+# finished.
 FREE = (
     "data_dir", "data_threads", "results_dir", "device", "compile", "wait_minutes", "max_minutes", "dry_run",
     "experts_only", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic", "share_update",
@@ -42,7 +43,7 @@ BASELINES = ("random", "kmeans", "herding")
 NO_BASELINES, ALL_NETWORKS = "none", "all"
 OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
-# One name per group of --help, so that the lines below say the rest.
+# One name per group of --help, so that a field below begins with its group.
 _data = partial(flag, group="data")
 _synthetic = partial(flag, group="synthetic set")
 _subject = partial(flag, group="what to train on")
@@ -58,16 +59,16 @@ _run = partial(flag, group="run")
 
 
 def per_family(setting: str) -> str:
-    """The default of depth, width or norm for every network, for --help."""
-    found = ", ".join(f"{name} {getattr(family, setting)}" for name, family in models.FAMILIES.items())
-    own = DATASET_SETTINGS["digits"].get(setting)
-    return found if own is None else f"{found}; convnet {own} for digits"
+    """Defaults of depth, width or norm for every network, for --help."""
+    defaults = ", ".join(f"{name} {getattr(family, setting)}" for name, family in models.FAMILIES.items())
+    for_digits = DATASET_SETTINGS["digits"].get(setting)
+    return defaults if for_digits is None else f"{defaults}; convnet {for_digits} for digits"
 
 
 # fmt: off
 @dataclass(frozen=True)
 class Options:
-    """Options of both scripts. None: derived from other options, as the help says."""
+    """Options of both scripts. None: not given, or derived from other options, as the help says."""
 
     COMMON: ClassVar[Sequence[str]] = ()  # the flags that --help begins with
 
@@ -86,13 +87,14 @@ class Options:
     results_dir: str = _run(RESULTS_DIR, metavar="DIR", help="where run folders lie")
     device: str = _run("auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     compile: str = _run("auto", choices=("auto", "on", "off"),
-        help="compile the passes through a ConvNet; auto: when there is a compiler and work enough to earn its time")
+        help="compile the passes through a ConvNet; auto: where there is a compiler and the run is long enough to gain "
+             "more time than compiling takes")
     wait_minutes: float = _run(30, parse=number(open_end=True), metavar="MIN",
         help="under torchrun, how long a rank waits for the others before all give up")
     seed: int = _run(0, parse=integer(0), metavar="N",
-        help="every random draw derives from it; 0 is a seed like any other")
+        help="seed from which all random numbers derive; 0 is a seed like any other")
     deterministic: bool = _run(False,
-        help="have a GPU give the same bytes at every run, too, which is slower; a CPU always does")
+        help="make a GPU give the same bytes at every run, which is slower; a CPU always does")
     depth: int | None = _network(None, parse=integer(1), metavar="N",
         help=f"blocks of a ConvNet, layers of the others (default: {per_family('depth')})")
     width: int | None = _network(None, parse=integer(1), metavar="CHANNELS",
@@ -110,14 +112,13 @@ class Options:
     batch_size: int = _evaluation(64, parse=integer(1), metavar="IMAGES",
         help="mini-batch of an evaluation training")
     mixup: str = _evaluation("cut", choices=training.MIXUPS,
-        help="CutMix (in half of the batches) or none in evaluation trainings")
+        help="evaluation trainings use CutMix in half of the batches (cut) or not at all (vanilla)")
     eval_aug_type: str | None = _evaluation(None, parse=augmentation, metavar="NAMES",
         help=f"augmentation of evaluation trainings (default: {EVALUATION_AUGMENTATION}, without cutout under CutMix, "
              "without flip where mirror images are other classes)")
     repeat: int = _evaluation(5, parse=integer(1), metavar="N", help="trainings per evaluation")
     tensorboard: bool = _run(False,
-        help="write losses, accuracies and pictures for TensorBoard as well (pip install tensorboard), beside the "
-             "results")
+        help="also write losses, accuracies and pictures for TensorBoard, beside the results (pip install tensorboard)")
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class CondenseOptions(Options):
     method: str = _method("dream", "-m", choices=tuple(METHODS),
         help="framework: " + "; ".join(f"{name}, {method.about}" for name, method in METHODS.items()))
     net_type: str = _network("convnet", "-n", metavar="NAME",
-        help=f"one of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or one of torchvision's "
-             "classification networks by its name there, as in shufflenet_v2_x0_5")
+        help=f"one of {', '.join(models.FAMILIES)}, with a depth if you like, as in resnet18; or a classification "
+             "network of torchvision by its name there, as in shufflenet_v2_x0_5")
     reproduce: bool = _budget(False,
         help="the published settings and budget for mnist, fashion, svhn, cifar10, cifar100")
     factor: int = _synthetic(1, "-f", parse=integer(1), metavar="F",
@@ -139,23 +140,25 @@ class CondenseOptions(Options):
     init: str = _synthetic("kmeans", parse=initialisation, metavar="{kmeans,random,noise}",
         help="initial pixels: k-means representatives (published as mix for F > 1), random images, noise")
     decode_type: str = _synthetic("single", choices=formation.DECODE_TYPES,
-        help=f"decode with factor F; with all factors up to F; or with F while a class stays within {formation.BOUND} "
-             "images")
+        help="decode every stored image with factor F (single), with every factor up to F (multi), or with F as long "
+             f"as a class stays within {formation.BOUND} images and smaller factors after (bound)")
     tag: str | None = _run(None, parse=tag, metavar="TEXT",
-        help="appended to the run folder's name, to keep several runs apart")
+        help="append this to the run folder's name, to keep several runs apart")
     niter: int = _budget(200, parse=integer(1), metavar="N", help="outer iterations, each with a fresh network")
     inner_loop: int = _budget(100, parse=integer(1), metavar="STEPS", help="inner steps per outer iteration")
     max_minutes: float | None = _budget(None, parse=number(open_end=True), metavar="MIN",
-        help="stop cleanly after this time; the same command goes on later (an evaluation under way is finished)")
+        help="save and stop after this time (an evaluation that has begun is finished); the same command goes on later")
     select: str = _selection("kmeans", choices=tuple(selection.STRATEGIES),
-        help="real images to match: k-means representatives (DREAM), a random draw, those nearest the class mean, "
-             "those with the smallest margin to another class under the current network, or herding")
+        help="real images to match: k-means representatives (DREAM), random images, those nearest the class mean "
+             "(central), those with the smallest margin to another class under the current network (boundary), or "
+             "herding")
     kmeans: str = _selection("batched", choices=tuple(selection.KMEANS),
         help="k-means of all classes at once on the device, or scikit-learn's KMeans to convergence, for reference")
     interval: int = _selection(10, parse=integer(1), metavar="STEPS",
-        help="inner steps between two selections; with more than --inner_loop, one serves several networks")
+        help="inner steps between two selections; if more than --inner_loop, a selection serves several networks")
     per_cluster: int = _selection(1, parse=integer(1), metavar="IMAGES",
-        help="k-means representatives of a cluster, so --batch_real divided by it clusters (DREAM+'s sub-clusters)")
+        help="representatives of every k-means cluster, of which there are --batch_real / IMAGES (DREAM+'s "
+             "sub-clusters)")
     batch_real: int = _selection(128, parse=integer(1), metavar="IMAGES",
         help="real images per class to match, and mini-batch of the network update")
     cluster_raw: bool = _selection(False,
@@ -171,58 +174,61 @@ class CondenseOptions(Options):
     precision: str = _matching("fp32", choices=PRECISIONS,
         help="arithmetic of matching and network updates; evaluations stay in fp32")
     batch_syn_max: int = _matching(128, parse=integer(1), metavar="IMAGES",
-        help="synthetic images per class and step at most")
+        help="maximum of synthetic images per class in a step")
     lr_img: float = _matching(5e-3, parse=number(open_end=True), metavar="RATE",
         help="pixel learning rate, see --pixel_step")
     mom_img: float = _matching(0.5, parse=number(below=1), metavar="M", help="momentum of the pixels")
     pixel_step: str = _matching("sweep", choices=pixels.STEPS,
-        help="sweep: class after class with one momentum, as IDC and DREAM, rate at ipc 10 and the data set's own "
-             "side, scaled by ipc / 10 and (side / own side)^2; joint: all classes in one step, the rate being that of "
-             "normalised images, as DC, DM and MTT")
+        help="sweep: class after class with one momentum, as in IDC and DREAM; --lr_img is the rate at ipc 10 and the "
+             "data set's own side, and is scaled by ipc / 10 and (side / own side)^2. joint: all classes in one step, "
+             "as in DC, DM and MTT; --lr_img is the rate of normalised images")
     train_on: str = _training("real", choices=("real", "syn"),
-        help="images that the network trains on after every inner step: --n_data real ones, or all synthetic ones")
+        help="images of the network update after every inner step: --n_data real ones, or all synthetic ones")
     n_data: int = _training(500, parse=integer(0), metavar="IMAGES",
-        help="real images of that kind, drawn anew every time; 0: the network stays as it is")
-    net_epoch: int = _training(1, parse=integer(1), metavar="N", help="epochs over them")
+        help="real images of a network update, drawn anew every time; 0: the network is not updated")
+    net_epoch: int = _training(1, parse=integer(1), metavar="N", help="epochs of a network update")
     pretrain: int = _training(0, parse=integer(0), metavar="N",
-        help="epochs over all real images that every fresh network begins with")
+        help="epochs over all real images before a fresh network is used")
     mom_net: float | None = _training(None, parse=number(below=1), metavar="M",
         help="momentum of networks while distilling (default: --momentum)")
     wd_net: float | None = _training(None, parse=number(), metavar="W",
         help="weight decay of networks while distilling (default: --weight_decay)")
-    mixup_net: str = _training("cut", choices=training.MIXUPS, help="CutMix or none in the network update")
+    mixup_net: str = _training("cut", choices=training.MIXUPS,
+        help="network updates use CutMix in half of the batches (cut) or not at all (vanilla)")
     experts: int = _trajectories(10, parse=integer(1), metavar="N",
-        help="networks that are trained on real images first, once for all runs with the same settings; --select says "
-             "which mini-batches they see, --interval after how many of these anew")
-    expert_epochs: int = _trajectories(50, parse=integer(1), metavar="N", help="epochs of each")
-    expert_seed: int = _trajectories(0, parse=integer(0), metavar="N", help="their --seed")
-    experts_only: bool = _trajectories(False, help="train what is missing of them, then stop")
+        help="networks that are trained on real images first, once for all runs with the same settings; --select "
+             "chooses the images of their mini-batches, anew after every --interval mini-batches")
+    expert_epochs: int = _trajectories(50, parse=integer(1), metavar="N", help="epochs of every expert")
+    expert_seed: int = _trajectories(0, parse=integer(0), metavar="N", help="seed of the experts, in place of --seed")
+    experts_only: bool = _trajectories(False, help="train the experts that are missing, then stop")
     student_steps: int = _trajectories(20, parse=integer(1), metavar="N",
         help="steps that a student takes on synthetic images")
     match_epochs: int = _trajectories(3, parse=integer(1), metavar="M",
-        help="epochs of an expert that these have to make up for")
+        help="epochs of an expert after which the student's end is compared with it")
     max_start: int = _trajectories(25, parse=integer(1), metavar="EPOCH",
         help="a student starts where an expert was before this epoch")
     step_size: float = _trajectories(0.01, parse=number(open_end=True), metavar="RATE",
-        help="the student's learning rate to begin with; it is learned")
-    lr_step: float = _trajectories(1e-5, parse=number(), metavar="RATE", help="at this rate")
+        help="initial learning rate of a student; it is learned")
+    lr_step: float = _trajectories(1e-5, parse=number(), metavar="RATE",
+        help="rate at which the learning rate of a student is learned")
     share_update: str = _run("auto", choices=("auto", "on", "off"),
-        help="under torchrun, whether each rank trains the network on the images of its own classes (on), or every "
-             "rank on all images (off); auto shares mini-batches that are large enough to be worth sending gradients")
+        help="under torchrun, each rank trains the network on the images of its own classes (on), or on all images "
+             "(off); auto: on where mini-batches are so large that sending gradients pays")
     eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
-        help="outer iterations between evaluations, the start included; 0: only at the end")
+        help="outer iterations between evaluations, of which the first is at the start; 0: only at the end")
     snapshot_every: int = _run(0, parse=integer(0), metavar="N",
-        help="outer iterations between copies of the set (data_<iteration>.pt), the start included; 0: none")
+        help="outer iterations between copies of the set (data_<iteration>.pt), the first at the start; 0: none")
     resume_from: str | None = _run(None, metavar="PATH",
-        help="begin from the pixels of another run, at its outer iteration, with this command's settings: a run folder "
-             "or its checkpoint.pt, checkpoint_previous.pt or data_<iteration>.pt; --tag gives this run its own folder")
+        help="begin with the pixels of another run, at its outer iteration, but with this command's settings; PATH is "
+             "a run folder, or its checkpoint.pt, checkpoint_previous.pt or data_<iteration>.pt; give --tag as well, "
+             "for a folder of its own")
     restart: bool = _run(False, help="delete what the run folder holds and begin again")
     dry_run: bool = _run(False, help="print the resolved options and the run folder, then stop")
 
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """Options of train.py; those that a distilled set brings along come from it unless a flag says otherwise."""
+    """Options of train.py; a distilled set's own settings apply unless a flag says otherwise."""
 
     COMMON = ("run", "dataset", "factor", "normalized", "net_type", "baselines", "real", "repeat", "table", "export")
 
@@ -230,33 +236,33 @@ class TrainOptions(Options):
         help="run folder, .pt or .safetensors file, or folder with DIR/CLASS/*.png (default: the newest run folder "
              "under --results_dir; -d, -f and --ipc narrow it down)")
     baselines: Sequence[str] = _subject(BASELINES, nargs="+", choices=(*selection.STRATEGIES, NO_BASELINES),
-        help="beside RUN, as many real images as it stores per class, chosen in these ways, and random ones as many as "
-             f"it decodes to; {NO_BASELINES} leaves them out (default: {' '.join(BASELINES)})")
+        help="for comparison with RUN, as many real images per class as it stores, selected in each of these ways, and "
+             f"as many random ones as it decodes to; {NO_BASELINES}: no comparison (default: {' '.join(BASELINES)})")
     real: bool = _subject(False,
-        help="the whole real training set, the upper bound: with RUN one more row, alone nothing else; trained once, "
-             "and found again in --results_dir")
+        help="all real training images, the upper bound: one more row beside RUN, or without RUN the only row; the "
+             "result is kept in --results_dir and used again")
     coreset: str | None = _subject(None, choices=tuple(selection.STRATEGIES),
-        help="in place of RUN, --ipc real images per class, chosen in this way")
+        help="in place of RUN, --ipc real images per class, selected in this way")
     factor: int | None = _subject(None, "-f", parse=integer(1), metavar="F",
         help="multi-formation factor, for a set without data.json")
     ipc: int | None = _subject(None, "-i", parse=integer(1), metavar="N", help="images per class")
     decode_type: str | None = _subject(None, choices=formation.DECODE_TYPES,
-        help="for a set without data.json (default: single)")
+        help="--decode_type of condense.py, for a set without data.json (default: single)")
     normalized: bool = _subject(False,
-        help="the set's pixels have mean and standard deviation of the data set taken out (and are not whitened)")
+        help="the set's pixels are normalised by the data set's mean and standard deviation (and not whitened)")
     net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
-        help=f"one or more of {', '.join(models.FAMILIES)}, a depth may follow, as in resnet18; or the name of one of "
-             f"torchvision's, as in mobilenet_v3_small; {ALL_NETWORKS} for {' '.join(models.PAPER_TABLE)} (default: "
-             "the network that distilled, or convnet)")
+        help=f"one or more of {', '.join(models.FAMILIES)}, with a depth if you like, as in resnet18; or torchvision's "
+             f"names, as in mobilenet_v3_small; {ALL_NETWORKS} for {' '.join(models.PAPER_TABLE)} (default: the "
+             "network that distilled, or convnet)")
     precision: str = _training("fp32", choices=PRECISIONS, help="arithmetic of the trainings")
     confusion: bool = _run(False,
-        help="accuracy by class and confusion matrix of every row, on the screen and as CSV and picture beside "
-             "eval.json")
+        help="also show accuracy by class and the confusion matrix of every row, and write them as CSV and picture "
+             "beside eval.json")
     table: list[str] | None = _run(None, parse=table_file, nargs="+", metavar="FILE",
-        help="write the table as Markdown, CSV or JSON, by the suffix .md, .csv, .json")
+        help="write the table as Markdown, CSV or JSON, by the suffix of FILE: .md, .csv or .json")
     json: bool = _run(False, help="print one JSON object as the last line of standard output")
     export: str | None = _run(None, metavar="PATH",
         help="train nothing; write the decoded set as PNG files in PATH/CLASS with a README.md, or, if PATH ends in "
-             ".safetensors, the stored one with everything that data.json says in its header")
-    retrain: bool = _run(False, help="train on all real images again, where the result is known")
+             ".safetensors, the stored set, with the content of data.json in the file's header")
+    retrain: bool = _run(False, help="train on all real images again, even if the result is known")
 # fmt: on

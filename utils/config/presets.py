@@ -1,4 +1,4 @@
-"""Tables of settings to read and to add a row to: data sets, --reproduce, and the frameworks of --method."""
+"""Tables of settings: one row for every data set, for --reproduce, and for every framework of --method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.method.augment import without
 
 # --- Data sets and --reproduce ----------------------------------------------------------------------------------------
 
-# Settings of each data set, laid over the defaults; the published ones are those of Liu et al. (ICCV 2023).
+# Settings of each data set, in place of the defaults; the published ones are those of Liu et al. (ICCV 2023).
 # lr_img holds at ipc 10, see `pixel_lr`. Digits and folders are not in the paper: digits is tuned for minutes on a CPU.
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "mnist": dict(metric="l1", lr_img=1e-4, n_data=500),
@@ -39,7 +39,7 @@ EVALUATION_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
 
 
 def exceptions(dataset: str, factor: int, ipc: int) -> dict[str, Any]:
-    """The two published settings that depend on more than the data set."""
+    """Published settings that depend on the factor or ipc besides the data set; mostly empty."""
     if dataset == "svhn" and factor == 1 and ipc == 1:
         return dict(mixup="vanilla")
     if dataset == "mnist" and factor > 1:
@@ -57,22 +57,23 @@ def exceptions(dataset: str, factor: int, ipc: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """The flags that some settings of a method depend on."""
+    """Flags that some settings of a method depend on."""
 
     dataset: str
     ipc: int
     select: str
 
 
-TRAJECTORY = "trajectory"  # of --match: students follow experts, and no two sets of images are compared
+TRAJECTORY = "trajectory"  # value of --match: students follow experts, and no two sets of images are compared
 Settings = Mapping[str, Any | Callable[[Asked], Any]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A framework's settings, laid over those of the data set; a function computes a setting from what was asked for.
+    """Framework of --method: its settings, in place of those of the data set, and its budgets.
 
-    published: the budget that --reproduce adds. digits: a budget of minutes on a CPU.
+    A setting may be a function of `Asked`. published: what --reproduce adds. digits: a budget of minutes on a CPU, for
+    -d digits. about: a few words for --help.
     """
 
     about: str
@@ -81,6 +82,7 @@ class Method:
     digits: Settings = field(default_factory=dict)
 
     def resolved(self, asked: Asked, *, reproduce: bool) -> dict[str, Any]:
+        """Values of all settings for these flags, by name; reproduce: with the published budget."""
         layers = [self.settings, self.published if reproduce else {}, self.digits if asked.dataset == "digits" else {}]
         return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}
 
@@ -90,22 +92,22 @@ LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: 
 
 
 def loops(asked: Asked) -> tuple[int, int]:
-    """Inner steps and synthetic epochs of DC at --ipc, or at the next smaller published ipc."""
+    """Inner steps, and epochs on the synthetic images after each, of DC at --ipc or the next smaller published ipc."""
     return LOOPS[max(ipc for ipc in LOOPS if ipc <= asked.ipc)]
 
 
 def siamese(asked: Asked) -> str:
-    """All augmentations of DSA, without flips where a mirror image is of another class."""
+    """All augmentations of DSA, without flips where a mirror image belongs to another class."""
     return without(EVALUATION_AUGMENTATION, *([] if has_mirror_images(asked.dataset) else ["flip"]))
 
 
 def selection_interval(asked: Asked) -> int:
-    """Inner steps between two selections: a random draw is free, clustering is not."""
+    """Inner steps between two selections: one for random images, which cost nothing, and ten for others."""
     return 1 if asked.select == "random" else 10
 
 
 def real_init(asked: Asked) -> str:
-    """Initial pixels from real images, selected by the strategy of --select if it is k-means, at random otherwise."""
+    """Value of --init: real images by k-means if --select is k-means, random ones otherwise."""
     return "kmeans" if asked.select == "kmeans" else "random"
 
 
@@ -128,7 +130,7 @@ MTT = dict(
 
 METHODS = {
     "dream": Method("gradients of representatives", {}),
-    "idc": Method("the same of random images", dict(select="random", interval=selection_interval, init=real_init)),
+    "idc": Method("gradients of random images", dict(select="random", interval=selection_interval, init=real_init)),
     "dc": Method("gradients", DC, dict(niter=1000), dict(batch_real=32, niter=20)),
     "dsa": Method(
         "gradients under augmentation", {**DC, "aug_type": siamese}, dict(niter=1000), dict(batch_real=32, niter=20)
@@ -145,7 +147,7 @@ METHODS = {
 
 
 def method_settings(method: str, dataset: str, *, ipc: int, select: str | None, reproduce: bool) -> dict[str, Any]:
-    """The settings of a row of METHODS for these flags. select: None where the flag is absent."""
+    """Settings of a method, by name, for these flags; select: None where the flag is absent."""
     row = METHODS[method]
     chosen = str(select or row.settings.get("select", "kmeans"))
     return row.resolved(Asked(dataset, ipc, chosen), reproduce=reproduce)

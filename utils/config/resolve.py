@@ -1,4 +1,4 @@
-"""From a command line to complete options.
+"""Complete options from a command line, data set settings, and presets.
 
 Precedence is default < the data set's settings (and --reproduce) < the method's < flag. A flag that the user gave is
 never changed.
@@ -41,12 +41,12 @@ class Resolved:
 
 
 def condense(argv: Sequence[str], description: str) -> Resolved:
-    """The options of a command line of condense.py. Raises UsageError for flags that make no sense."""
+    """Options of a command line of condense.py. Raises UsageError for wrong flags."""
     return condense_options(make_parser(CondenseOptions, description).parse_given(argv))
 
 
 def condense_options(given: dict[str, Any]) -> Resolved:
-    """The options of the flags given. Raises UsageError for combinations that make no sense."""
+    """Options of condense.py for the flags given, by name. Raises UsageError for wrong combinations."""
     defaults = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
     if "image_folder" in given:
         defaults["dataset"] = "folder"
@@ -81,12 +81,12 @@ def as_saved(options: CondenseOptions) -> dict[str, Any]:
 
 
 def saved_settings(options: CondenseOptions) -> dict[str, Any]:
-    """What data.json keeps under `settings`: all options but places and those that it names by themselves."""
+    """Settings in data.json: all options but those of FREE, and those that are entries of data.json themselves."""
     return {k: v for k, v in dataclasses.asdict(options).items() if k not in (*FREE, *OF_THE_SET)}
 
 
 def run_folder(options: CondenseOptions) -> Path:
-    """results/<dataset>/<net>_f<f>_ipc<n>[_<method>][_<tag>], the method unless it is dream.
+    """Path of a run folder: results/<dataset>/<net>_f<f>_ipc<n>[_<method>][_<tag>], the method unless it is dream.
 
     Raises UsageError for an unknown network.
     """
@@ -100,7 +100,7 @@ def run_folder(options: CondenseOptions) -> Path:
 
 
 def how_to_go_on(options: CondenseOptions) -> str:
-    """What to do after a stop, for people."""
+    """Advice on how to go on after a stop, for a message."""
     return f"run the same command {'without --restart' if options.restart else 'again'} to go on"
 
 
@@ -110,10 +110,10 @@ def how_to_go_on(options: CondenseOptions) -> str:
 def train_options(
     given: dict[str, Any], card: Mapping[str, Any] | None, source: Path, *, ipc: int | None = None
 ) -> TrainOptions:
-    """The options of train.py's flags. card: the set's data.json, which knows its settings; source: its path.
+    """Options of train.py for the flags given, by name, and the settings of the set.
 
-    ipc: images per class of a set without a card.
-    Raises UsageError for a flag that contradicts the card, and for combinations that make no sense.
+    card: the content of the set's data.json, if it has one; source: the path of that file. ipc: images per class of a
+    set without it. Raises UsageError for a flag that contradicts the card, and for wrong combinations.
     """
     values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
     if card is not None:
@@ -142,10 +142,10 @@ def real_epochs(given: Mapping[str, Any]) -> int:
 
 
 def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The settings in a data.json, which may be anybody's, so they are checked as if they were flags."""
+    """Settings in a data.json, checked as if they were flags, since the file may be anybody's."""
     known = {**card["settings"], **{name: card[name] for name in OF_THE_SET}}
-    # How the set was computed says nothing of how it is to be evaluated; and what only train.py has, such as the names
-    # of files to write, is not for a set to say.
+    # Where and how the set was computed has no influence on its evaluation. Nor have options that only train.py has,
+    # such as the names of files to write: a set must not choose those.
     names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, "precision"}
     words = [
         f"--{field.name}={known[field.name]}"
@@ -176,12 +176,12 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def concerning(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings that concern the network of that name: a ConvNet's depth and width say nothing of a ResNet."""
-    kept = {k: v for k, v in settings.items() if k not in NETWORK}
+    """Settings without those of another network than `name`: a ConvNet's depth and width are not for a ResNet."""
+    concerned = {k: v for k, v in settings.items() if k not in NETWORK}
     family, depth = split_name(name)
     if family == split_name(settings.get("net_type") or "convnet")[0]:
-        kept |= {k: settings[k] for k in NETWORK[1:] if k in settings and not (k == "depth" and depth)}
-    return kept
+        concerned |= {k: settings[k] for k in NETWORK[1:] if k in settings and not (k == "depth" and depth)}
+    return concerned
 
 
 def networks(
@@ -193,7 +193,7 @@ def networks(
     classes: int,
     side: int,
 ) -> list[models.NetSpec]:
-    """train.py's networks; each takes the flags given, and those of the set's own settings that concern it."""
+    """Specifications of train.py's networks, from the flags given and those of the set's settings that concern each."""
     specs = []
     own = {k: getattr(options, k) for k in NETWORK[1:] if k not in given}
     distilled_with = card["settings"].get("net_type") if card else None
@@ -208,7 +208,7 @@ def networks(
 
 
 def network(options: Options, name: str, *, channels: int, classes: int, side: int) -> models.NetSpec:
-    """The specification of a network that can really be built. Raises UsageError naming the flags."""
+    """Specification of a network, after a try to build it. Raises UsageError, naming the flags, if that fails."""
     settings = {"depth": options.depth, "width": options.width, "norm": options.norm_type}
     try:
         spec = models.resolve(name, channels=channels, classes=classes, side=side, **settings)  # type: ignore[arg-type]

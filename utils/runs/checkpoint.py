@@ -1,4 +1,4 @@
-"""An earlier state of another run, from which a run with other settings begins (--resume_from)."""
+"""State of another run, from which a run with other settings begins (--resume_from)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ MUST_AGREE = ("dataset", "ipc", "factor", "decode_type")  # without which the pi
 
 @dataclass(frozen=True)
 class Earlier:
-    """Where another run was. The outer iteration that it was in begins anew, since the network is another one here."""
+    """Earlier state of another run; its outer iteration begins anew, since the network is another one here."""
 
-    source: str
+    source: str  # path, for messages
     pixels: Tensor  # (classes, ipc, C, H, W)
     velocity: Tensor  # like pixels; zero from a snapshot, which does not hold it
-    learned: dict[str, Tensor]  # besides pixels, by --method mtt; empty from a snapshot
-    it: int  # outer iterations that were finished
-    seconds: float  # of distilling that it took, 0 where that is unknown
+    learned: dict[str, Tensor]  # what --method mtt learns besides pixels; empty from a snapshot
+    it: int  # number of finished outer iterations
+    seconds: float  # of distilling so far; 0 from a snapshot
 
     def must_fit(self, shape: tuple[int, ...], niter: int) -> None:
-        """Raises UsageError unless pixels of this shape can go on from here, up to outer iteration `niter`."""
+        """Check that a run with pixels of this shape and `niter` outer iterations can begin here. Raises UsageError."""
         if self.pixels.shape != shape:
             raise UsageError(
                 f"--resume_from {self.source}: holds pixels of {tuple(self.pixels.shape)}, this run has {shape} "
@@ -50,10 +50,10 @@ class Earlier:
 
 
 def resumed_from(source: str | None, folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
-    """The state that the run in a folder begins from by --resume_from; None without it, or once there are checkpoints.
+    """State that the run in a folder begins from by --resume_from; None without it, or once the run has checkpoints.
 
     shape: of the run's pixels, (classes, ipc, C, H, W). Raises UserError or UsageError, naming the file, when there is
-    no such state, when it does not fit, and when it lies where it would be overwritten.
+    no such state, when it does not fit, and when the run would overwrite it.
     """
     if source is None:
         return None
@@ -62,7 +62,7 @@ def resumed_from(source: str | None, folder: RunFolder, shape: tuple[int, ...]) 
 
 
 def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """The fields of the Earlier at a path, which ranks can send each other."""
+    """Fields of the Earlier at a path, as plain values that ranks can send each other."""
     if folder.begun and not folder.restart:
         return None
     if folder.path.resolve() in (path.resolve(), *path.resolve().parents):
@@ -73,9 +73,9 @@ def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> dict[str, 
 
 
 def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
-    """The state in a run folder (its newest), checkpoint or snapshot, for a run with these options.
+    """State in a run folder (the newest), checkpoint or snapshot, for a run with these options.
 
-    Raises UserError or UsageError, naming the file, when there is none, or when it says that it is of another kind.
+    Raises UserError or UsageError, naming the file, when there is none, or when it is of another kind of set.
     """
     if path.is_dir():
         folder = RunFolder(path)
@@ -95,6 +95,7 @@ def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
 
 
 def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]) -> Earlier:
+    """State in a checkpoint's content, which may be anybody's. Raises UserError or UsageError."""
     _must_agree(path, saved["record"]["options"], options)
     pixels, velocity, it, seconds = (saved.get(name, 0) for name in ("pixels", "velocity", "it", "seconds"))
     if not (_are_numbers(pixels, 5) and _are_numbers(velocity, 5) and pixels.shape == velocity.shape):
@@ -108,6 +109,7 @@ def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]
 
 
 def _of_snapshot(path: Path, images: Tensor, labels: Tensor, card: Card | None, options: Mapping[str, Any]) -> Earlier:
+    """State in a snapshot, data_<iteration>.pt. Raises UserError or UsageError."""
     classes = int(labels.max()) + 1
     ipc = len(labels) // classes
     if not ipc or not torch.equal(labels, torch.arange(classes).repeat_interleave(ipc)):
@@ -119,6 +121,7 @@ def _of_snapshot(path: Path, images: Tensor, labels: Tensor, card: Card | None, 
 
 
 def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Check that two runs have the same kind of set: the options in MUST_AGREE. Raises UsageError."""
     differ = [
         f"--{name} {there.get(name)} there, {here[name]} here" for name in MUST_AGREE if there.get(name) != here[name]
     ]
@@ -127,6 +130,6 @@ def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
 
 
 def _are_numbers(x: Any, dimensions: int) -> bool:
-    """Whether it is a plain float32 tensor of finite numbers."""
+    """Whether x is a contiguous float32 tensor of so many dimensions, without NaN and infinity."""
     plain = is_plain(x) and x.dtype == torch.float32 and x.is_contiguous()
     return plain and x.dim() == dimensions and bool(x.isfinite().all())

@@ -1,7 +1,7 @@
-"""A run folder: all files of one command, from its options to its last picture.
+"""Run folder: all files of one run, from its options to its last picture.
 
 What has been computed survives any end of the process, and damage to any one file: each of the two checkpoints holds
-options.json and metrics.jsonl as well as the state, and all other results are made from the state.
+options.json and metrics.jsonl besides the state, and all other results can be made again from the state.
 """
 
 from __future__ import annotations
@@ -35,21 +35,15 @@ log = logging.getLogger("dream")
 OPTIONS, METRICS, LOG, LOCK = "options.json", "metrics.jsonl", "log.txt", ".lock"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints at most, plus one inner step
-OF_METRICS = "metrics_sha256"  # in a finished run's data.json
-CONDITIONS = (
-    "torch",
-    "device",
-    "threads",
-    "precision",
-    "deterministic",
-    "network_update",
-)  # of a session, on which rounding depends
+OF_METRICS = "metrics_sha256"  # entry of a finished run's data.json: the checksum of metrics.jsonl
+# Entries of a session that rounding depends on
+CONDITIONS = ("torch", "device", "threads", "precision", "deterministic", "network_update")
 
 
 class RunFolder:
-    """The files of one run. Made without touching the disk; `check` reads, `held` is the first to write.
+    """Files of one run; `check` is the first to read them, `held` the first to write.
 
-    Under torchrun, rank 0 alone reads and writes them, whichever rank calls.
+    Under torchrun all ranks call its methods, and rank 0 alone reads and writes.
     """
 
     def __init__(
@@ -62,23 +56,25 @@ class RunFolder:
         restart: bool = False,
         group: Group = SINGLE,
     ) -> None:
-        """options: all options of the command, by name. free: names of those that may differ from the options of the
-        run in the folder; resumable: of those that may differ until that run is finished. restart: delete that run.
+        """Remember what belongs into the folder, without a look at the disk.
+
+        options: all options of the command, by name. free: names of options that may differ from those of the run in
+        the folder; resumable: of those that may differ until that run is finished. restart: delete that run.
         """
         self.path, self.options, self.restart, self.group = path, dict(options), restart, group
         self._free, self._resumable = free, resumable
         self.board = Board(None)
-        self.flaws: list[str] = []  # that `check` found, and what is done about them
+        self.flaws: list[str] = []  # messages about damaged files that `check` saw, and what is done about them
         self._record: dict[str, Any] = {}  # the content of options.json, once checked
         self._metrics = ""  # the content of metrics.jsonl
         self._saved = time.monotonic()
 
     @contextmanager
     def held(self, session: dict[str, Any]) -> Iterator[str]:
-        """Make the folder, keep other processes out of it, and keep messages in its log.txt, while the block runs.
+        """Create the folder, lock it, and write messages to its log.txt while the block runs.
 
-        session: what runs now, an entry of options.json. Yields what is there by now, as `check` does; a finished run
-        is left as it is. Raises UserError, naming the process that works there.
+        session: a record of this command, for options.json. Yields the folder's state as `check` returns it; a finished
+        run is left as it is. Raises UserError when another process works there, and names it.
         """
         with ExitStack() as stack:
             if is_first():
@@ -96,13 +92,13 @@ class RunFolder:
 
     @rank_zero_only
     def open_board(self, goes_on_after: int | None) -> None:
-        """Show what follows on TensorBoard as well."""
+        """Write what follows for TensorBoard as well; goes_on_after: outer iteration of the checkpoint, if any."""
         self.board = Board(self.path, goes_on_after=goes_on_after)
 
     # --- What is there ------------------------------------------------------------------------------------------------
 
     def check(self) -> str:
-        """`new`, `started` or `finished`. Raises UsageError when the folder belongs to another command.
+        """State of the folder: `new`, `started` or `finished`. Raises UsageError when it belongs to another command.
 
         A finished run with damaged files counts as started: going on makes them again.
         """
@@ -110,10 +106,10 @@ class RunFolder:
 
     def _check(self) -> str:
         self.flaws, self._record = [], {}
-        # Hidden files do not count: a process killed before its options.json was complete leaves such.
+        # Hidden files do not count: a process that is killed while it writes options.json leaves some.
         if self.restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*"))):
             return "new"
-        record = self._found_record()
+        record = self._read_record()
         if record is None:
             return "new"
         self._record, finished = record, self._finished()
@@ -127,8 +123,8 @@ class RunFolder:
             raise UsageError(f"{self.path}: belongs to another command ({'; '.join(differ)}); {remedy}")
         return "finished" if finished and not self.flaws else "started"
 
-    def _found_record(self) -> dict[str, Any] | None:
-        """What options.json says, or in its place the checkpoint; None where neither was ever complete."""
+    def _read_record(self) -> dict[str, Any] | None:
+        """Content of options.json, or its copy in a checkpoint; None where neither was ever complete."""
         file = self.path / OPTIONS
         try:
             if file.exists():
@@ -150,27 +146,27 @@ class RunFolder:
         return None
 
     def _finished(self) -> bool:
-        """Whether the results are complete; what is wrong with them otherwise is a flaw."""
+        """Whether the run is finished. Its damaged files are added to `flaws`."""
         card = self.path / cards.CARD
         if not card.exists():
             return False
-        again = "made again from the checkpoint"
+        remedy = "made again from the checkpoint"
         try:
-            about = atomic.read_json(card)
-            if not about.get("finished"):
+            content = atomic.read_json(card)
+            if not content.get("finished"):
                 return False
-            tensors.read_tensors(self.path / cards.DATA, again)
+            tensors.read_tensors(self.path / cards.DATA, remedy)
         except UserError as error:
-            self.flaws.append(f"{str(error).split(';')[0]}; {again}")
+            self.flaws.append(f"{str(error).split(';')[0]}; {remedy}")
             return True
-        if about.get(OF_METRICS) not in (None, atomic.checksum(self._metrics_there())):
-            self.flaws.append(f"{self.path / METRICS}: is damaged; {again}")
+        if content.get(OF_METRICS) not in (None, atomic.checksum(self._read_metrics())):
+            self.flaws.append(f"{self.path / METRICS}: is damaged; {remedy}")
         return True
 
     def newest(self, on_flaw: str = "not used") -> dict[str, Any] | None:
-        """The content of the newest checkpoint that is whole, or None if there never was one. The others become flaws.
+        """Content of the newest undamaged checkpoint, or None if there never was one.
 
-        Raises UserError when there are checkpoints and none is whole.
+        Damaged ones are added to `flaws`, with the words on_flaw. Raises UserError when all checkpoints are damaged.
         """
         missing = 0
         for file in (self.path / CHECKPOINT, self.path / PREVIOUS):
@@ -189,7 +185,7 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there are checkpoints, whole or not."""
+        """Whether there are checkpoints, damaged or not."""
         return any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS))
 
     # --- Beginning ----------------------------------------------------------------------------------------------------
@@ -205,7 +201,10 @@ class RunFolder:
         atomic.write_json(self.path / OPTIONS, self._record)
 
     def _delete_results(self) -> None:
-        """The checkpoints first and options.json last: a process killed in between leaves nothing to go on from."""
+        """Delete the files of the run, checkpoints first and options.json last.
+
+        So a process that is killed in between leaves nothing that another could go on from.
+        """
         for name in (CHECKPOINT, PREVIOUS, METRICS, LOG, cards.DATA, cards.CARD, "eval.json"):
             (self.path / name).unlink(missing_ok=True)
         for pattern in ("stored_*.png", "decoded_*.png", cards.SNAPSHOTS):
@@ -222,15 +221,15 @@ class RunFolder:
 
     @rank_zero_only
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """In place of the last but one. Raises OSError; both are still there then."""
+        """Write a checkpoint in place of the last but one. Raises OSError, and the older two are then still there."""
         content = {**state, "record": json.dumps(self._record), "metrics": self._metrics}
         tensors.write_tensors(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS)
         self._saved = time.monotonic()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None before the first. What metrics.jsonl says of later moments is cut off.
+        """Content of the last checkpoint, or None before the first; later lines of metrics.jsonl are cut off.
 
-        Raises UserError when no checkpoint is whole.
+        Raises UserError when all checkpoints are damaged.
         """
         return self.group.broadcast(self._load_checkpoint)
 
@@ -239,7 +238,7 @@ class RunFolder:
         saved = self.newest("going on from the one before")
         for flaw in self.flaws:
             log.warning("%s", flaw)
-        if self.flaws:  # so that the next checkpoint does not take the place of the one that is whole
+        if self.flaws:  # otherwise the next checkpoint would take the place of the only undamaged one
             (self.path / CHECKPOINT).unlink()
         elif saved is not None and not (self.path / CHECKPOINT).exists():
             log.info("%s: is missing; going on from the one before", self.path / CHECKPOINT)
@@ -249,16 +248,16 @@ class RunFolder:
                 "begins again"
             )
         self._metrics = "" if saved is None else saved["metrics"]
-        there = self._metrics_there()
-        if not there.startswith(self._metrics):
+        on_disk = self._read_metrics()
+        if not on_disk.startswith(self._metrics):
             log.warning("%s: is damaged; made again from the checkpoint", self.path / METRICS)
-        if there != self._metrics:
+        if on_disk != self._metrics:
             atomic.write_atomically(self.path / METRICS, self._metrics.encode())
         return saved
 
     @rank_zero_only
     def metric(self, **event: object) -> None:
-        """Append one event to metrics.jsonl, and show it on the board. Raises OSError, naming the file."""
+        """Append an event to metrics.jsonl and to the TensorBoard log. Raises OSError, naming the file."""
         line = json.dumps(event) + "\n"
         self._metrics += line
         with atomic.naming(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
@@ -267,11 +266,12 @@ class RunFolder:
 
     @rank_zero_only
     def session_metric(self, **position: float) -> None:
-        """Under which conditions the events that follow were computed."""
+        """Append an event to metrics.jsonl that holds the conditions of the following ones."""
         sessions = self._record["sessions"]
         self.metric(session=len(sessions), **position, **_conditions(sessions[-1]))
 
-    def _metrics_there(self) -> str:
+    def _read_metrics(self) -> str:
+        """Content of metrics.jsonl on disk, empty if there is none."""
         file = self.path / METRICS
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
@@ -279,30 +279,30 @@ class RunFolder:
 
     @rank_zero_only
     def save_set(self, pixels: Tensor, card: dict[str, Any]) -> None:
-        """data.pt and data.json. pixels: (classes, ipc, C, H, W)."""
+        """Write data.pt and data.json. pixels: (classes, ipc, C, H, W)."""
         cards.save_set(self.path / cards.DATA, pixels)
         atomic.write_json(self.path / cards.CARD, card)
 
     @rank_zero_only
     def save_final_card(self, card: dict[str, Any]) -> None:
-        """data.json of a finished run, the last file to be written."""
+        """Write data.json of a finished run, the last of its files."""
         atomic.write_json(self.path / cards.CARD, {**card, OF_METRICS: atomic.checksum(self._metrics)})
 
     @rank_zero_only
     def save_snapshot(self, it: int, pixels: Tensor) -> None:
-        """data_<it>.pt, which stays when the run goes on."""
+        """Write data_<it>.pt, a copy of the set that stays when the run goes on. pixels: (classes, ipc, C, H, W)."""
         cards.save_set(self.path / cards.snapshot_name(it), pixels)
 
     @rank_zero_only
     def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
-        """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1], of outer iteration `it`."""
+        """Write stored_<when>.png and decoded_<when>.png, of images (classes, n, C, H, W) in [0, 1]."""
         self.board.images(it, stored=stored, decoded=decoded)
         atomic.write_atomically(self.path / f"stored_{when}.png", grid_png(stored))
         atomic.write_atomically(self.path / f"decoded_{when}.png", grid_png(decoded))
 
     @rank_zero_only
     def say_results(self, before: str = "", after: str = "") -> None:
-        """Say what a finished run came to, read from its data.json, between two more lines."""
+        """Show the accuracies in a finished run's data.json, with lines before and after them."""
         card = atomic.read_json(self.path / cards.CARD)
         rows = []
         for what, key, count in (
@@ -316,24 +316,24 @@ class RunFolder:
         log.info("%s", "\n".join(filter(None, lines)))
 
     def say_finished(self) -> int:
-        """Say that nothing is left to do, and what the run came to. Returns the exit status."""
+        """Show that the run is finished, and its accuracies. Returns the exit status."""
         self.say_results(before="this run is finished; --restart begins it again")
         return 0
 
 
 def _valid_record(record: Any, file: str) -> dict[str, Any]:
-    """options.json's content. Raises UserError unless it has what `check` and `create` look at."""
-    known = record if isinstance(record, dict) else {}
-    sessions = known.get("sessions")
-    if not isinstance(known.get("options"), dict) or not isinstance(sessions, list):
+    """Content of options.json, if it has options and sessions. Raises UserError otherwise."""
+    content = record if isinstance(record, dict) else {}
+    sessions = content.get("sessions")
+    if not isinstance(content.get("options"), dict) or not isinstance(sessions, list):
         raise UserError(f"{file}: holds no options; restore it, or begin again with --restart")
     if not all(isinstance(session, dict) for session in sessions):
         raise UserError(f"{file}: holds no sessions; restore it, or begin again with --restart")
-    return known
+    return content
 
 
 def valid_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint's content, its `record` unpacked. Raises UserError when it is damaged or none."""
+    """Content of a checkpoint, its `record` parsed. Raises UserError when it is damaged or no checkpoint."""
     saved = tensors.read_tensors(file, "")
     try:
         record = _valid_record(json.loads(saved["record"]), str(file))
@@ -345,13 +345,13 @@ def valid_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def _conditions(session: dict[str, Any]) -> dict[str, Any]:
-    """What a session's rounding depends on, and the code's commit."""
+    """Conditions that a session's rounding depends on, and the code's git commit."""
     versions = session.get("versions")
-    known = {**session, **(versions if isinstance(versions, dict) else {})}
-    return {name: known.get(name) for name in (*CONDITIONS, "git_commit")}
+    entries = {**session, **(versions if isinstance(versions, dict) else {})}
+    return {name: entries.get(name) for name in (*CONDITIONS, "git_commit")}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """For people: the conditions that changed between two sessions."""
+    """Conditions that changed between two sessions, for a message."""
     old, new = _conditions(before), _conditions(now)
     return ", ".join(f"{name} {new[name]} after {old[name]}" for name in CONDITIONS if new[name] != old[name])

@@ -1,4 +1,4 @@
-"""What is told and recorded around the inner steps of a run: progress, losses, the time left, requests to stop."""
+"""Records around the inner steps of a run: progress, losses, the time left, requests to stop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.system.report import Progress, span
 
 log = logging.getLogger("dream")
 
-METRIC_LINES = 10_000  # losses in metrics.jsonl at most: of every outer iteration, or of every n-th
+METRIC_LINES = 10_000  # losses in metrics.jsonl at most; longer runs record every n-th outer iteration only
 
 
 class Recorder:
@@ -28,7 +28,7 @@ class Recorder:
     def __init__(
         self, folder: RunFolder, stopper: Stopper, group: Group, *, niter: int, inner_loop: int, interval: int
     ) -> None:
-        """niter, inner_loop: the run's steps. interval: inner steps between two looks at the loss."""
+        """Prepare the progress bar of niter * inner_loop steps; interval: inner steps between two reads of the loss."""
         self.folder, self.stopper, self.group = folder, stopper, group
         self.niter, self.inner_loop, self.interval = niter, inner_loop, interval
         self.progress = Progress(niter * inner_loop, "distilling", "step", keep=True)
@@ -36,7 +36,7 @@ class Recorder:
         self._first_step = self._started = time.monotonic()
 
     def start(self, state: State) -> None:
-        """Begin to record, from wherever the state is."""
+        """Begin to record at the position of the state."""
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
         self.progress.start_at(state.it * self.inner_loop + state.step)
 
@@ -45,7 +45,7 @@ class Recorder:
         return state.seconds + time.monotonic() - self._started
 
     def book(self, state: State) -> None:
-        """Add the seconds since the last call to the state's, as before every save."""
+        """Add the seconds since the last call to state.seconds; to be called before every save."""
         state.seconds, self._started = self.seconds(state), time.monotonic()
 
     @contextmanager
@@ -59,7 +59,7 @@ class Recorder:
             self._started += time.monotonic() - began
 
     def after_step(self, state: State) -> bool:
-        """Report now and then; whether a checkpoint is due, on any rank. Raises Stopped when that is asked for."""
+        """Report progress, and return whether a checkpoint is due on any rank. Raises Stopped on request."""
         self.progress.advance()
         self.steps_here += 1
         if state.step == 0 and (state.it % math.ceil(self.niter / METRIC_LINES) == 0 or state.it == self.niter):
@@ -75,7 +75,7 @@ class Recorder:
         return bool(due)
 
     def _estimate(self) -> None:
-        """Say how long the run will take, once a selection and the steps after it have been seen."""
+        """Show once how long the run will take, when a selection and the steps after it have been timed."""
         if self.steps_here == 1:
             self._first_step = time.monotonic()
         if self.steps_here == self.interval + 1:
@@ -85,7 +85,7 @@ class Recorder:
                 log.info("about %s for the steps that are left; stop at any time, the same command goes on", span(left))
 
     def resources(self, device: torch.device) -> str:
-        """What the run has taken of memory, and under torchrun of the network between ranks."""
+        """Description for people: peak memory, and under torchrun the bytes sent to other ranks."""
         (peak,) = self.group.all_reduce_max(peak_memory(device))
         memory = f"peak memory: {peak / 1e9:.2g} GB"
         if self.group.alone:

@@ -33,16 +33,16 @@ RANDOM = "random real images"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What networks are trained on: one row of the table for every network."""
+    """Images that networks are trained on: one row of the table for every network."""
 
     name: str
     images_per_class: float
     decoded_per_class: float
-    stored_bytes: int  # of the pixels as the set holds them, and of soft labels
+    stored_bytes: int  # size of the pixels as the set holds them, and of its soft labels
     epochs: int
     training_set: Callable[[NetSpec, int], ImageSet]  # the images of a network's r-th training
-    folder: Path  # of eval.json
-    identity: dict[str, Any]  # distinguishes its results in that file from those of other images
+    folder: Path  # where eval.json lies
+    identity: dict[str, Any]  # tells the results of these images in eval.json from those of others
 
     @property
     def title(self) -> str:
@@ -51,15 +51,15 @@ class TrainingData:
 
 
 class TrainingDataOf:
-    """Everything of one data set that networks can be trained on."""
+    """Maker of all TrainingData of a data set: distilled sets, coresets, all real images."""
 
     def __init__(self, data: Dataset, *, results_dir: str, seed: int, epochs: int) -> None:
-        """results_dir: where results lie that belong to no run folder. epochs: of a training on a small set."""
+        """results_dir: for results that belong to no run folder. epochs: of a training on a small set."""
         self.data, self.device = data, data.device
         self.results_dir, self.seed, self.epochs = results_dir, seed, epochs
 
     def distilled(self, source: SetFile, content: DistilledSet, formation: Formation) -> TrainingData:
-        """A set made by condense.py or somebody else."""
+        """Training data of a distilled set, by condense.py or somebody else."""
         images, labels, soft = content
         decoded = training_images(
             images.to(self.device),
@@ -87,30 +87,33 @@ class TrainingDataOf:
         )
 
     def _folder_of(self, source: SetFile) -> Path:
-        """Where a set's results go: its run folder; sets from elsewhere stay as they are and get a folder here."""
+        """Folder for the results of a set: its run folder, or for a set from elsewhere one under results_dir."""
         if source.card is not None and source.card_file.name == CARD:
             return source.file.parent
         return self._made(f"evaluated_{source.file.stem}")
 
     def _made(self, name: str) -> Path:
-        """A folder for results, made."""
+        """Create a folder for results under results_dir, and return it."""
         folder = Path(self.results_dir) / self.data.name / name
         make_folder(folder)
         return folder
 
-    def baselines(self, ours: TrainingData, strategies: Sequence[str]) -> list[TrainingData]:
-        """As many real images as a distilled set stores, by these strategies; random ones as many as it decodes to."""
-        stored, decoded = round(ours.images_per_class), round(ours.decoded_per_class)
-        most = min(self.data.train.counts)
-        rows = [self.coreset(name, min(stored, most), ours.folder) for name in strategies]
-        if stored < decoded <= most:
-            rows.insert(1, self.coreset("random", decoded, ours.folder))
-        elif decoded > most:
-            log.info("a class has %d real images: no row with as many as are decoded (%d)", most, decoded)
+    def baselines(self, distilled: TrainingData, strategies: Sequence[str]) -> list[TrainingData]:
+        """Coresets for comparison with a distilled set: of its stored size by every strategy.
+
+        The second is random, of the decoded size, where that is larger and every class has so many images.
+        """
+        stored, decoded = round(distilled.images_per_class), round(distilled.decoded_per_class)
+        smallest = min(self.data.train.counts)
+        rows = [self.coreset(name, min(stored, smallest), distilled.folder) for name in strategies]
+        if stored < decoded <= smallest:
+            rows.insert(1, self.coreset("random", decoded, distilled.folder))
+        elif decoded > smallest:
+            log.info("a class has %d real images: no row with as many as are decoded (%d)", smallest, decoded)
         return rows
 
     def coreset(self, strategy: str, ipc: int, folder: Path | None = None) -> TrainingData:
-        """Real images, selected anew for every training in the embedding of a fresh network."""
+        """Training data of `ipc` real images per class, selected anew for every training under a fresh network."""
         real = self.data.train
 
         def draw(spec: NetSpec, r: int) -> ImageSet:
@@ -130,7 +133,7 @@ class TrainingDataOf:
         )
 
     def real(self, epochs: int) -> TrainingData:
-        """The whole training set. Its results lie in a folder of their own, where every later command finds them."""
+        """Training data of all real images, whose results lie in a folder that every later command looks into."""
         real = self.data.train
         count = len(real) / self.data.classes
         return TrainingData(
@@ -146,7 +149,7 @@ class TrainingDataOf:
 
     @cached_property
     def data_identity(self) -> dict[str, Any]:
-        """What training and test images are, as far as results depend on it."""
+        """Identity of the training and test images: all that results depend on."""
         return {
             "dataset": self.data.name,
             "side": self.data.side,

@@ -42,7 +42,7 @@ def pick_device(name: str, number: int | None = None) -> torch.device:
 
 
 def backends() -> str:
-    """Backends of torch.distributed for this machine: gloo for CPU tensors, NCCL for tensors on GPUs."""
+    """Backends of process groups for this machine: gloo for CPU tensors, NCCL for tensors on GPUs."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
