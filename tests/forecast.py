@@ -116,7 +116,9 @@ def measured(work: Work, device: torch.device, repeats: int, precision: str, com
     )
     amount, whole = Amount(o, work.random), Amount(full, work.random)
     compute = Compute(device, precision, compile=compile)
-    counts = sorted({1, min(work.random.classes, compute.group(o.batch_real + amount.decoded, work.random.side))})
+    counts = sorted(
+        {1, min(work.random.classes, compute.classes_at_once(o.batch_real + amount.decoded, work.random.side))}
+    )
     found = []
     for count in counts:
         found += of_classes(count, amount, whole, compute, Clock(ALONE, device, repeats))

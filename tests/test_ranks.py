@@ -38,7 +38,7 @@ from utils.method.images import ImageSet, Normalize
 from utils.method.sources import RealImages, SyntheticImages
 from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
-from utils.numerics.vectors import flattened
+from utils.numerics.derivatives import flattened
 from utils.system import distributed
 from utils.system.distributed import ALONE, Shard, shares
 from utils.system.draws import Draws
@@ -302,7 +302,7 @@ def test_the_tolerance_of_shared_updates_after_a_hundred_inner_steps(dtype: torc
     for step in range(100):
         for trainer in trainers:
             update_network(trainer, n_data=128, draws=Draws("cpu", step))
-    whole, *others = (flattened(net) for net in nets)
+    whole, *others = (flattened(net.parameters()) for net in nets)
     off, changed = (float((other - whole).abs().max()) for other in others)
     print(f"{dtype}, weights up to {whole.abs().max():.2f}: shared out {off:.1e}, last digits changed {changed:.1e}")
     assert 0 < off < (1e-13 if dtype == torch.float64 else 3 * changed)

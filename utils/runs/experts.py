@@ -22,7 +22,7 @@ from utils.files.lock import locked
 from utils.files.tensors import is_plain
 from utils.method.selection import Context, select
 from utils.method.training import Trainer, batches
-from utils.numerics.vectors import flattened
+from utils.numerics.derivatives import flattened
 from utils.runs.folder import CHECKPOINT_SECONDS
 from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
@@ -177,7 +177,7 @@ class Experts:
             began = saved = time.monotonic()
             for e in range(len(rows) - 1, self.epochs):
                 epoch(trainer, k, e)
-                rows.append(flattened(trainer.nets[0]).cpu())
+                rows.append(flattened(trainer.nets[0].parameters()).cpu())
                 if not rows[-1].isfinite().all():
                     raise UserError(f"expert {k}: parameters are no numbers after epoch {e + 1}; use a lower --lr")
                 on_epoch(1)
@@ -196,13 +196,13 @@ class Experts:
         if found is not None:
             try:
                 restore(trainer, found)
-                if not torch.equal(flattened(trainer.nets[0]).cpu(), found["trajectory"][-1]):
+                if not torch.equal(flattened(trainer.nets[0].parameters()).cpu(), found["trajectory"][-1]):
                     raise ValueError("the trajectory ends elsewhere")
                 return trainer, list(found["trajectory"]), float(found["seconds"])
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 self._report(k, UserError(f"{self._file(k)}: does not fit ({first_line(error)})"))
                 trainer = make(k)
-        return trainer, [flattened(trainer.nets[0]).cpu()], 0.0
+        return trainer, [flattened(trainer.nets[0].parameters()).cpu()], 0.0
 
     def _save(self, k: int, rows: list[Tensor], trainer: Trainer, seconds: float) -> None:
         """What a trainer needs to go on is left out once it need not."""
