@@ -25,7 +25,6 @@ import torchvision
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from utils.config.presets import NOT_MIRRORED
 from utils.files.atomic import write_atomically
 from utils.files.imagefiles import EXTENSIONS, for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.files.lock import locked
@@ -123,6 +122,7 @@ class Info:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     load: Callable[[Path, bool], Split]
+    flip: bool = True  # whether a mirror image belongs to the same class
 
 
 MNIST_FILES = [
@@ -132,8 +132,16 @@ CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
 
 DATASETS = {
-    #              classes, channels, side, mean, std, load
-    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES)),
+    #          classes, channels, side, mean, std, load
+    "mnist": Info(
+        10,
+        1,
+        28,
+        (0.1307,),
+        (0.3081,),
+        partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES),
+        flip=False,
+    ),
     "fashion": Info(
         10,
         1,
@@ -142,11 +150,20 @@ DATASETS = {
         (0.3530,),
         partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
     ),
-    "svhn": Info(10, 3, 32, *SVHN, partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"])),
+    "svhn": Info(
+        10, 3, 32, *SVHN, partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"]), flip=False
+    ),
     "cifar10": Info(10, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR10", "", ["cifar-10-python.tar.gz"])),
     "cifar100": Info(100, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR100", "", ["cifar-100-python.tar.gz"])),
-    "digits": Info(10, 1, 8, (0.3053,), (0.3758,), load_digits),
+    "digits": Info(10, 1, 8, (0.3053,), (0.3758,), load_digits, flip=False),
 }
+
+
+def has_mirror_images(name: str) -> bool:
+    """Whether the mirror image of a data set's image belongs to the same class, as in folders of one's own."""
+    return name not in DATASETS or DATASETS[name].flip
+
+
 FOLDER_BASE_SIDE = 32  # at which the default pixel rate holds for folders of one's own
 
 
@@ -175,13 +192,13 @@ class Dataset:
         assert whiten in ("none", "zca")
         self.name = name
         self.whiten = whiten
-        self._held: list[int] | None = None  # None: all
-        self._add: Callable[[Tensor], Tensor] = lambda x: x
+        self._kept_classes: list[int] | None = None  # None: all
+        self._all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x
         self.device = device
-        self.flip = name not in NOT_MIRRORED  # whether a mirror image belongs to the same class
         self.data_dir = Path(os.path.expanduser(data_dir))
         self.folder = None if image_folder is None else Folder(Path(os.path.expanduser(image_folder)), threads)
         info = DATASETS.get(name)
+        self.flip = has_mirror_images(name)
         if info is not None:
             self.classes, self.channels, self.side = info.classes, info.channels, info.side
             self.base_side = info.side
@@ -217,17 +234,18 @@ class Dataset:
             labels = self._train[1]
         return torch.bincount(labels, minlength=self.classes).tolist()
 
-    def hold(self, classes: list[int], add: Callable[[Tensor], Tensor]) -> None:
-        """Of the training images, keep those of some classes only; before they are first asked for.
+    def shard(self, classes: list[int], all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Keep the training images of some classes only, since other ranks keep the others.
 
-        add: the sum over all processes, which hold the others.
+        To be called before the training images are first used. all_reduce_sum: the sum over all ranks, for statistics.
         """
-        self._held, self._add = classes, add
+        assert "train" not in vars(self) and "normalize" not in vars(self), "the images of all classes are in use"
+        self._kept_classes, self._all_reduce_sum = classes, all_reduce_sum
 
     @cached_property
     def train(self) -> ImageSet:
         """The training images, or those of the classes that are to be held."""
-        self._keep_held()
+        self._drop_others()
         normalize = self.normalize  # may need the images, too
         found = self._image_set(*self._train, normalize)
         del self._train  # only one copy stays in memory
@@ -243,17 +261,17 @@ class Dataset:
         mean, std = self.statistics
         if self.whiten == "none":
             return Normalize(mean, std, self.device)
-        self._keep_held()
+        self._drop_others()
         images = self._train[0]  # there until `train` is: it asks for the normalisation first
         log.info("whitening: the covariance of %d images of %d numbers", sum(self.counts), images[0].numel())
-        return Whiten.of(images, mean, std, self.device, add=self._add)
+        return Whiten.of(images, mean, std, self.device, all_reduce_sum=self._all_reduce_sum)
 
     @property
     def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and standard deviation per channel, in units of [0, 1]."""
         if self._statistics is None:
-            self._keep_held()
-            self._statistics = channel_statistics(self._train[0], self._add)
+            self._drop_others()
+            self._statistics = channel_statistics(self._train[0], self._all_reduce_sum)
         return self._statistics
 
     @property
@@ -267,10 +285,10 @@ class Dataset:
         images, labels, _ = self._load(train=True)
         return images, labels
 
-    def _keep_held(self) -> None:
+    def _drop_others(self) -> None:
         """Let go of the training images of other classes, once it is known how many there were."""
-        if self._held is not None and sum(self.counts) == len(self._train[0]):
-            ours = torch.isin(self._train[1], torch.tensor(self._held))
+        if self._kept_classes is not None and sum(self.counts) == len(self._train[0]):
+            ours = torch.isin(self._train[1], torch.tensor(self._kept_classes))
             self._train = self._train[0][ours], self._train[1][ours]
 
     @cached_property
@@ -279,7 +297,7 @@ class Dataset:
 
     def _load(self, *, train: bool) -> Split:
         if self.folder is not None:
-            held = self._held if train else None
+            held = self._kept_classes if train else None
             return self.folder.load(train, self.channels, self.side, self.device, held)
         images, labels, names = DATASETS[self.name].load(self.data_dir, train)
         shape, expected = tuple(images.shape[1:]), (self.channels, self.side, self.side)

@@ -20,8 +20,7 @@ from matplotlib.lines import Line2D
 from figs import common
 from figs.common import Group, Run
 from utils.config.flags import number
-from utils.files import atomic
-from utils.runs import card as cards
+from utils.runs.card import CARD, load_card
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages
@@ -29,7 +28,7 @@ from utils.system.report import messages
 
 @dataclass(frozen=True)
 class Bar:
-    """Runs of one value. accuracies: the final one of every run; random: of random real images, where measured."""
+    """The runs of one value. accuracies: final, in per cent; random: those of random real images, where measured."""
 
     value: Any
     accuracies: list[float]
@@ -41,7 +40,7 @@ class Bar:
 
     @property
     def std(self) -> float | None:
-        """Over the runs; None for a single one."""
+        """Sample standard deviation over the runs; None for a single one."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def __str__(self) -> str:
@@ -63,12 +62,12 @@ def main(argv: Sequence[str]) -> int:
         runs = common.read_runs(given.runs)
         flag = the_flag(runs, given.flag)
         common.warn_of_unfinished(runs)
-        found = bars(common.group_runs(runs), flag)
-        for bar in found:
+        drawn = bars(common.group_runs(runs), flag)
+        for bar in drawn:
             print(f"{flag}={bar.value}: {bar} (n={len(bar.accuracies)})")
-        if given.random_real and not any(bar.random for bar in found):
+        if given.random_real and not any(bar.random for bar in drawn):
             raise UsageError("--random_real: no run measured random real images yet; leave it out, or finish the runs")
-        common.save(draw(found, flag, random_real=given.random_real, ymin=given.ymin), given.out, pdf=given.pdf)
+        common.save(draw(drawn, flag, random_real=given.random_real, ymin=given.ymin), given.out, pdf=given.pdf)
     return 0
 
 
@@ -90,18 +89,18 @@ def the_flag(runs: Sequence[Run], wanted: str | None) -> str:
 
 
 def bars(groups: Sequence[Group], flag: str) -> list[Bar]:
-    """One per value, numbers in their order, others as given. Raises UserError for a run without an evaluation."""
-    found = []
+    """A bar for every value: numbers in their order, others as given. Raises UserError for a run without evaluation."""
+    drawn = []
     for group in groups:
         random = [value for run in group.runs if (value := random_real(run)) is not None]
-        found.append(Bar(group.runs[0].options[flag], [final_accuracy(run) for run in group.runs], random))
-    if all(type(bar.value) in (int, float) for bar in found):
-        found.sort(key=lambda bar: float(bar.value))
-    return found
+        drawn.append(Bar(group.runs[0].options[flag], [final_accuracy(run) for run in group.runs], random))
+    if all(type(bar.value) in (int, float) for bar in drawn):
+        drawn.sort(key=lambda bar: float(bar.value))
+    return drawn
 
 
 def final_accuracy(run: Run) -> float:
-    """That of the last evaluation, per cent."""
+    """Test accuracy of a run's last evaluation, in per cent."""
     values = run.scores().values
     if not values:
         raise UserError(f"{run}: holds no evaluation yet; let condense.py finish it")
@@ -109,27 +108,27 @@ def final_accuracy(run: Run) -> float:
 
 
 def random_real(run: Run) -> float | None:
-    """Accuracy of as many random real images, per cent, which a finished run measured."""
-    card = run.path / cards.CARD
-    found = atomic.read_json(card).get("random_real") if card.exists() else None
-    return float(found["accuracy_mean"]) if isinstance(found, dict) and "accuracy_mean" in found else None
+    """Accuracy, in per cent, of as many random real images; None in a run that is not finished."""
+    file = run.path / CARD
+    score = load_card(file).get("random_real") if file.exists() else None
+    return float(score["accuracy_mean"]) if isinstance(score, dict) and "accuracy_mean" in score else None
 
 
-def draw(found: Sequence[Bar], flag: str, *, random_real: bool, ymin: float) -> Figure:
+def draw(drawn: Sequence[Bar], flag: str, *, random_real: bool, ymin: float) -> Figure:
     """Bars with points and numbers; a bar says how many runs it is the mean of."""
-    figure = Figure(figsize=(min(common.WIDTH, 1.6 + 1.1 * len(found)), 3.6), layout="constrained")
+    figure = Figure(figsize=(min(common.WIDTH, 1.6 + 1.1 * len(drawn)), 3.6), layout="constrained")
     axes = figure.subplots()
-    at = range(len(found))
-    axes.bar(at, [bar.mean for bar in found], width=0.64, color=common.PALETTE[5])
+    at = range(len(drawn))
+    axes.bar(at, [bar.mean for bar in drawn], width=0.64, color=common.PALETTE[5])
     top = 0.0
-    for x, bar in zip(at, found, strict=True):
+    for x, bar in zip(at, drawn, strict=True):
         if bar.std is not None:
             axes.errorbar(x, bar.mean, bar.std, color="black", capsize=5, lw=1.2)
         # Side by side, so that equal ones stay visible, and beside the error bar.
         spots = [x + 0.5 * ((i + 1) / (len(bar.accuracies) + 1) - 0.5) for i in range(len(bar.accuracies))]
         axes.plot(spots, bar.accuracies, "o", ms=5, color=common.PALETTE[0], mec="white", mew=0.6, zorder=3)
         highest = max([*bar.accuracies, bar.mean + (bar.std or 0)])
-        said = str(bar).replace(" +- ", "\n± " if len(found) > 7 else " ± ")
+        said = str(bar).replace(" +- ", "\n± " if len(drawn) > 7 else " ± ")
         axes.annotate(said, (x, highest), (0, 5), textcoords="offset points", ha="center", va="bottom")
         if random_real and bar.random:
             level = statistics.fmean(bar.random)
@@ -137,7 +136,7 @@ def draw(found: Sequence[Bar], flag: str, *, random_real: bool, ymin: float) -> 
             highest = max(highest, level)
         top = max(top, highest)
     axes.set_ylim(ymin, max(top, ymin + 1e-3) + 0.12 * (top - ymin))
-    axes.set_xticks(list(at), [f"{bar.value}\nn={len(bar.accuracies)}" for bar in found])
+    axes.set_xticks(list(at), [f"{bar.value}\nn={len(bar.accuracies)}" for bar in drawn])
     axes.set_xlabel(flag)
     axes.set_ylabel("final test accuracy, %")
     handles = [Line2D([], [], color=common.PALETTE[0], marker="o", ls="", ms=5)]

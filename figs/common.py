@@ -1,4 +1,4 @@
-"""What the figures share: flags, looks, files, distilled sets, and run folders with their labels."""
+"""What figures share: flags, looks, output files, distilled sets, and run folders with their labels."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from utils.config.flags import Parser
 from utils.config.options import FREE, CondenseOptions
-from utils.files import atomic
-from utils.method.formation import decode
-from utils.runs import card as cards
-from utils.runs import sets as exchange
+from utils.files.atomic import read_json, write_atomically
+from utils.method.formation import Formation
+from utils.runs.card import CARD, Card
 from utils.runs.folder import METRICS, OPTIONS
+from utils.runs.sets import load_distilled
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
@@ -56,11 +56,13 @@ def figure_parser(name: str, description: str | None) -> Parser:
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UsageError, naming the flag, in one line."""
+    """The flags' values. Raises UsageError, naming the flag, in one line."""
     return argparse.Namespace(**parser.parse_given(argv))
 
 
 def ending(*suffixes: str) -> Callable[[str], Path]:
+    """A type for add_argument: a path with one of these suffixes."""
+
     def parse(text: str) -> Path:
         if Path(text).suffix.lower() not in suffixes:
             raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
@@ -70,14 +72,14 @@ def ending(*suffixes: str) -> Callable[[str], Path]:
 
 
 def add_classes(parser: Parser) -> None:
-    """--classes, for scripts that draw some of a set's classes."""
+    """Add --classes, for scripts that draw some of a set's classes."""
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="names or numbers of the classes (default: the first ten)"
     )
 
 
 def class_number(wanted: str, names: Sequence[str], flag: str) -> int:
-    """The class of that name, or else of that number. Raises UsageError."""
+    """Number of the class of that name, or else of that number. Raises UsageError, naming the flag."""
     if wanted in names:
         return names.index(wanted)
     if wanted.isdecimal() and int(wanted) < len(names):
@@ -87,7 +89,7 @@ def class_number(wanted: str, names: Sequence[str], flag: str) -> int:
 
 
 def class_numbers(wanted: Sequence[str] | None, names: Sequence[str]) -> list[int]:
-    """What --classes asks for."""
+    """Numbers of the classes that --classes names; of the first ten without the flag."""
     if wanted is None:
         return list(range(min(10, len(names))))
     return [class_number(word, names, "--classes") for word in wanted]
@@ -118,16 +120,17 @@ STYLE: Any = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Within it figures look alike."""
+    """A block in which all figures have the same style."""
     return matplotlib.rc_context(STYLE)
 
 
 def colour(i: int) -> str:
+    """The i-th colour; after the last, the first again."""
     return PALETTE[i % len(PALETTE)]
 
 
 def save(figure: Figure, out: Path, *, pdf: bool = False) -> None:
-    """Write the figure, trimmed, and say so. Raises UserError when the file cannot be written."""
+    """Write the figure, trimmed, and print the file's name. Raises UserError when it cannot be written."""
     for file in [out, out.with_suffix(".pdf")] if pdf and out.suffix.lower() != ".pdf" else [out]:
         kind, buffer = file.suffix[1:].lower(), io.BytesIO()
         # Without the date, the same content gives the same bytes.
@@ -137,10 +140,10 @@ def save(figure: Figure, out: Path, *, pdf: bool = False) -> None:
 
 
 def write(file: Path, content: bytes, *, flag: str) -> None:
-    """A finished picture to its file, whose folder is made. Raises UserError."""
+    """Write a file, making its folder, and print its name. Raises UserError, naming the flag that it is from."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_atomically(file, content)
+        write_atomically(file, content)
     except OSError as error:
         raise UserError(f"{flag} {file}: cannot be written ({error.strerror}); name another file") from error
     print(f"wrote {file}")
@@ -148,17 +151,17 @@ def write(file: Path, content: bytes, *, flag: str) -> None:
 
 # --- Distilled images -------------------------------------------------------------------------------------------------
 
-TILE = 72  # pixels of an image's side in a figure, about: a whole multiple of its own
+TILE = 72  # pixels of an image's side in a figure, about: the nearest whole multiple of its own
 
 
-def load_set(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def load_set(path: Path) -> tuple[Tensor, Tensor, Card]:
     """Stored images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and data.json's content.
 
     path: a run folder, or a .pt file in one. Raises UserError when there is no such set.
     """
-    images, labels, card = exchange.load_distilled(path)
+    images, labels, card = load_distilled(path)
     if card is None:
-        raise UserError(f"{path}: has no {cards.CARD}; draw a run folder of condense.py")
+        raise UserError(f"{path}: has no {CARD}; draw a run folder of condense.py")
     return images, labels, card
 
 
@@ -167,17 +170,18 @@ def decoded(path: Path) -> tuple[list[str], list[Tensor]]:
     images, labels, card = load_set(path)
     names, factor = card.get("class_names"), card["factor"]
     if not isinstance(names, list) or int(labels.max()) >= len(names) or not 1 <= factor <= images.shape[-1]:
-        raise UserError(f"{path}: its {cards.CARD} does not describe it; draw a run folder of condense.py")
+        raise UserError(f"{path}: its {CARD} does not describe it; draw a run folder of condense.py")
     rows = [images[labels == c] for c in range(len(names))]
+    formation = Formation(factor, card["decode_type"])
     try:
-        rows = [decode(row, factor=factor, decode_type=card["decode_type"]) if len(row) else row for row in rows]
+        rows = [formation.decode(row) if len(row) else row for row in rows]
     except ValueError as error:
-        raise UserError(f"{path}: its {cards.CARD} is damaged ({error}); draw a run folder of condense.py") from error
+        raise UserError(f"{path}: its {CARD} is damaged ({error}); draw a run folder of condense.py") from error
     return [str(name) for name in names], rows
 
 
 def tiles(images: Tensor, side: int) -> list[Picture]:
-    """Images (n, C, H, W) in [0, 1] as n pictures (side, side, 3)."""
+    """Images as pictures, each (side, side, 3). images: (n, C, H, W) in [0, 1]."""
     if not len(images):
         return []
     big = F.interpolate(images.float(), size=(side, side), mode="nearest-exact")
@@ -186,12 +190,12 @@ def tiles(images: Tensor, side: int) -> list[Picture]:
 
 
 def tile_side(images: Tensor) -> int:
-    """Pixels to draw images (n, C, H, W) with."""
+    """Pixels of the side with which images (n, C, H, W) are drawn."""
     return images.shape[-1] * max(1, round(TILE / images.shape[-1]))
 
 
 def mosaic(rows: Sequence[Tensor], *, gap: int = 4, apart: Sequence[int] = ()) -> tuple[Picture, list[float], int]:
-    """Rows of images on white. Returns the picture, each row's centre, and the distance of columns, in pixels.
+    """Rows of images on white: the picture, each row's centre, and the distance between columns, in pixels.
 
     rows: (n, C, H, W) in [0, 1] each, n may differ. apart: rows that keep a larger distance from the one above.
     """
@@ -222,7 +226,7 @@ def picture_figure(picture: Picture) -> Figure:
 # --- Run folders ------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
-# Options that say nothing of what is distilled: which repeat it is, where it lies, how it is watched.
+# Options that do not distinguish what is distilled: which repeat it is, where it lies, how it is watched.
 UNLABELLED = {*FREE, "seed", "tag", "eval_every"}
 
 
@@ -243,22 +247,22 @@ class Run:
                 f"{path}: is no run folder of condense.py, it holds no {OPTIONS}; name one such as "
                 "results/digits/convnet2_f1_ipc1"
             )
-        found = atomic.read_json(path / OPTIONS).get("options")
-        if not isinstance(found, dict):
+        options = read_json(path / OPTIONS).get("options")
+        if not isinstance(options, dict):
             raise UserError(f"{path / OPTIONS}: holds no options; name another run folder")
         self.path = path
-        self.options: dict[str, Any] = {**DEFAULTS, **found}  # an older run lacks the youngest options
+        self.options: dict[str, Any] = {**DEFAULTS, **options}  # an older run lacks newer options
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds."""
-        file, found = self.path / METRICS, []
+        """The lines of metrics.jsonl. Raises UserError, naming the file."""
+        file, events = self.path / METRICS, []
         try:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({error}); run the folder's condense.py command again") from error
         for number, line in enumerate(lines, 1):
-            if not line.endswith("\n"):  # a run under way has not finished writing it
+            if not line.endswith("\n"):  # a running condense.py has not finished writing it
                 break
             try:
                 event = json.loads(line)
@@ -267,28 +271,28 @@ class Run:
                 complete = False
             if not complete:
                 raise UserError(f"{file}: line {number} is damaged; the folder's condense.py command restores it")
-            found.append(event)
-        return found
+            events.append(event)
+        return events
 
     def losses(self) -> Series:
         """The mean matching loss of every outer iteration."""
         return self._series("loss")
 
     def scores(self) -> Series:
-        """The mean test accuracy of every evaluation, per cent."""
+        """The mean test accuracy of every evaluation, in per cent."""
         return self._series("accuracy_mean")
 
     def _series(self, name: str) -> Series:
-        found = {event["iteration"]: event for event in self.events if name in event}
-        at = sorted(found)
-        return Series(at, [found[it]["seconds"] for it in at], [found[it][name] for it in at])
+        by_iteration = {event["iteration"]: event for event in self.events if name in event}
+        at = sorted(by_iteration)
+        return Series(at, [by_iteration[it]["seconds"] for it in at], [by_iteration[it][name] for it in at])
 
     def __str__(self) -> str:
         return str(self.path)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Raises UserError for what is no run folder, and for one that is given twice."""
+    """The runs in these folders. Raises UserError for what is no run folder, UsageError for one given twice."""
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
@@ -298,6 +302,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def warn_of_unfinished(runs: Sequence[Run]) -> None:
+    """Log a warning for every run that has not reached its --niter."""
     for run in runs:
         done, budget = max((e["iteration"] for e in run.events), default=0), run.options["niter"]
         if done < budget:
@@ -305,16 +310,16 @@ def warn_of_unfinished(runs: Sequence[Run]) -> None:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Options that distinguish the runs, repeats apart; where methods differ, without what follows from them."""
+    """Names of the options that distinguish runs, but not repeats; without those that follow from --method."""
     names = dict.fromkeys(name for run in runs for name in run.options if name not in UNLABELLED)
-    found = [name for name in names if not _same(runs, name)]
-    if "method" not in found:
-        return found
+    differ = [name for name in names if not _same(runs, name)]
+    if "method" not in differ:
+        return differ
     implying = ("method", "select", "ipc")  # a method's settings follow from these
     kinds: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         kinds.setdefault(tuple(run.options.get(name) for name in implying), []).append(run)
-    return [name for name in found if name in implying or not all(_same(kind, name) for kind in kinds.values())]
+    return [name for name in differ if name in implying or not all(_same(kind, name) for kind in kinds.values())]
 
 
 def _same(runs: Sequence[Run], name: str) -> bool:
@@ -323,7 +328,7 @@ def _same(runs: Sequence[Run], name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seeds only: repeats."""
+    """Repeats: runs that differ in their seeds only."""
 
     label: str
     runs: list[Run]
@@ -333,7 +338,7 @@ class Group:
 
 
 def label(run: Run, names: Sequence[str]) -> str:
-    """The options of these names, as in `select=kmeans, interval=10`; without any, what kind of run it is."""
+    """The run's options of these names, as in `select=kmeans, interval=10`; without names, its data set and budget."""
     if not names:
         o = run.options
         return f"{o['dataset']}, ipc={o['ipc']}, factor={o['factor']}"
@@ -344,7 +349,7 @@ def label(run: Run, names: Sequence[str]) -> str:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Repeats together, in the order of their first runs. Raises UserError for repeats with the same seed."""
+    """Runs in groups of repeats, in the order of their first runs. Raises UserError for repeats of the same seed."""
     names = differing(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -357,12 +362,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
-    """A label for every run; repeats show their seed, and their folder where even that is the same."""
+    """A label for every run; repeats show their seed, or their folder where seeds are the same."""
     names = differing(runs)
     if len({run.options["seed"] for run in runs}) > 1 and _ambiguous([label(run, names) for run in runs]):
         names = [*names, "seed"]
-    found = [label(run, names) for run in runs]
-    return [run.path.name for run in runs] if _ambiguous(found) else found
+    labels = [label(run, names) for run in runs]
+    return [run.path.name for run in runs] if _ambiguous(labels) else labels
 
 
 def _ambiguous(labels: Sequence[str]) -> bool:

@@ -22,7 +22,7 @@ from utils.system.process import run_main
 from utils.system.report import messages
 
 GAP = 14  # pixels between images and labels
-LETTERS = 28  # in a line of a label
+LETTERS = 28  # at most in a line of a label
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def draw(rows: Sequence[Sequence[Tensor]], names: Sequence[str], labels: Sequence[str]) -> Figure:
-    """rows: for every class one (n, C, H, W) tensor in [0, 1] per run. Class names stand left of the run's labels."""
+    """Rows of images, with the labels of the runs on their left and class names left of these.
+
+    rows: for every class one (n, C, H, W) tensor in [0, 1] per run.
+    """
     per_class = len(labels)
     flat = [row for of_class in rows for row in of_class]
     picture, centres, _ = common.mosaic(flat, apart=range(per_class, len(flat), per_class))

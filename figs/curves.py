@@ -34,7 +34,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """A mean over repeats, all arrays (T,). std: over the repeats, None for a single run."""
+    """The mean over repeats at T iterations, all arrays (T,). std: over the repeats, None for a single run."""
 
     iterations: Values
     seconds: Values
@@ -48,7 +48,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where one group's accuracy first reaches the final accuracy of another. at: a number of its evaluation."""
+    """Where one group's accuracy first reaches another's final one. at: position in `curve`, None for never."""
 
     group: Group
     target: Group
@@ -71,7 +71,7 @@ class Reached:
 
 
 def times(here: float, there: float, less: str, more: str, same: str) -> str:
-    """`2.5 times less`, `2.5 times more`, or what there is to say of a factor that rounds to one."""
+    """A comparison in words: `2.5 times less`, `2.5 times more`, or `same` for a factor that rounds to one."""
     factor = f"{max(here, there) / min(here, there):.1f}"
     return same if factor == "1.0" else f"{factor} times {less if here < there else more}"
 
@@ -94,15 +94,15 @@ def main(argv: Sequence[str]) -> int:
                 )
         common.warn_of_unfinished(runs)
         groups = common.group_runs(runs)
-        found = reaching(groups, given.baseline)
-        for reached in found:
+        comparisons = reaching(groups, given.baseline)
+        for reached in comparisons:
             print(reached)
-        common.save(draw(groups, found, time=not given.no_time), given.out, pdf=given.pdf)
+        common.save(draw(groups, comparisons, time=not given.no_time), given.out, pdf=given.pdf)
     return 0
 
 
 def average(runs: Sequence[Run], series: Sequence[Series], what: str) -> Curve:
-    """Repeats at the iterations that all of them report; time is averaged like the values. Raises UserError."""
+    """The mean over repeats at the iterations that all report, of times and values. Raises UserError for none."""
     at = sorted(set.intersection(*(set(s.iterations) for s in series)))
     if not at:
         raise UserError(f"{runs[0]}: shares no iteration with a {what} with its repeats; give runs of one --eval_every")
@@ -114,31 +114,33 @@ def average(runs: Sequence[Run], series: Sequence[Series], what: str) -> Curve:
 
 
 def accuracy(group: Group) -> Curve:
+    """Test accuracy in per cent over the evaluations."""
     return average(group.runs, [run.scores() for run in group.runs], "evaluation")
 
 
 def loss(group: Group) -> Curve:
+    """Matching loss over the outer iterations."""
     return average(group.runs, [run.losses() for run in group.runs], "loss")
 
 
 def reaching(groups: Sequence[Group], baseline: str | None = None) -> list[Reached]:
-    """Every ordered pair of groups, or those whose second one is the baseline. Raises UsageError."""
+    """Comparisons of every ordered pair of groups, or of those with the baseline second. Raises UsageError."""
     labels = [group.label for group in groups]
     if baseline is not None and baseline not in labels:
         raise UsageError(f"--baseline {baseline}: no such group; choose one of {'; '.join(labels)}")
     curves = [accuracy(group) for group in groups]
-    found = []
+    comparisons = []
     for group, curve in zip(groups, curves, strict=True):
         for target, goal in zip(groups, curves, strict=True):
             if group is not target and baseline in (None, target.label):
                 # Means of equal numbers may differ in their last bit.
                 enough = np.flatnonzero(curve.mean >= goal.mean[-1] - 1e-9)
-                found.append(Reached(group, target, curve, goal, int(enough[0]) if len(enough) else None))
-    return found
+                comparisons.append(Reached(group, target, curve, goal, int(enough[0]) if len(enough) else None))
+    return comparisons
 
 
-def draw(groups: Sequence[Group], found: Sequence[Reached], *, time: bool) -> Figure:
-    """Accuracy above or left, loss below or right; the second column counts minutes."""
+def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool) -> Figure:
+    """Panels of accuracy and loss over iterations, and with `time` a second column over minutes."""
     figure = Figure(figsize=(common.WIDTH, 5.4 if time else 3.2), layout="constrained")
     panels = (
         figure.subplots(2, 2, sharex="col", sharey="row", squeeze=False)
@@ -157,10 +159,10 @@ def draw(groups: Sequence[Group], found: Sequence[Reached], *, time: bool) -> Fi
     for line in panels[1:] if time else panels:  # columns share an axis
         for axes, what in zip(line, ("outer iteration", "minutes of distilling"), strict=False):
             axes.set_xlabel(what)
-    mark(panels[0], groups, found)
+    mark(panels[0], groups, comparisons)
     handles = [Line2D([], [], color=common.colour(i), marker="o", ms=4) for i in range(len(groups))]
     names = [str(group) for group in groups]
-    if any(reached.at is not None for reached in found):
+    if any(reached.at is not None for reached in comparisons):
         handles.append(Line2D([], [], color="black", marker="*", ms=10, ls=":", lw=1))
         names.append("first reaches another's final accuracy")
     figure.legend(handles, names, loc="outside lower center", ncols=2 if max(map(len, names)) < 50 else 1)
@@ -168,15 +170,15 @@ def draw(groups: Sequence[Group], found: Sequence[Reached], *, time: bool) -> Fi
 
 
 def plot(axes: Axes, x: Values, curve: Curve, colour: str) -> None:
-    """A mean line with its band; few points are marked, many would hide the line."""
+    """Draw a mean line with its band; few points are marked, many would hide the line."""
     axes.plot(x, curve.mean, color=colour, marker="o" if len(x) <= 30 else None, ms=4, lw=1.6 if len(x) < 300 else 0.8)
     if curve.std is not None:
         axes.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=colour, alpha=0.2, lw=0)
 
 
-def mark(panels: Sequence[Axes], groups: Sequence[Group], found: Sequence[Reached]) -> None:
-    """A star where a group reaches another's final accuracy, and a dotted line at that accuracy."""
-    for reached in found:
+def mark(panels: Sequence[Axes], groups: Sequence[Group], comparisons: Sequence[Reached]) -> None:
+    """Draw a star where a group reaches another's final accuracy, and a dotted line at that accuracy."""
+    for reached in comparisons:
         if reached.at is None:
             continue
         own, other = (common.colour(groups.index(group)) for group in (reached.group, reached.target))

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def draw(rows: Sequence[Tensor], names: Sequence[str]) -> Figure:
-    """rows: one (n, C, H, W) tensor in [0, 1] per class."""
+    """Rows of images, with class names on their left. rows: one (n, C, H, W) tensor in [0, 1] per class."""
     picture, centres, _ = common.mosaic(rows)
     figure = common.picture_figure(picture)
     for y, name in zip(centres, names, strict=True):

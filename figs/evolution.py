@@ -10,7 +10,6 @@ The strip has a row per class, with one image of it, and a column per snapshot; 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,13 +21,14 @@ from torch import Tensor
 
 from figs import common
 from utils.config.flags import integer
+from utils.runs.card import SNAPSHOTS, snapshot_iteration, snapshot_name
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages
 
 FRAME_COLUMNS = 10  # images in a row of the animation
-HEAD, TEXT = 34, 20  # pixels above a frame's images, and of the letters there
-LAST_FRAME = 5  # times as long as the others
+HEAD, TEXT = 34, 20  # pixels above a frame's images, and size of the letters there
+LAST_FRAME = 5  # times as long as the others is the last frame shown
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,43 +51,40 @@ def main(argv: Sequence[str]) -> int:
     )
     given = common.parse(parser, argv)
     with messages(), common.style():
-        found = snapshots(given.run)
-        names, first = common.decoded(found[0][1])
+        files = snapshots(given.run)
+        names, first = common.decoded(files[0][1])
         chosen = common.class_numbers(given.classes, names)
         have = min(len(first[c]) for c in chosen)
         if given.image >= have:
             raise UsageError(f"--image {given.image}: a class has {have} images; use a number up to {have - 1}")
-        shown = spread(found, given.columns)
+        shown = spread(files, given.columns)
         sets = [common.decoded(file)[1] for _, file in shown]
         rows = [[images[c][given.image] for images in sets] for c in chosen]
         figure = draw(rows, [names[c] for c in chosen], [it for it, _ in shown])
         common.save(figure, given.out, pdf=given.pdf)
         if given.gif is not None:
-            frames = [frame(common.decoded(file)[1], f"outer iteration {it}") for it, file in found]
+            frames = [frame(common.decoded(file)[1], f"outer iteration {it}") for it, file in files]
             common.write(given.gif, animation(frames, given.ms), flag="--gif")
     return 0
 
 
 def snapshots(folder: Path) -> list[tuple[int, Path]]:
-    """Outer iterations and files, in their order. Raises UserError when there are none."""
-    found: list[tuple[int, Path]] = []
-    for file in folder.glob("data_*.pt"):
-        if match := re.fullmatch(r"data_(\d+)\.pt", file.name):
-            found.append((int(match[1]), file))
-    if not found:
-        raise UserError(f"{folder}: holds no snapshots, data_000000.pt and so on; run condense.py --snapshot_every N")
-    return sorted(found)
+    """Snapshots as (outer iteration, file), in their order. Raises UserError when there are none."""
+    files = [(it, file) for file in folder.glob(SNAPSHOTS) if (it := snapshot_iteration(file)) is not None]
+    if not files:
+        raise UserError(f"{folder}: holds no snapshots such as {snapshot_name(0)}; run condense.py --snapshot_every N")
+    return sorted(files)
 
 
-def spread(found: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
-    """At most so many of them, the first and the last included."""
-    if len(found) <= most:
-        return list(found)
-    return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+def spread(files: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
+    """At most so many snapshots, evenly spaced, the first and the last included."""
+    if len(files) <= most:
+        return list(files)
+    return [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
 
 
 def draw(rows: Sequence[Sequence[Tensor]], names: Sequence[str], iterations: Sequence[int]) -> Figure:
-    """rows: for every class one (C, H, W) image in [0, 1] per snapshot."""
+    """A strip of images. rows: for every class one (C, H, W) image in [0, 1] per snapshot."""
     picture, centres, step = common.mosaic([torch.stack(list(row)) for row in rows])
     figure = common.picture_figure(picture)
     axes = figure.axes[0]
@@ -100,7 +97,10 @@ def draw(rows: Sequence[Sequence[Tensor]], names: Sequence[str], iterations: Seq
 
 
 def frame(classes: Sequence[Tensor], title: str) -> Image.Image:
-    """All classes in a grid, (S, C, H, W) in [0, 1] each, those with few images side by side; the title above."""
+    """A frame of the animation: all classes in a grid, those with few images side by side, below a title.
+
+    classes: (S, C, H, W) in [0, 1] each.
+    """
     per_line = max(1, FRAME_COLUMNS // max(map(len, classes)))
     shown = [images[:FRAME_COLUMNS] for images in classes]
     rows = [torch.cat(shown[i : i + per_line]) for i in range(0, len(shown), per_line)]
@@ -113,7 +113,8 @@ def frame(classes: Sequence[Tensor], title: str) -> Image.Image:
 
 
 def animation(frames: Sequence[Image.Image], ms: int) -> bytes:
-    """A GIF's content, without end; the last frame stays longer. One palette for all keeps colours from flickering."""
+    """A GIF's content, which repeats without end; the last frame stays longer."""
+    # One palette for all frames keeps colours from flickering.
     both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
     both.paste(frames[0], (0, 0))
     both.paste(frames[-1], (0, frames[0].height))

@@ -30,17 +30,17 @@ from utils.method.selection import select
 from utils.system.process import run_main
 from utils.system.report import Progress, messages
 
-GRADIENT_BYTES = 2**28  # of all gradients that are held at once
-CHUNK_PIXELS = 2**16  # of the images that they belong to, whose features are held as well
+GRADIENT_BYTES = 2**28  # of the gradients that are computed at once
+CHUNK_PIXELS = 2**16  # of the images of these gradients, since their features take memory, too
 BINS = 40
 
-# Liu et al. (ICCV 2023): mean and standard deviation, under a network of theirs, trained for we do not know how long.
+# Liu et al. (ICCV 2023): mean and standard deviation. They do not say for how long their network was trained.
 PUBLISHED = {("cifar10", "airplane"): {"random": (10.0, 8.8), "representatives": (6.4, 7.1)}}
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Gradient norms of a group of images. draws: (D, n), the same number of images in every draw."""
+    """Gradient norms of a group of images in D draws of n images each. draws: (D, n)."""
 
     group: str
     draws: Tensor
@@ -51,12 +51,12 @@ class Norms:
 
     @property
     def std(self) -> float:
-        """Over the images of all draws."""
+        """Sample standard deviation over the images of all draws."""
         return self.draws.std().item()
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the draws' means; None for a single one."""
+        """Sample standard deviation of the draws' means; None for a single draw."""
         return statistics.stdev(self.draws.mean(1).tolist()) if len(self.draws) > 1 else None
 
 
@@ -67,22 +67,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--draws", type=integer(1), default=10, metavar="N", help="draws of each (default: 10)")
     given = common.parse(parser, argv)
     with messages(), common.style():
-        found = subject.prepare(given)
-        norms = groups(found, given.count, given.draws)
-        print(f"gradient norm, class {found.class_name} of {found.dataset}, {found.about}")
-        print(table(norms, PUBLISHED.get((found.dataset, found.class_name), {})))
-        common.save(draw(norms, found), given.out, pdf=given.pdf)
+        observed = subject.prepare(given)
+        norms = groups(observed, given.count, given.draws)
+        print(f"gradient norm, class {observed.class_name} of {observed.dataset}, {observed.about}")
+        print(table(norms, PUBLISHED.get((observed.dataset, observed.class_name), {})))
+        common.save(draw(norms, observed), given.out, pdf=given.pdf)
     return 0
 
 
-def groups(found: Subject, count: int, draws: int) -> list[Norms]:
-    """Norms of all images of the class, of random draws, and of representatives."""
-    norms = image_norms(found.net, found.images, found.label)
+def groups(observed: Subject, count: int, draws: int) -> list[Norms]:
+    """Norms of all images of the class, of random images, and of representatives."""
+    norms = image_norms(observed.net, observed.images, observed.label)
     picks: dict[str, list[Tensor]] = {"random": [], "representatives": []}
     with Progress(draws, "selecting", "draw") as progress:
         for d in range(draws):
             for group, strategy in (("random", "random"), ("representatives", "kmeans")):
-                context = found.context(found.draws(f"gradient norms of {group}", d))
+                context = observed.context(observed.draws(f"gradient norms of {group}", d))
                 picks[group].append(select(context, count, strategy=strategy)[0])
             progress.advance()
     drawn = [Norms(group, norms[torch.stack(indices)]) for group, indices in picks.items()]
@@ -90,20 +90,20 @@ def groups(found: Subject, count: int, draws: int) -> list[Norms]:
 
 
 def image_norms(net: Network, images: ImageSet, label: int) -> Tensor:
-    """The gradient norm of every image of a set, which all have that label, (N,) on the CPU."""
+    """The gradient norm of every image of a set, (N,) on the CPU. label: the class of all of them."""
     size = sum(p.numel() * p.element_size() for p in net.parameters())
     chunk = max(1, min(CHUNK_PIXELS // images.side**2, GRADIENT_BYTES // size))
-    found = []
+    norms = []
     with Progress(len(images), "gradients", "image") as progress:
         for index in torch.arange(len(images), device=images.device).split(chunk):
             x, y = images.batch(index)
-            found.append(gradient_norms(net, x, torch.full_like(y, label)).cpu())
+            norms.append(gradient_norms(net, x, torch.full_like(y, label)).cpu())
             progress.advance(len(index))
-    return torch.cat(found)
+    return torch.cat(norms)
 
 
 def gradient_norms(net: Network, x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean norm of every image's own gradient over all parameters, in the network's mode: (B,).
+    """Euclidean norm of every image's gradient with respect to all parameters, in the network's mode, (B,).
 
     x: (B, C, H, W) normalised images; y: (B,) labels.
     """
@@ -119,7 +119,7 @@ def gradient_norms(net: Network, x: Tensor, y: Tensor) -> Tensor:
 
 
 def table(norms: Sequence[Norms], published: dict[str, tuple[float, float]]) -> str:
-    """A line per group, and the published values where there are any."""
+    """A line of text for each group, and the published values where there are any."""
     lines = [f"{'group':24}{'n':>6}{'mean':>9}{'std':>9}   std of the mean over draws"]
     for group in norms:
         spread = "" if group.spread is None else f"{group.spread:.2f} ({len(group.draws)} draws)"
@@ -132,8 +132,8 @@ def table(norms: Sequence[Norms], published: dict[str, tuple[float, float]]) -> 
     return "\n".join(lines)
 
 
-def draw(norms: Sequence[Norms], found: Subject) -> Figure:
-    """A histogram per group above each other on one scale, with its mean as a line."""
+def draw(norms: Sequence[Norms], observed: Subject) -> Figure:
+    """Histograms of the groups above each other, on one scale, with the means as lines."""
     figure = Figure(figsize=(common.WIDTH, 1.2 + 1.35 * len(norms)), layout="constrained")
     panels = figure.subplots(len(norms), 1, sharex=True, sharey=True)
     top = max(group.draws.max().item() for group in norms)
@@ -145,7 +145,9 @@ def draw(norms: Sequence[Norms], found: Subject) -> Figure:
         name = f"{group.group}, n={count}" + (f", {draws} draws" if draws > 1 else "")
         axes.axvline(group.mean, color="black", lw=1.4, label=f"{name}: {group.mean:.2f} ± {group.std:.2f}")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-    panels[-1].set_xlabel(f"gradient norm of an image of class {found.class_name} ({found.dataset}, {found.about})")
+    panels[-1].set_xlabel(
+        f"gradient norm of an image of class {observed.class_name} ({observed.dataset}, {observed.about})"
+    )
     figure.supylabel("images, %", fontsize=10)
     return figure
 

@@ -25,13 +25,13 @@ from utils.system.draws import Draws
 from utils.system.process import run_main
 from utils.system.report import messages
 
-RANDOM_STATE = 0  # of PCA and t-SNE
-TSNE_DIMENSIONS = 50  # principal components that t-SNE begins with: the usual choice, and much faster than all
+RANDOM_STATE = 0  # seed of PCA and t-SNE
+TSNE_DIMENSIONS = 50  # principal components that t-SNE begins with: the usual number, and much faster than all
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """k-means of one class. picks: (k,) rows of the representatives; nearest: (N,) the cluster of every image."""
+    """Sub-clusters of one class. picks: (k,) positions of the representatives; nearest: (N,) every image's cluster."""
 
     picks: Tensor
     nearest: Tensor
@@ -49,35 +49,35 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--method", choices=tuple(METHODS), default="pca", help="how to draw a plane (default: pca)")
     given = common.parse(parser, argv)
     with messages(), common.style():
-        found = subject.prepare(given)
-        draws = found.draws("selection")
-        x = subject.embedding(found, draws)
+        observed = subject.prepare(given)
+        draws = observed.draws("selection")
+        x = subject.embedding(observed, draws)
         clusters = cluster(x, given.count, draws)
-        random = found.draws("selection, random").permutation(len(x))[: given.count]
+        random = observed.draws("selection, random").permutation(len(x))[: given.count]
         sizes, hit = clusters.sizes, clusters.nearest[random].unique()
-        print(f"class {found.class_name} of {found.dataset}, {found.about}: {len(x)} images")
+        print(f"class {observed.class_name} of {observed.dataset}, {observed.about}: {len(x)} images")
         print(f"{given.count} sub-clusters of {sizes.min()} to {sizes.max()}; as many random images hit {len(hit)}")
         plane = METHODS[given.method](x.float().cpu().numpy())
-        common.save(draw(plane, clusters, random, found, given.method), given.out, pdf=given.pdf)
+        common.save(draw(plane, clusters, random, observed, given.method), given.out, pdf=given.pdf)
     return 0
 
 
 def cluster(x: Tensor, k: int, draws: Draws) -> Clusters:
-    """The clusters behind the representatives that `select` would choose with the same draws. x: (N, D), k < N."""
+    """The clusters of the representatives that `select` would choose with the same draws. x: (N, D), k < N."""
     points, real = padded([x])
     _, nearest, distance = lloyd(points, real, k, draws.of_class(0).uniform(1, len(x)))
     return Clusters(representatives(real, nearest, distance, k)[0], nearest[0])
 
 
 def pca(x: npt.NDArray[np.float32], dimensions: int = 2) -> npt.NDArray[np.float32]:
-    """(N, D) -> (N, dimensions)"""
+    """The first principal components, (N, D) -> (N, dimensions)."""
     from sklearn.decomposition import PCA
 
     return PCA(dimensions, svd_solver="full", random_state=RANDOM_STATE).fit_transform(x)
 
 
 def tsne(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(N, D) -> (N, 2)"""
+    """t-SNE of the first principal components, (N, D) -> (N, 2)."""
     from sklearn.manifold import TSNE
 
     x = pca(x, min(TSNE_DIMENSIONS, *x.shape))
@@ -89,8 +89,8 @@ METHODS = {"pca": pca, "tsne": tsne}
 AXES = {"pca": "principal component {}", "tsne": "t-SNE {}"}
 
 
-def draw(plane: npt.NDArray[np.float32], clusters: Clusters, random: Tensor, found: Subject, method: str) -> Figure:
-    """plane: (N, 2). Left the images with both choices marked, right the sizes of the sub-clusters, largest first."""
+def draw(plane: npt.NDArray[np.float32], clusters: Clusters, random: Tensor, observed: Subject, method: str) -> Figure:
+    """Left the images with both choices marked, right the sizes of the sub-clusters, largest first. plane: (N, 2)."""
     figure = Figure(figsize=(common.WIDTH, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     picks, others = clusters.picks.cpu().numpy(), random.cpu().numpy()
@@ -117,7 +117,7 @@ def draw(plane: npt.NDArray[np.float32], clusters: Clusters, random: Tensor, fou
     right.set_ylabel("images")
     for axes in (left, right):
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.4)
-    figure.supxlabel(f"class {found.class_name} ({found.dataset}, {found.about})", fontsize=9)
+    figure.supxlabel(f"class {observed.class_name} ({observed.dataset}, {observed.about})", fontsize=9)
     return figure
 
 

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import Dataset
 from figs.common import class_number
 from models import Network
-from utils.config import checks, flags, options
-from utils.config import derived as recipes
+from utils.config import build, checks, derived, flags, resolve
+from utils.config.options import CondenseOptions
 from utils.method.images import ImageSet
 from utils.method.selection import Context
 from utils.method.training import Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
-from utils.system.device import pick_device, set_precision
 from utils.system.draws import Draws
 from utils.system.errors import UsageError
 from utils.system.report import Progress
@@ -54,16 +52,9 @@ class Subject:
 
 def add_flags(parser: flags.Parser, *, count: int) -> None:
     """The flags that `prepare` understands, and --count."""
-    fields = {field.name: field for field in dataclasses.fields(options.CondenseOptions)}
+    fields = {field.name: field for field in dataclasses.fields(CondenseOptions)}
     for name in BORROWED:
-        field = fields[name]
-        meta, text = field.metadata, field.metadata["help"].replace("%", "%%")
-        if field.default is not None and "default" not in text:
-            text += f" (default: {flags.default_text(field)})"
-        parser.add_argument(
-            *meta["names"], f"--{name}", type=meta["parse"], choices=meta["choices"], metavar=meta["metavar"],
-            help=text, default=argparse.SUPPRESS,
-        )  # fmt: skip
+        flags.add_flag(parser, fields[name], default=argparse.SUPPRESS)
     parser.add_argument(
         "--class",
         dest="class_name",
@@ -86,13 +77,9 @@ def prepare(given: argparse.Namespace) -> Subject:
 
     Raises UsageError or UserError for flags and data that do not fit.
     """
-    o = options.resolve({name: value for name, value in vars(given).items() if name in BORROWED}).options
-    device = pick_device(o.device)
-    set_precision(device, "fp32")
-    dataset = Dataset(
-        o.dataset, device=device, data_dir=o.data_dir, image_folder=o.image_folder, size=o.size, whiten=o.whiten
-    )
-    spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
+    o = resolve.condense_options({name: value for name, value in vars(given).items() if name in BORROWED}).options
+    dataset = build.dataset(o)
+    spec, device = build.network(o, dataset), dataset.device
     c = 0 if given.class_name is None else class_number(given.class_name, dataset.class_names, "--class")
     name, real = dataset.class_names[c], dataset.train
     if given.count >= real.counts[c]:
@@ -113,9 +100,9 @@ def prepare(given: argparse.Namespace) -> Subject:
     return Subject(o.dataset, name, c, one, net.eval(), about, o.seed, compute)
 
 
-def train(net: Network, real: ImageSet, o: options.CondenseOptions, updates: int, compute: Compute) -> None:
+def train(net: Network, real: ImageSet, o: CondenseOptions, updates: int, compute: Compute) -> None:
     """As many network updates as that, with the draws of condense.py's first outer iteration."""
-    trainer = Trainer([net], [real], recipes.update_recipe(o), compute)
+    trainer = Trainer([net], [real], derived.update_recipe(o), compute)
     with Progress(updates, "training the network", "update") as progress:
         for step in range(updates):
             update_network(trainer, n_data=o.n_data, draws=Draws(real.device, o.seed, "update", 0, step))

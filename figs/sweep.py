@@ -26,16 +26,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from figs.common import ending, write
-from utils.config import options
-from utils.config.flags import make_parser
-from utils.config.options import CondenseOptions
-from utils.files import atomic
+from utils.config import build, resolve
+from utils.config.options import FREE
 from utils.method.evaluation import Score
-from utils.runs import card as cards
-from utils.runs.folder import RunFolder
+from utils.runs.card import CARD, Card, load_card
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages, span
@@ -50,31 +47,30 @@ class Value(NamedTuple):
 
     name: str
     value: str
-    words: tuple[str, ...]  # of the command line: the flag, and those that are set together with it
+    words: tuple[str, ...]  # for the command line: the flag, and those that are set together with it
 
     def __str__(self) -> str:
         return f"{self.name}={self.value}"
 
 
 class Planned:
-    """One run: its flags, and what is in its folder."""
+    """A run of the sweep: its flags, and the results in its folder."""
 
     def __init__(self, setting: Sequence[Value], seed: int, more: Sequence[str]) -> None:
         """setting: one value of every varied flag. Raises UsageError for flags that condense.py refuses."""
         self.setting = setting
         self.title = title(setting)
-        in_tag = [one for one in setting if one.name != "method"]  # which the folder's name has anyway
+        in_tag = [one for one in setting if one.name != "method"]  # the folder's name has the method anyway
         tag = "_".join([*(f"{one.name}-{one.value}" for one in in_tag), f"seed{seed}"])
         varied = [word for one in setting for word in one.words]
         self.words = [*more, *varied, "--seed", str(seed), "--tag", tag]
-        self.options = options.resolve(make_parser(CondenseOptions, "").parse_given(self.words)).options
-        self.folder = RunFolder(options.run_folder(self.options))
+        self.options = resolve.condense(self.words, "").options
+        self.folder = build.run_folder(self.options)
 
     @property
     def finished(self) -> bool:
-        """Raises UsageError when the folder belongs to another command."""
-        status = self.folder.check(options.as_saved(self.options), free=options.FREE, restart=False)
-        return status == "finished"
+        """Whether the run's results are complete. Raises UsageError when the folder belongs to another command."""
+        return self.folder.check() == "finished"
 
     @property
     def accuracy(self) -> float:
@@ -83,55 +79,57 @@ class Planned:
 
     @property
     def seconds(self) -> float:
-        """Of distilling."""
+        """Seconds of distilling."""
         return float(self.card["seconds"])
 
     @property
     def expert_seconds(self) -> float:
-        """Of training the experts whose trajectories were matched, which other runs may share."""
+        """Seconds of training the experts that were matched, which other runs may share."""
         return float(self.card.get("expert_seconds", 0))
 
     @cached_property
-    def card(self) -> dict[str, Any]:
-        return atomic.read_json(self.folder.path / cards.CARD)
+    def card(self) -> Card:
+        """The run's data.json, once it is finished."""
+        return load_card(self.folder.path / CARD)
 
 
 def title(setting: Sequence[Value]) -> str:
+    """A setting in words: `select=kmeans, interval=10`."""
     return ", ".join(map(str, setting))
 
 
 def axis(text: str) -> list[Value]:
-    """FLAG=VALUE,VALUE:FLAG=VALUE,... Raises UsageError for words that make no sense."""
+    """The values in FLAG=VALUE,VALUE:FLAG=VALUE,... Raises UsageError for other words."""
     name, _, values = text.partition("=")
     name = name.lstrip("-").replace("-", "_")
-    if name in ("seed", "tag", *options.FREE) or not values or "" in values.split(","):
+    if name in ("seed", "tag", *FREE) or not values or "" in values.split(","):
         raise UsageError(
             f"--vary {text}: expected FLAG=VALUE,VALUE,... with a flag of condense.py; --seeds N is for seeds"
         )
-    found = []
+    parsed = []
     for word in values.split(","):
         value, *more = word.split(":")
         together = [other.partition("=") for other in more]
         if not all(left and right for left, _, right in together):
             raise UsageError(f"--vary {text}: expected VALUE:FLAG=VALUE, not {word!r}")
         others = [part for left, _, right in together for part in (f"--{left}", right)]
-        found.append(Value(name, value, (f"--{name}", value, *others)))
-    return found
+        parsed.append(Value(name, value, (f"--{name}", value, *others)))
+    return parsed
 
 
 def plan(vary: Sequence[str], seeds: int, more: Sequence[str]) -> list[Planned]:
-    """All runs, every setting with the first seed first. Raises UsageError for words that make no sense."""
+    """All runs: every setting with the first seed, then with the next. Raises UsageError for flags that are refused."""
     axes = [axis(text) for text in vary]
-    for shard in ("--seed", "--tag", "--restart", "--dry_run"):
-        if any(word.replace("-", "_").split("=")[0] == shard.replace("-", "_") for word in more):
+    for reserved in ("--seed", "--tag", "--restart", "--dry_run"):
+        if any(word.replace("-", "_").split("=")[0] == reserved.replace("-", "_") for word in more):
             raise UsageError(
-                f"{shard}: the sweep sets seeds and tags itself, and neither deletes nor pretends; leave it out"
+                f"{reserved}: the sweep sets seeds and tags itself, and neither deletes nor pretends; leave it out"
             )
     return [Planned(setting, seed, more) for seed in range(seeds) for setting in itertools.product(*axes)]
 
 
 def run(planned: Planned) -> None:
-    """The run's command, as a process of its own. Raises UserError when it fails or is stopped."""
+    """Run condense.py in a process of its own. Raises UserError when it fails or is stopped."""
     command = [sys.executable, str(SCRIPT), *planned.words]
     log.info("python3 condense.py %s", shlex.join(planned.words))
     with subprocess.Popen(command) as process:
@@ -139,7 +137,7 @@ def run(planned: Planned) -> None:
         while status is None:
             try:
                 status = process.wait()
-            except KeyboardInterrupt:  # the run has got it too, and saves what it has
+            except KeyboardInterrupt:  # the run has received it too, and saves what it has
                 continue
     if status in STOPPED:
         raise UserError("stopped; the same command goes on")
@@ -150,16 +148,16 @@ def run(planned: Planned) -> None:
 
 
 def result(runs: Sequence[Planned]) -> str:
-    """`93.1 +- 0.4 (n=3), 31 s`, of repeats."""
+    """The result of repeats in words: `93.1 +- 0.4 (n=3), 31 s`."""
     score = Score(tuple(one.accuracy for one in runs))
     seconds, experts = (
-        round(fmean(found)) for found in zip(*((r.seconds, r.expert_seconds) for r in runs), strict=True)
+        round(fmean(of_runs)) for of_runs in zip(*((r.seconds, r.expert_seconds) for r in runs), strict=True)
     )
     return f"{score}, {seconds} s" + (f" (experts: {experts} s)" if experts else "")
 
 
 def table(runs: Sequence[Planned]) -> str:
-    """Accuracy and time by setting, line by line."""
+    """A line for each setting: accuracy and time."""
     titles = list(dict.fromkeys(one.title for one in runs))
     wide = max(map(len, titles))
     lines = [f"{'':{wide}}   test accuracy %, mean +- std over seeds, and seconds of distilling"]
@@ -168,7 +166,7 @@ def table(runs: Sequence[Planned]) -> str:
 
 
 def markdown(runs: Sequence[Planned]) -> str:
-    """The same with the values of the first flag as rows, the combinations of the others as columns."""
+    """The table in Markdown: values of the first flag as rows, combinations of the others as columns."""
     rows = list(dict.fromkeys(one.setting[0].value for one in runs))
     columns = list(dict.fromkeys(title(one.setting[1:]) for one in runs))
     name = runs[0].setting[0].name

@@ -41,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """A network class, the defaults of its three settings, and the depths that it has (None: see the class)."""
+    """Network class with the defaults of its three settings and the depths that it has (None: see the class)."""
 
     make: Callable[..., Network]
     depth: int
@@ -60,15 +60,15 @@ FAMILIES = {
     "alexnet": Family(AlexNet, 5, 128, "batch", alexnet.LAYOUTS),
 }
 
-MOST_WIDTH = 2**16  # beyond which sizes of weights are no numbers any more
+MOST_WIDTH = 2**16  # far beyond any memory, and below widths at which the sizes of weights overflow
 
-# A table across architectures: how far a set that one network distilled serves others.
+# The networks of a table across architectures: how far a set that one network distilled serves others.
 PAPER_TABLE = ("convnet", "resnet10", "resnet18", "densenet", "vgg11", "alexnet")
 
 
 @dataclass(frozen=True)
 class NetSpec:
-    """Everything that `build` needs: a row of `FAMILIES`, its settings, and the images' shape.
+    """Specification of a network, all that `build` needs: a row of `FAMILIES`, its settings, and the images' shape.
 
     A network of torchvision has its name as family, and depth 0, width 0 and norm "".
     """
@@ -88,21 +88,22 @@ class NetSpec:
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """`resnet18` -> ("resnet", 18), `convnet` -> ("convnet", None), torchvision's `resnet50` -> ("resnet50", None).
+    """Family and depth in a network's name: `resnet18` -> ("resnet", 18), `convnet` -> ("convnet", None).
 
-    Our own networks come first, where they have the depth. Raises ValueError for a name that nobody knows.
+    A name that `FAMILIES` does not have, or not with that depth, may be torchvision's: `resnet50` -> ("resnet50",
+    None). Raises ValueError for an unknown name.
     """
-    match = re.fullmatch(r"([a-z_]+?)(\d+)?", name)
-    family, depth = (match[1], int(match[2]) if match[2] else None) if match else (name, None)
-    ours = FAMILIES.get(family)
-    if ours and (depth is None or ours.depths is None or depth in ours.depths):
+    parts = re.fullmatch(r"([a-z_]+?)(\d+)?", name)
+    family, depth = (parts[1], int(parts[2]) if parts[2] else None) if parts else (name, None)
+    row = FAMILIES.get(family)
+    if row and (depth is None or row.depths is None or depth in row.depths):
         return family, depth
-    others = zoo.names()
-    if name in others:
+    torchvision_names = zoo.names()
+    if name in torchvision_names:
         return name, None
-    if ours:  # without that depth: building it names those that there are
+    if row:  # no such depth: the error of building it lists those that there are
         return family, depth
-    close = difflib.get_close_matches(name, [*FAMILIES, *others], n=1)
+    close = difflib.get_close_matches(name, [*FAMILIES, *torchvision_names], n=1)
     raise ValueError(
         f"unknown network {name!r}: choose one of {', '.join(FAMILIES)}, with a depth if you like (resnet18), or a "
         "classification network of torchvision.models.list_models()" + "".join(f"; did you mean {c}?" for c in close)
@@ -119,10 +120,10 @@ def resolve(
     width: int | None = None,
     norm: str | None = None,
 ) -> NetSpec:
-    """The full specification of a network name such as `convnet`, `resnet18` or torchvision's `mobilenet_v3_small`.
+    """Full specification of a network name such as `convnet`, `resnet18` or torchvision's `mobilenet_v3_small`.
 
-    Raises ValueError, naming the choices, for an unknown name, a depth that contradicts the name's, or settings that a
-    network of torchvision does not have.
+    Settings that are None come from `FAMILIES`. Raises ValueError, which lists the choices, for an unknown name, a
+    depth that contradicts the name's, or settings that a network of torchvision does not have.
     """
     family, named = split_name(name)
     if family not in FAMILIES:
@@ -131,14 +132,14 @@ def resolve(
         return NetSpec(family, depth=0, width=0, norm="", channels=channels, classes=classes, side=side)
     if named is not None and depth is not None and named != depth:
         raise ValueError(f"network {name!r} has depth {named}, which contradicts depth {depth}")
-    usual = FAMILIES[family]
+    defaults = FAMILIES[family]
     if depth is None:
-        depth = usual.depth if named is None else named
+        depth = defaults.depth if named is None else named
     return NetSpec(
         family=family,
         depth=depth,
-        width=width or usual.width,
-        norm=norm or usual.norm,
+        width=width or defaults.width,
+        norm=norm or defaults.norm,
         channels=channels,
         classes=classes,
         side=side,
@@ -146,9 +147,10 @@ def resolve(
 
 
 def outline(spec: NetSpec) -> Network:
-    """The network as far as it needs no memory: shapes without numbers, on PyTorch's `meta` device.
+    """Network whose parameters have shapes but no values and no memory, on PyTorch's `meta` device.
 
-    torchvision's have their numbers, since some compute with them while they are built. Raises ValueError like `build`.
+    torchvision's are built in full, since some compute with their values while they are built. Raises ValueError like
+    `build`.
     """
     if spec.family not in FAMILIES:
         return build(spec)
@@ -157,10 +159,10 @@ def outline(spec: NetSpec) -> Network:
 
 
 def build(spec: NetSpec) -> Network:
-    """A freshly initialised network, on the CPU; the weights come from the global generator.
+    """Freshly initialised network on the CPU; its weights come from PyTorch's global generator.
 
-    Our own have PyTorch's default initialisation, torchvision's have theirs. Raises ValueError when depth, norm and
-    image side do not fit together.
+    Those of `FAMILIES` have PyTorch's default initialisation, torchvision's have theirs. Raises ValueError when depth,
+    norm and image side do not fit together.
     """
     if spec.family not in FAMILIES:
         return zoo.ZooNetwork(spec.family, channels=spec.channels, classes=spec.classes, side=spec.side)
@@ -179,22 +181,22 @@ def build(spec: NetSpec) -> Network:
 
 
 def forward_flop(spec: NetSpec) -> int:
-    """Floating-point operations of one image's forward pass, two per multiplication and addition."""
+    """Floating-point operations of an image's forward pass; a multiplication with its addition counts two."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = outline(spec).eval()  # outside: building may pass images through the network as well
+    net = outline(spec).eval()  # before counting begins, since building may pass images through the network
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(an_image(net, spec))
     return int(counter.get_total_flops())
 
 
 def an_image(net: Network, spec: NetSpec) -> torch.Tensor:
-    """A batch of one, where the network is."""
+    """Batch of one empty image, (1, C, H, W), on the network's device."""
     return torch.zeros(1, spec.channels, spec.side, spec.side, device=net.classifier.weight.device)
 
 
 def smallest_batch(spec: NetSpec) -> int:
-    """Images that one training step needs: 2 where batch norm meets maps of a single pixel, otherwise 1."""
+    """Number of images that a training step needs: 2 where batch norm has maps of a single pixel, otherwise 1."""
     net = outline(spec).train()
     try:
         net(an_image(net, spec))
@@ -204,9 +206,9 @@ def smallest_batch(spec: NetSpec) -> int:
 
 
 def second_derivative_error(spec: NetSpec) -> str:
-    """Why the gradient of a gradient cannot be had of this network, in PyTorch's words; empty where it can.
+    """PyTorch's message why a network has no gradient of a gradient; empty where it has one.
 
-    Our own networks consist of layers that have it.
+    All layers of the networks in `FAMILIES` have it.
     """
     if spec.family in FAMILIES:
         return ""

@@ -9,7 +9,7 @@ LAYOUTS = {5: (((2, 5),), ((3, 5),), ((4, 3), (3, 3), (3, 3)))}
 
 
 class AlexNet(Plain):
-    """Three stages, without dropout. `width` is the channels of the first convolution."""
+    """AlexNet of three stages, without dropout; `width` is the channels of the first convolution."""
 
     def __init__(self, *, channels: int, classes: int, side: int, depth: int, width: int, norm: str) -> None:
         if depth not in LAYOUTS:
@@ -19,5 +19,8 @@ class AlexNet(Plain):
 
 
 def scaled(halves: int, width: int) -> int:
-    """So many halves of `width`; uneven ones rounded up to a multiple of 4, which the groups of group norm divide."""
+    """Channels of a convolution: `halves` halves of `width`; an odd number of them rounds up to a multiple of 4.
+
+    So the groups of group norm divide it.
+    """
     return halves // 2 * width if halves % 2 == 0 else 4 * -(-halves * width // 8)

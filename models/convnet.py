@@ -1,4 +1,4 @@
-"""ConvNet: the network that this field distils with. Depth 3, width 128, instance norm on 32 x 32 (Sec. 4.1)."""
+"""ConvNet, the usual network for distillation: depth 3, width 128, instance norm on 32 x 32 images (Sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from models.network import Network, norm2d
 
 
 class ConvNet(Network):
-    """`depth` blocks of 3x3 convolution -> norm -> ReLU -> 2x2 average pool, then one linear layer.
+    """ConvNet: `depth` blocks of 3x3 convolution -> norm -> ReLU -> 2x2 average pool, then one linear layer.
 
     Images of 28 x 28 are padded to 32 x 32 by the first convolution, as published for MNIST.
     """

@@ -12,7 +12,7 @@ LAYOUTS = {121: (6, 12, 24, 16)}  # bottlenecks per dense block
 
 
 class Bottleneck(nn.Module):
-    """norm -> ReLU -> 1x1 -> norm -> ReLU -> 3x3, its `growth` channels appended to the input's."""
+    """Bottleneck: norm -> ReLU -> 1x1 -> norm -> ReLU -> 3x3, whose `growth` channels are appended to the input."""
 
     def __init__(self, fan_in: int, growth: int, norm: str) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
 
 
 class DenseNet(Network):
-    """Four dense blocks with halving transitions between them. `width` is the growth rate."""
+    """DenseNet of four dense blocks with transitions that halve the side between them; `width` is the growth rate."""
 
     def __init__(self, *, channels: int, classes: int, side: int, depth: int, width: int, norm: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every network offers: logits, an embedding, and its list of features."""
+"""Base class of the networks, which offers logits, an embedding, and a list of features."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ GROUPS = 4  # of the "group" norm
 
 
 def norm2d(kind: str, channels: int) -> nn.Module:
-    """A normalisation layer over (N, channels, H, W) by name.
+    """Normalisation layer over (N, channels, H, W), by its name in NORMS. Raises ValueError for another name.
 
-    `instance` is written as a group norm with one group per channel: the same arithmetic, with affine parameters,
-    and no running statistics, so that an image's gradient never depends on the rest of its batch.
+    `instance` is a group norm with one group per channel: the same arithmetic, with affine parameters and without
+    running statistics, so that an image's gradient never depends on the rest of its batch.
     """
     if kind == "instance":
         return nn.GroupNorm(channels, channels)
@@ -29,38 +29,38 @@ def norm2d(kind: str, channels: int) -> nn.Module:
 
 
 class Network(nn.Module):
-    """A stem, stages in a row, and a linear classifier: what every network here consists of and offers."""
+    """Network of a stem, stages in a row, and a linear classifier."""
 
     stem: nn.Module
     stages: nn.ModuleList
     classifier: nn.Linear
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """One (N, C, H, W) tensor per stage, first stage first; torchvision's networks are one stage, (N, D).
+        """Outputs of the stages, (N, C', H', W') each, first stage first; torchvision's networks have one, (N, D).
 
         x: (N, C, H, W) normalised images.
         """
         x = self.stem(x)
-        found = []
+        outputs = []
         for stage in self.stages:
             x = stage(x)
-            found.append(x)
-        return found
+            outputs.append(x)
+        return outputs
 
     def pool(self, last: Tensor) -> Tensor:
-        """What the classifier sees of the last features: all of them, unless a network averages first."""
+        """Embedding (N, D) from the output of the last stage: all of it, unless a network averages first."""
         return last.flatten(1)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, D): the space in which images are clustered."""
+        """Embeddings of normalised images, (N, C, H, W) -> (N, D): the space in which images are clustered."""
         return self.pool(self.features(x)[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, classes) logits."""
+        """Logits of normalised images, (N, C, H, W) -> (N, classes)."""
         return self.classifier(self.embed(x))
 
     def _add_classifier(self, channels: int, side: int, classes: int) -> None:
-        """Size the classifier by one pass over an empty batch of shape (0, channels, side, side)."""
+        """Make the classifier, whose input size a pass over an empty batch (0, channels, side, side) tells."""
         training = self.training
         with torch.no_grad():
             width = self.eval().embed(torch.zeros(0, channels, side, side)).shape[1]

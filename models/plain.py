@@ -1,4 +1,4 @@
-"""Networks without shortcuts, from their layout: what VGG and AlexNet share."""
+"""Networks without shortcuts, built from a layout: the base of VGG and AlexNet."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from models.network import Network, norm2d
 
 
 class Plain(Network):
-    """Stages of convolution -> norm -> ReLU, each closed by a 2x2 max pool, then one linear layer.
+    """Network of stages of convolution -> norm -> ReLU with a 2x2 max pool at their end, then one linear layer.
 
-    A stage whose map is a single pixel already has no pool, so that images may be small.
+    A stage whose maps are a single pixel has no pool, so that images may be small.
     """
 
     def __init__(
         self, layout: Sequence[Sequence[tuple[int, int]]], *, channels: int, classes: int, side: int, norm: str
     ) -> None:
-        """layout: for every stage, channels and kernel of its convolutions."""
+        """Build the stages; layout: for every stage, (channels, kernel side) of its convolutions."""
         super().__init__()
         kind, fan, now = type(self).__name__, channels, side
         stages = []

@@ -1,4 +1,4 @@
-"""ResNet-10/18 (He et al., CVPR 2016) and ResNet-AP, which pools by averages where ResNet strides."""
+"""ResNet-10/18 (He et al., CVPR 2016) and ResNet-AP, which has average pools in place of strides."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(Network):
-    """Four stages of basic blocks, a global average pool, one linear layer. From side `LARGE` on, the stem is 7x7."""
+    """ResNet: four stages of basic blocks, global average pool, one linear layer; a 7x7 stem from side `LARGE` on."""
 
     def __init__(
         self, *, channels: int, classes: int, side: int, depth: int, width: int, norm: str, average: bool = False

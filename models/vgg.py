@@ -8,7 +8,7 @@ LAYOUTS = {11: ((1,), (2,), (4, 4), (8, 8), (8, 8))}  # per stage, each convolut
 
 
 class VGG(Plain):
-    """Five stages of 3x3 convolutions. `width` is the channels of the first one."""
+    """VGG of five stages of 3x3 convolutions; `width` is the channels of the first convolution."""
 
     def __init__(self, *, channels: int, classes: int, side: int, depth: int, width: int, norm: str) -> None:
         if depth not in LAYOUTS:

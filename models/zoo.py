@@ -1,4 +1,4 @@
-"""torchvision's classification networks, by their names there, with fresh weights and as they are published.
+"""torchvision's classification networks, by their names there, with fresh weights.
 
 torchvision is imported only when one of them is asked for.
 """
@@ -16,20 +16,20 @@ from models.network import Network
 
 
 def names() -> list[str]:
-    """What torchvision calls its classification networks."""
+    """Names of torchvision's classification networks."""
     import torchvision
 
     return torchvision.models.list_models(module=torchvision.models)
 
 
 class ZooNetwork(Network):
-    """A network of torchvision as one stage without its last linear layer, which is the classifier.
+    """Network of torchvision: one stage, and its last linear layer as the classifier.
 
     Its features are a single (N, D) tensor, the input of the classifier.
     """
 
     def __init__(self, name: str, *, channels: int, classes: int, side: int) -> None:
-        """Raises ValueError for a network that cannot be used in this way, or not on such images."""
+        """Build the network. Raises ValueError when it has no linear classifier, or does not take such images."""
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"torchvision's networks see images of 1 or 3 channels, not {channels}")
@@ -50,14 +50,14 @@ class ZooNetwork(Network):
 
 
 class Grey(nn.Module):
-    """(N, 1, H, W) -> (N, 3, H, W), three times the same."""
+    """Stem that repeats a grey channel as three colours, (N, 1, H, W) -> (N, 3, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.expand(-1, 3, -1, -1)
 
 
 def published(name: str, classes: int, side: int) -> nn.Module:
-    """torchvision's own network, with fresh weights, that draws no random numbers in training."""
+    """torchvision's own network with fresh weights, and without dropout, so that training draws no random numbers."""
     import torchvision
 
     settings: dict[str, Any] = {}
@@ -70,15 +70,15 @@ def published(name: str, classes: int, side: int) -> nn.Module:
     net = torchvision.models.get_model(name, weights=None, num_classes=classes, **settings)
     for module in net.modules():
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
-            # Every random number of a training derives from --seed (utils/system/process.py); these would draw from the
-            # global generator instead, and a run would not be reproducible.
+            # All random numbers of a training derive from --seed (utils/system/draws.py). These layers would draw from
+            # PyTorch's global generator, and a run could not be reproduced.
             module.p = 0.0
     return net
 
 
 @contextmanager
 def refusals(name: str, side: int) -> Iterator[None]:
-    """One ValueError for the many ways in which networks refuse images: asserts, shapes, divisions by zero."""
+    """Turn all exceptions of networks that refuse images (asserts, shapes, divisions by zero) into ValueError."""
     try:
         yield
     except Exception as error:

@@ -37,7 +37,7 @@ import models
 from data import Dataset
 from models import NetSpec
 from tests import bench_methods, bench_ranks, forecast, published
-from utils.config.methods import METHODS
+from utils.config.presets import METHODS
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
 from utils.method.matching import Matcher, MatchingStep

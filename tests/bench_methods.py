@@ -22,8 +22,8 @@ from utils.config import derived as recipes
 from utils.config import options
 from utils.config.build import Parts
 from utils.config.flags import make_parser
-from utils.config.methods import METHODS, TRAJECTORY
 from utils.config.options import CondenseOptions
+from utils.config.presets import METHODS, TRAJECTORY
 from utils.method.images import ImageSet, Normalize
 from utils.method.pixels import PixelSGD
 from utils.method.training import fresh_network, update_network
@@ -31,7 +31,7 @@ from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Captured, Compute
 from utils.numerics.derivatives import flattened
 from utils.system.device import set_precision
-from utils.system.distributed import ALONE
+from utils.system.distributed import SINGLE
 from utils.system.draws import Draws
 
 NAIVE = ("naive", "naive, allocator kept")
@@ -117,7 +117,7 @@ def ours(step: Step, precision: str) -> Callable[[], None]:
     ends = near(flattened(net.parameters()))
     experts: Any = SimpleNamespace(count=1, pair=lambda expert, start, end: ends) if o.match == TRAJECTORY else None
     about: Any = SimpleNamespace(device=device, train=real, counts=real.counts, classes=10, channels=3, side=32)
-    parts = Parts(o, about, step.spec, compute, ALONE.shard([1.0] * 10), experts)
+    parts = Parts(o, about, step.spec, compute, SINGLE.shard([1.0] * 10), experts)
     joint = real.normalize if o.pixel_step == "joint" else None
     pixels = PixelSGD(start, lr=1e-4, momentum=0.5, joint=joint)
     trainer, match = parts.trainer(net, start, together=False), parts.step(net, pixels)

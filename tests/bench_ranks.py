@@ -38,7 +38,7 @@ from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Captured, Compute
 from utils.system import device as machine
 from utils.system import distributed, process
-from utils.system.distributed import Group
+from utils.system.distributed import Group, Shard
 
 MINUTES = 10  # that ranks wait for each other
 REPEATED, SHARED = "network update, repeated", "network update, shared out"
@@ -120,11 +120,18 @@ class RandomImages:
 
 
 def parts_of(
-    work: Work, group: Group, device: torch.device, image_folder: str | None, precision: str, compile: bool
+    work: Work,
+    group: Group,
+    device: torch.device,
+    precision: str,
+    compile: bool,
+    *,
+    image_folder: str | None = None,
+    held: int | None = None,
 ) -> Parts:
-    """What condense.main makes of these flags, with the classes shared out as there.
+    """What condense.main makes of these flags, with the classes shared out as there; pixels begin as random images.
 
-    Pixels begin as random real images, which takes no time; which update is faster is measured here, not by `Parts`.
+    held: so many classes only, all on this process.
     """
     more = ["--init", "random", "--share_update", "off", "--precision", precision]
     o = resolved([*work.words(device, image_folder), *more])
@@ -136,7 +143,9 @@ def parts_of(
     spec = options.network(o, o.net_type, channels=dataset.channels, classes=dataset.classes, side=dataset.side)
     decoded = decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type)
     shard = group.shard(overview.class_work(o, dataset.counts, decoded=decoded))
-    if not group.alone:
+    if held is not None:
+        shard = Shard(group, list(range(held)), dataset.classes)
+    if len(shard.classes) < dataset.classes:
         dataset.hold(shard.classes, group.all_reduce_sum)
     return Parts(o, dataset, spec, Compute(device, precision, compile=compile), shard)
 
@@ -228,11 +237,11 @@ def worker(argv: Sequence[str]) -> int:
         parser.add_argument(name)
     parser.add_argument("--repeats", type=int)
     given = parser.parse_args(argv)
-    with distributed.joined(machine.backends(), minutes=MINUTES) as group:
+    with distributed.process_group(machine.backends(), minutes=MINUTES) as group:
         device = machine.pick_device(given.device, distributed.local_rank())
         machine.set_precision(device, given.precision)
         compile = compiler_error(device) is None
-        parts = parts_of(WORKS[given.work], group, device, given.image_folder, given.precision, compile)
+        parts = parts_of(WORKS[given.work], group, device, given.precision, compile, image_folder=given.image_folder)
         found = report(parts, measure(parts, given.repeats))
         group.once(print, json.dumps(found))
     return 0
@@ -313,18 +322,11 @@ def table(results: Results, words: dict[str, str], repeats: int, precision: str)
         lines.append(row(part, cells))
     for part in (REPEATED, SHARED):
         lines.append(row(f"MB per inner step, {part}", (f"{one['bytes'][part] / 1e6:.4g}" for _, _, one in runs)))
-    return "\n".join([*lines, row("the faster update", (faster(one) if n > 1 else "" for _, n, one in runs))])
+    return "\n".join(lines)
 
 
 def row(name: str, cells: Sequence[str] | Iterator[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def faster(one: dict[str, Any]) -> str:
-    """Which update, and by how much."""
-    found = {part: statistics.median(one["seconds"][part]) for part in (REPEATED, SHARED)}
-    best = min(found, key=lambda part: found[part])
-    return f"{best.rpartition(', ')[2]}, {max(found.values()) / found[best]:.2f} x"
 
 
 if __name__ == "__main__":

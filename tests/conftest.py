@@ -14,16 +14,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import faults
+from tests import tally
 from tests.killing import FOLDER, Operation, Server, recorded, tiny
 from tests.outcome import Outcome, outcome
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The tally of faults, for those who asked for faults."""
-    if faults.TALLY and "faults" in terminalreporter.config.option.markexpr:
+    if tally.TALLY and "faults" in terminalreporter.config.option.markexpr:
         terminalreporter.section("injected faults")
-        for line in faults.table():
+        for line in tally.table():
             terminalreporter.write_line(line)
 
 

@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import select
 import shlex
@@ -25,6 +26,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,15 +39,25 @@ from typing import Any, NoReturn, TypeVar
 from torch.distributed import TCPStore
 
 from tests import sabotage
-from tests.faults import Fault
 from tests.outcome import Outcome, metrics, outcome
+from tests.tally import Fault
 from utils.files import atomic
+from utils.runs.folder import valid_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shlex.split(
     "--device cpu --ipc 2 -f 2 --niter 3 --inner_loop 2 --interval 2 --batch_real 8 --n_data 16 --width 8 --epochs 1 "
     "--repeat 1 --eval_every 2 --snapshot_every 2"
 )
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")
+REASONS = {  # by the name of an errno
+    "ENOSPC": "No space left on device",
+    "EDQUOT": "Disk quota exceeded",
+    "EFBIG": "File too large",
+    "EROFS": "Read-only file system",
+    "EIO": "Input/output error",
+    "EACCES": "Permission denied",
+}
 CHECKPOINT_WRITE = "write", ".checkpoint.pt.part"
 FOLDER = Path("digits", "convnet2_f2_ipc2")  # of such a run, below the results folder
 
@@ -108,6 +120,12 @@ class Child:
     def paused(self) -> bool:
         """Whether SIGSTOP has stopped it."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+    def until_paused(self, seconds: float = 60.0) -> None:
+        """Wait until SIGSTOP has stopped it."""
+        deadline = time.monotonic() + seconds
+        while not self.paused and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def wait(self, seconds: float = 60.0) -> Ended:
         """Its end. A run that takes longer is killed, and TimeoutError raised."""
@@ -191,6 +209,20 @@ def run_group(server: Server, count: int, argv: Sequence[str], **plan: Any) -> l
     return [child.wait() for child in start_group(server, count, argv, **plan)]
 
 
+def program(results: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """The real command, with the output buffered as usual."""
+    argv = [sys.executable, str(ROOT / "condense.py"), *tiny(results, *flags)]
+    usual = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**usual, **environment}
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> Ended:
+    out, err = process.communicate(timeout=120)
+    return Ended(process.returncode, out, err)
+
+
 def two_at_a_time(check: Callable[[Case], None], cases: Sequence[Case]) -> None:
     """Call it for every case. Raises what the first one raises that fails."""
     with ThreadPoolExecutor(2) as pool:
@@ -248,6 +280,17 @@ def must_be(undisturbed: Outcome, ended: Ended, folder: Path, fault: Fault) -> N
     atomic.read_json(folder / "options.json")
     sessions = [event["session"] for event in metrics(folder) if "session" in event]
     assert sessions == sorted(set(sessions))
+
+
+def must_say(ended: Ended, reason: str, results: Path) -> None:
+    """One line that names a file, and checkpoints that are whole as far as there are any."""
+    assert ended.status == 1, ended
+    assert re.fullmatch(rf"condense\.py: error: [^\n]*{REASONS[reason]}[^\n]*\n", ended.err), ended
+    assert str(results) in ended.err, ended
+    for name in CHECKPOINTS:
+        if (file := results / FOLDER / name).exists():
+            valid_checkpoint(file)
+    assert reason in ("EROFS", "EIO") or not list((results / FOLDER).glob(".*.part"))  # where it can be removed
 
 
 def the(operations: list[Operation], what: str, file: str) -> Operation:

@@ -1,124 +1,329 @@
-"""What a run of condense.py is made of, as its options say: network and trainer, the pixels and their step, the sets.
-
-All of it is about the classes that this process owns (utils/system/distributed.py), which are all of them unless there are others.
-"""
+"""From options to objects: data set, network, experts, and the parts of a run. Nothing below sees an options object."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+import dataclasses
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data import Dataset
 from models import NetSpec, Network
-from utils.config import derived as recipes
-from utils.config.options import CondenseOptions
+from utils.config import checks, derived, resolve
+from utils.config.options import FREE, RESUMABLE, CondenseOptions, Options
+from utils.config.presets import TRAJECTORY
+from utils.files.atomic import checksum
 from utils.method.augment import Augment
-from utils.method.formation import decode, decoded_count
-from utils.method.images import ImageSet
+from utils.method.evaluation import Score, evaluate_networks
+from utils.method.formation import training_images
+from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
-from utils.method.selection import Context
-from utils.method.sources import RealImages, Source, SyntheticImages
-from utils.method.state import PER_CLASS, State, Step
-from utils.method.synthetic import BASELINE, coreset, initial_pixels, training_images
-from utils.method.training import Together, Trainer, fresh_network, update_network
+from utils.method.selection import BASELINE, Context, coreset, initial_pixels
+from utils.method.state import State
+from utils.method.training import Together, Trainer, fresh_network
 from utils.method.trajectory import TrajectoryStep
-from utils.numerics.compute import Captured, Compute
-from utils.runs.experts import Experts
-from utils.system.device import wait_for
-from utils.system.distributed import Shard
+from utils.numerics.compilation import computing
+from utils.runs.board import check_board
+from utils.runs.checkpoint import resumed_from
+from utils.runs.experts import Experts, portions, selected
+from utils.runs.folder import RunFolder
+from utils.system import distributed
+from utils.system.device import be_deterministic, pick_device, set_precision
+from utils.system.distributed import SINGLE, Group, Shard
 from utils.system.draws import Draws
-from utils.system.errors import UsageError
+from utils.system.errors import UsageError, UserError, first_line
+from utils.system.process import Stopped, Stopper
+from utils.system.report import Progress
 
-WHOLE = "whole"  # network updates, of every rank
+log = logging.getLogger("dream")
+
+
+# --- What every script begins with ------------------------------------------------------------------------------------
+
+
+def dataset(
+    o: Options, *, mean: list[float] | None = None, std: list[float] | None = None, precision: str = "fp32"
+) -> Dataset:
+    """The data set on its device, which is made ready. mean, std: of a folder, where they are known already.
+
+    Raises UsageError or UserError, naming the flag or file.
+    """
+    device = pick_device(o.device, distributed.local_rank())
+    if o.deterministic:
+        be_deterministic(device)
+    set_precision(device, precision)
+    return Dataset(
+        o.dataset,
+        device=device,
+        data_dir=o.data_dir,
+        image_folder=o.image_folder,
+        size=o.size,
+        mean=mean,
+        std=std,
+        threads=o.data_threads,
+        whiten=o.whiten,
+    )
+
+
+def network(o: CondenseOptions, data: Dataset) -> NetSpec:
+    """The network that distils. Raises UsageError, naming the flags, when it cannot be built for such images."""
+    return resolve.network(o, o.net_type, channels=data.channels, classes=data.classes, side=data.side)
+
+
+class Problem(NamedTuple):
+    """What a run distils, and with which network."""
+
+    data: Dataset
+    spec: NetSpec
+
+
+def problem(o: CondenseOptions) -> Problem:
+    """Data set and network of a run; every rule between flags, data and network has been checked.
+
+    Raises UsageError or UserError, naming the flag or file.
+    """
+    data = dataset(o, precision=o.precision)
+    spec = network(o, data)
+    checks.check_method(dataclasses.asdict(o))
+    checks.check_matching(o.match, spec)
+    checks.check_factor(o.factor, data.side)
+    decoded = derived.formation(o).decoded_count(o.ipc)
+    checks.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
+    if o.tensorboard:
+        check_board()
+    return Problem(data, spec)
+
+
+def run_folder(o: CondenseOptions, group: Group = SINGLE) -> RunFolder:
+    """The folder of a run, untouched so far."""
+    restart = o.restart and not distributed.restart_count()  # torchrun's own restarts go on
+    saved = resolve.as_saved(o)
+    return RunFolder(resolve.run_folder(o), saved, free=FREE, resumable=RESUMABLE, restart=restart, group=group)
+
+
+# --- Experts ----------------------------------------------------------------------------------------------------------
+
+# Options on which trajectories depend; and those on which they do where images are clustered.
+EXPERT_OPTIONS = (
+    "dataset", "image_folder", "size", "whiten", "batch_real", "select", "expert_epochs", "expert_seed", "precision",
+)  # fmt: skip
+CLUSTERING_OPTIONS = ("interval", "kmeans", "cluster_raw")
+
+
+def experts(o: CondenseOptions, spec: NetSpec) -> Experts | None:
+    """The experts that a run matches, trained or not; None for other methods than trajectories.
+
+    Raises UserError when their folder cannot be used.
+    """
+    if o.match != TRAJECTORY:
+        return None
+    saved = resolve.as_saved(o)
+    names = (*EXPERT_OPTIONS, *(CLUSTERING_OPTIONS if o.select != "random" else ()))
+    recipe = derived.update_recipe(o)
+    identity = {
+        **{name: saved[name] for name in names},
+        "network": dataclasses.asdict(spec),
+        "augmentation": derived.update_augmentation(o),
+        **{name: getattr(recipe, name) for name in ("mixup", "lr", "momentum", "weight_decay")},
+    }
+    name = f"experts_{spec.name}_{o.select}_{checksum(identity)[:8]}"
+    return Experts(Path(o.results_dir) / o.dataset / name, identity, count=o.experts, epochs=o.expert_epochs)
+
+
+def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stopper: Stopper, group: Group) -> int | None:
+    """Train the experts that are missing; the exit status if that was stopped, else None.
+
+    Raises UsageError under torchrun, where none may be missing.
+    """
+    if not group.alone:
+        if missing := group.broadcast(experts.missing):
+            raise UsageError(
+                f"--method mtt: {len(missing)} experts are missing in {experts.folder}; train them first, in one "
+                "process: the same flags and --experts_only, without torchrun"
+            )
+        return None
+    try:
+        _train_missing(experts, o, problem, stopper)
+    except Stopped as stop:
+        log.info("stopped (%s), the experts are saved in %s; %s", stop, experts.folder, resolve.how_to_go_on(o))
+        return stopper.status
+    log.info("the experts are ready in %s", experts.folder)
+    return None
+
+
+def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopper: Stopper) -> None:
+    """Train the experts that are missing. Raises Stopped on request, after saving; the same command goes on."""
+    if not experts.missing():
+        return
+    real, device, spec = problem.data.train, problem.data.device, problem.spec
+    with stopper, experts.held():
+        done, total = experts.done(), o.experts * o.expert_epochs
+        compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
+        log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
+        with Progress(total, "training experts", "epoch", keep=True) as progress:
+            progress.start_at(done)
+            for k in experts.missing():
+                net = fresh_network(spec, _expert_draws(o, device, "network", k))
+                trainer = Trainer([net], [real], derived.update_recipe(o), compute)
+                for e in experts.epochs_left(k, trainer, stopper.reason):
+                    _train_epoch(trainer, o, real, k, e)
+                    progress.advance()
+                stopper.check()
+
+
+def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
+    """Epoch e of expert k: on all real images, or with --select on as many that are selected anew every few batches."""
+    if o.select == "random":
+        trainer.all_images([_expert_draws(o, real.device, k, e)])
+        return
+    for number, count in enumerate(portions(len(trainer), o.batch_real, o.interval)):
+        draws = _expert_draws(o, real.device, k, e, number)
+        selecting = _expert_draws(o, real.device, "select", k, e, number)
+        context = Context(trainer.nets[0], real, selecting, trainer.compute.cheapest(), o.cluster_raw, o.kmeans)
+        trainer.epoch(selected(context, count, o.select, draws), [draws])
+
+
+def _expert_draws(o: CondenseOptions, device: torch.device, *position: int | str) -> Draws:
+    """Random numbers of one moment in the training of experts; they do not depend on --seed."""
+    return Draws(device, o.expert_seed, "expert", *position)
+
+
+# --- A run ------------------------------------------------------------------------------------------------------------
 
 
 class Parts:
-    """Makes them; what it makes knows nothing of options."""
+    """The objects of a run, built from its options. All of them are about the classes that this rank owns."""
 
     def __init__(
-        self,
-        o: CondenseOptions,
-        dataset: Dataset,
-        spec: NetSpec,
-        compute: Compute,
-        shard: Shard,
-        experts: Experts | None = None,
-        last_session: Mapping[str, Any] = MappingProxyType({}),
+        self, o: CondenseOptions, problem: Problem, group: Group, experts: Experts | None, folder: RunFolder
     ) -> None:
-        """experts: whose trajectories are matched, instead of the effect of real images. last_session: of the run, as
-        options.json has it."""
-        self.o, self.dataset, self.spec, self.shard, self.experts = o, dataset, spec, shard, experts
-        self.group, self.device, self.real = shard.group, dataset.device, dataset.train
-        self.shape = (o.ipc, dataset.channels, dataset.side, dataset.side)  # of a class's stored pixels
-        self.compute, self.selecting = compute, compute.cheapest()
-        self.n_data = o.n_data if o.train_on == "real" else None  # None: all there are
-        self.matcher = Matcher(
-            how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
+        """experts: whose trajectories are matched, in place of the effect of real images. folder: see --resume_from.
+
+        Raises UsageError or UserError where flags and data do not fit.
+        """
+        self.o, self.problem, self.group, self.experts = o, problem, group, experts
+        self.data, self.spec = problem
+        self.device, self.counts = self.data.device, self.data.counts
+        self.shard: Shard = group.shard(derived.class_work(o, self.counts))
+        if not group.alone:
+            self.data.shard(self.shard.classes, group.all_reduce_sum)
+        if not len(self.data.test):
+            raise UserError(f"{o.dataset}: has no test images")
+        self.warnings = checks.check_sizes(
+            self.counts,
+            self.data.class_names,
+            ipc=o.ipc,
             factor=o.factor,
-            decode_type=o.decode_type,
-            batch_syn_max=o.batch_syn_max,
-            augment=Augment(o.aug_type),
-            compute=compute,
+            init=o.init,
+            n_data=o.n_data,
+            batch_real=0 if experts else o.batch_real,
         )
-        self.update = recipes.update_recipe(o)
-        self.everyone = RealImages(self.real, dataset.counts, self.group.all_reduce_disjoint)
-        self.took = ""  # seconds of a network update, where they were measured
-        self.shares_update = self.choose_update(last_session)
+        self.real = self.data.train
+        self.formation = derived.formation(o)
+        self.shape = (o.ipc, self.data.channels, self.data.side, self.data.side)  # of a class's stored pixels
+        self.earlier = resumed_from(o.resume_from, folder, (self.data.classes, *self.shape))
+        self.flop = derived.run_flop(o, self.spec, self.counts)
+        self.compute = computing(self.device, o.compile, o.precision, self.flop)
+        self.n_data = o.n_data if o.train_on == "real" else None  # None: all synthetic images
+        self.shares_update = self._shares_update()
 
     def draws(self, purpose: str, *position: int) -> Draws:
+        """Random numbers for one purpose at one position of the run."""
         return Draws(self.device, self.o.seed, purpose, *position)
 
     def network(self, it: int) -> Network:
-        """The fresh one of an outer iteration."""
+        """The fresh network of an outer iteration."""
         return fresh_network(self.spec, self.draws("network", it))
 
     def context(self, net: Network, draws: Draws, *, per_cluster: int = 1) -> Context:
-        """What representatives are selected from."""
+        """What real images are selected from: those of this rank's classes, under a network."""
         o = self.o
-        return Context(net, self.real, draws, self.selecting, o.cluster_raw, o.kmeans, per_cluster)
+        return Context(net, self.real, draws, self.compute.cheapest(), o.cluster_raw, o.kmeans, per_cluster)
+
+    def describe(self) -> str:
+        """How much work the run is, and who does what."""
+        compiled = ", compiled" if self.compute.compile else ""
+        work = f"{self.flop / 1e12:.3g} TFLOP to go in {self.o.precision}{compiled}"
+        if self.group.alone:
+            return work
+        counts = " or ".join(map(str, sorted({len(classes) for classes in self.group.shares})))
+        update = "shared by all ranks" if self.shares_update else "repeated by every rank"
+        return f"{work}; {self.group.count} ranks own {counts} classes each, network updates are {update}"
 
     # --- The state ----------------------------------------------------------------------------------------------------
 
-    def state(self, *, empty: bool) -> State:
-        """With initial pixels, or empty for those of a checkpoint."""
-        o, classes = self.o, self.shard.classes
-        pixels = torch.zeros(len(classes), *self.shape, device=self.device) if empty else self.initial_pixels()
+    def state(self, saved: dict[str, Any] | None) -> State:
+        """The state of a checkpoint's content if there is one, else that of --resume_from, else the initial state.
+
+        Raises UserError when the checkpoint does not fit.
+        """
+        if saved is not None:
+            state = self._state(empty=True)
+            try:
+                state.load_state_dict(saved)
+            except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason, path = first_line(error), resolve.run_folder(self.o)
+                raise UserError(f"{path}: the checkpoint does not fit this run ({reason}); --restart") from error
+            steps = (state.it, state.step, self.o.inner_loop)
+            log.info("going on after outer iteration %d, inner step %d of %d", *steps)
+        elif (e := self.earlier) is not None:
+            state = self._state(empty=True)
+            state.begin_from(e.pixels, e.velocity, e.learned, it=e.it, seconds=e.seconds)
+            log.info("beginning with the pixels of %s, after its outer iteration %d", e.source, e.it)
+        else:
+            state = self._state(empty=False)
+        return state
+
+    def _state(self, *, empty: bool) -> State:
+        """The state at the beginning of a run, with initial pixels or empty ones."""
+        o, classes, device = self.o, self.shard.classes, self.device
         net = self.network(0)
-        sgd = PixelSGD(
+        pixels = torch.zeros(len(classes), *self.shape, device=device) if empty else self._initial_pixels()
+        optimizer = PixelSGD(
             pixels,
-            lr=recipes.pixel_rate(o, side=self.dataset.side, base_side=self.dataset.base_side),
+            lr=derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side),
             momentum=o.mom_img,
             joint=self.real.normalize if o.pixel_step == "joint" else None,
             held=classes,
-            classes=self.dataset.classes,
+            classes=self.data.classes,
         )
         return State(
-            pixels=sgd,
-            trainer=self.trainer(net, pixels, together=self.shares_update),
-            match=self.step(net, sgd),
-            picks=torch.zeros(len(classes), o.batch_real, dtype=torch.int64, device=self.device),
-            losses=torch.zeros(len(classes), device=self.device),
+            optimizer=optimizer,
+            trainer=self._trainer(net, pixels),
+            matching_step=self._matching_step(net, optimizer),
+            picks=torch.zeros(len(classes), o.batch_real, dtype=torch.int64, device=device),
+            losses=torch.zeros(len(classes), device=device),
+            shard=self.shard,
+            real_images=RealImages(self.real, self.counts),
         )
 
-    def initial_pixels(self) -> Tensor:
-        net = fresh_network(self.spec, draws := self.draws("init"))
-        return initial_pixels(self.context(net, draws), self.o.init, ipc=self.o.ipc, factor=self.o.factor)
+    def _initial_pixels(self) -> Tensor:
+        draws = self.draws("init")
+        context = self.context(fresh_network(self.spec, draws), draws)
+        return initial_pixels(context, self.o.init, ipc=self.o.ipc, factor=self.o.factor)
 
-    def step(self, net: Network, sgd: PixelSGD) -> Step:
+    def _matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
         """How pixels learn: from the effect of real images on the network, or from experts' trajectories."""
         o = self.o
+        matcher = Matcher(
+            how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
+            formation=self.formation,
+            batch_syn_max=o.batch_syn_max,
+            augment=Augment(o.aug_type),
+            compute=self.compute,
+        )
         if self.experts is None:
-            return MatchingStep(self.matcher, net, sgd, self.real)
+            return MatchingStep(matcher, net, optimizer, self.real)
         return TrajectoryStep(
-            self.matcher,
+            matcher,
             net,
-            sgd,
+            optimizer,
             self.real,
             self.experts,
             steps=o.student_steps,
@@ -129,105 +334,84 @@ class Parts:
             group=self.group,
         )
 
-    def saved(self, state: State) -> dict[str, Any]:
-        """A checkpoint's content, for all classes: the same whoever owns them."""
-        content = state.save() | {"picks": self.everyone.everywhere(state.picks)}
-        return content | {name: self.shard.all_gather(content[name]) for name in PER_CLASS}
-
-    def restore(self, state: State, saved: dict[str, Any]) -> None:
-        """Take over a checkpoint. Raises KeyError, IndexError, RuntimeError and the like when it does not fit."""
-        ours = saved | {name: self.shard.local(saved[name]) for name in PER_CLASS}
-        state.restore(ours | {"picks": self.everyone.here(ours["picks"].to(self.device))})
-
     # --- The network's training between two matching steps ------------------------------------------------------------
 
-    def trainer(self, net: Network, pixels: Tensor, *, together: bool) -> Trainer:
-        """Of the network, on real images, or on the synthetic ones as they are whenever it trains.
-
-        together: each rank on the images of its classes, instead of all on the same.
-        """
-        o, classes = self.o, self.dataset.classes
-        ours = torch.isin(torch.arange(classes), torch.tensor(self.shard.classes)).to(self.device)
-        shared = Together(ours, self.group.all_reduce_sum) if together else None
-        # CutMix pastes into an image what belongs to another one, which may be another rank's.
-        merge = self.group.all_reduce_disjoint if not together or self.update.mixup == "cut" else None
+    def _trainer(self, net: Network, pixels: Tensor) -> Trainer:
+        """Trainer of the network on real images, or on the synthetic ones as they are whenever it trains."""
+        o, group, classes = self.o, self.group, self.data.classes
+        recipe = derived.update_recipe(o)
+        is_own = torch.isin(torch.arange(classes), torch.tensor(self.shard.classes)).to(self.device)
+        together = Together(is_own, group.all_reduce_sum) if self.shares_update else None
         if o.train_on == "real":
-            images: Source = RealImages(self.real, self.dataset.counts, merge)
-            return Trainer([net], [self.real], self.update, self.compute, images, shared)
+            # CutMix pastes into an image a box of another image, which may be another rank's.
+            needs_others = together is None or recipe.mixup == "cut"
+            images = RealImages(self.real, self.counts, group.all_reduce_disjoint if needs_others else None)
+            return Trainer([net], [self.real], recipe, self.compute, images, together)
+        current = partial(self._decoded, pixels)
+        synthetic = SyntheticImages(current, classes, self.formation.decoded_count(o.ipc))
+        return Trainer([net], [self.synthetic(pixels)], recipe, self.compute, synthetic, together)
 
-        def current() -> Tensor:
-            return self.shard.all_gather(decode(pixels, factor=o.factor, decode_type=o.decode_type))
+    def _decoded(self, pixels: Tensor) -> Tensor:
+        """Training images of all classes, (classes, S, C, H, W), from this rank's pixels as they are now."""
+        return self.shard.all_gather(self.formation.decode(pixels))
 
-        images = SyntheticImages(current, classes, decoded_count(o.ipc, factor=o.factor, decode_type=o.decode_type))
-        return Trainer([net], [self.synthetic(pixels)], self.update, self.compute, images, shared)
+    def _shares_update(self) -> bool:
+        """Whether ranks share network updates. Otherwise each repeats all of them, and only images are sent.
 
-    def choose_update(self, last_session: Mapping[str, Any]) -> bool:
-        """Whether ranks share out the network's training. Otherwise each repeats all of it, and only images are sent.
-
-        As a flag says, or as the last session of as many ranks did, so that a run that goes on does not depend on
-        chance; otherwise it is measured. Raises UsageError where it cannot be.
+        Raises UsageError where a flag asks for what cannot be.
         """
         o, group = self.o, self.group
-        whole_batch = any(isinstance(module, nn.BatchNorm2d) for module in self.network(0).modules())
-        if whole_batch and o.share_update == "on":
+        batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.network(0).modules())
+        if batch_norm and o.share_update == "on":
             raise UsageError(
                 f"--share_update on: {self.spec.name} has batch norm, which looks at whole batches; use --norm_type "
                 "instance, or --share_update off"
             )
-        if self.experts is not None and whole_batch and not group.alone:
+        if self.experts is not None and batch_norm and not group.alone:
             raise UsageError(f"--method mtt: {self.spec.name} has batch norm; use --norm_type instance, or no torchrun")
-        if group.alone or whole_batch or recipes.update_summary(o) == "none":
+        if group.alone or batch_norm or not derived.has_update(o):
             return False
-        if o.share_update != "auto":
-            return o.share_update == "on"
-        if last_session.get("ranks") == group.count:
-            return last_session.get("network_update") != WHOLE
-        pixels = torch.zeros(len(self.shard.classes), *self.shape, device=self.device)
-
-        def way(together: bool) -> Any:
-            trainer = self.trainer(self.network(0), pixels, together=together)
-            return lambda: update_network(trainer, n_data=self.n_data, draws=self.draws("measured"))
-
-        warm = 1 if self.device.type == "cpu" else Captured.WARM + 1
-        alike, shared = group.seconds(way(False), way(True), wait=lambda: wait_for(self.device), warm=warm)
-        self.took = f" ({1e3 * alike:.3g} ms on every rank, {1e3 * shared:.3g} ms shared out)"
-        return shared < alike
+        return derived.shares_update(o, self.spec)
 
     @property
-    def update_kind(self) -> str:
-        """On which the rounding of network updates depends."""
-        return f"shared by {self.group.count} ranks" if self.shares_update else WHOLE
+    def conditions(self) -> dict[str, Any]:
+        """What the rounding of a session depends on, besides the machine and versions."""
+        return {
+            "precision": self.o.precision,
+            "deterministic": self.o.deterministic,
+            "ranks": self.group.count,
+            "network_update": f"shared by {self.group.count} ranks" if self.shares_update else "whole",
+        }
 
-    @property
-    def shared_by(self) -> str:
-        """For people: who does what."""
-        if self.group.alone:
-            return ""
-        counts = sorted({len(classes) for classes in self.group.shares})
-        update = "shared out" if self.shares_update else "repeated by every rank"
-        each = " or ".join(map(str, counts))
-        return f"; {self.group.count} ranks own {each} classes each, network updates are {update}{self.took}"
-
-    # --- Sets ---------------------------------------------------------------------------------------------------------
-
-    def pixels(self, state: State) -> Tensor:
-        """Of all classes, (classes, ipc, C, H, W)."""
-        return self.shard.all_gather(state.pixels.pixels)
+    # --- Sets and their evaluation ------------------------------------------------------------------------------------
 
     def synthetic(self, pixels: Tensor) -> ImageSet:
-        """The training images that pixels (classes, ipc, C, H, W) decode to now."""
+        """The training images that pixels (classes, ipc, C, H, W) decode to."""
         labels = torch.arange(len(pixels), device=self.device).repeat_interleave(self.o.ipc)
         return training_images(
-            pixels.flatten(0, 1),
-            labels,
-            factor=self.o.factor,
-            decode_type=self.o.decode_type,
-            classes=self.real.classes,
-            normalize=self.real.normalize,
+            pixels.flatten(0, 1), labels, self.formation, classes=self.data.classes, normalize=self.real.normalize
         )
 
     def random_real(self, r: int) -> ImageSet:
-        """As many randomly drawn real images per class as the set stores, other ones for every training."""
+        """As many random real images per class as the set stores; others for every training r."""
         draws = self.draws(BASELINE, r)
         context = self.context(fresh_network(self.spec, draws), draws)
-        return coreset(context, "random", ipc=self.o.ipc, whole=self.shard.all_gather)
+        return coreset(context, "random", ipc=self.o.ipc, all_gather=self.shard.all_gather)
+
+    def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper) -> Score:
+        """Train --repeat networks, spread over the ranks, each on its set, and test them. Raises Stopped on request."""
+        o, group = self.o, self.group
+        mine = group.assigned([1.0] * o.repeat)
+        with stopper.stopping_together(group):
+            score = evaluate_networks(
+                self.spec,
+                sets.__getitem__,
+                self.data.test,
+                derived.evaluation_recipe(o, flip=self.data.flip),
+                trainings=mine,
+                seed=o.seed,
+                compute=dataclasses.replace(self.compute, precision="fp32"),
+                title=title,
+                stopper=stopper,
+            )
+        return score.all_reduce(mine, group, repeat=o.repeat)

@@ -8,11 +8,21 @@ from typing import Any
 import torch
 
 import models
-from utils.config.methods import TRAJECTORY
+from utils.config.presets import TRAJECTORY
 from utils.system.device import free_memory
 from utils.system.errors import UsageError
 
 COPIES = 4  # of a network's weights, at least: themselves, their gradients, their momentum, and one under way
+
+
+def check_data(dataset: str, image_folder: str | None, size: int | None) -> None:
+    """Rules between the flags that name the data. Raises UsageError."""
+    if dataset == "folder" and image_folder is None:
+        raise UsageError("-d folder: say where the images are with --image_folder DIR")
+    if dataset == "digits" and image_folder is not None:
+        raise UsageError("--image_folder: digits comes with scikit-learn; leave -d out to use the folder")
+    if size is not None and dataset != "folder":
+        raise UsageError(f"--size: only for folders of one's own; {dataset} has a fixed image size")
 
 
 def check_alone(given: Mapping[str, Any]) -> None:

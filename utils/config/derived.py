@@ -1,40 +1,52 @@
-"""How pixels and networks are trained, as the options say."""
+"""What follows from the options: rates, recipes, amounts of work, and how a run is described to people."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from data import Dataset
+from models import NetSpec, forward_flop
+from utils.config import resolve
 from utils.config.options import CondenseOptions, Options
-from utils.config.presets import EVALUATION_AUGMENTATION
-from utils.method import augment, training
+from utils.config.presets import EVALUATION_AUGMENTATION, TRAJECTORY
+from utils.method.augment import Augment, without
+from utils.method.formation import Formation
+from utils.method.state import NotFinite, State
+from utils.method.training import Recipe
+from utils.runs.card import Card, card_of_run
+from utils.runs.experts import Experts
+from utils.system.errors import printable
+
+# --- Training of pixels and networks ----------------------------------------------------------------------------------
+
+
+def formation(o: CondenseOptions) -> Formation:
+    """How stored images are decoded."""
+    return Formation(o.factor, o.decode_type)
 
 
 def pixel_lr(lr_img: float, *, ipc: int, side: int, base_side: int) -> float:
-    """The pixel learning rate that is used: gradients of a mean fall with ipc, those per pixel with the area."""
+    """The pixel learning rate in use: gradients of a mean fall with ipc, those per pixel with the area."""
     return lr_img * (ipc / 10) * (side / base_side) ** 2
 
 
 def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
-    """What one pixel step is multiplied by."""
+    """The factor of one pixel step: the scaled rate for --pixel_step sweep, --lr_img itself for joint."""
     return pixel_lr(o.lr_img, ipc=o.ipc, side=side, base_side=base_side) if o.pixel_step == "sweep" else o.lr_img
 
 
 def update_augmentation(options: CondenseOptions) -> str:
-    """Of the network update: the matching augmentation, without cutout where CutMix takes its place."""
-    return augment.without(options.aug_type, "cutout") if options.mixup_net == "cut" else options.aug_type
+    """Augmentation of network updates: that of matching, without cutout where CutMix takes its place."""
+    return without(options.aug_type, "cutout") if options.mixup_net == "cut" else options.aug_type
 
 
-def update_summary(o: CondenseOptions) -> str:
-    """For people: what a network trains on between two matching steps."""
-    if o.inner_loop == 1 or (o.train_on == "real" and not o.n_data):
-        return "none"
-    images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
-    return f"{images}, {o.net_epoch} x, {update_augmentation(o)}"
-
-
-def update_recipe(options: CondenseOptions) -> training.Recipe:
+def update_recipe(options: CondenseOptions) -> Recipe:
     """How the network is trained between two matching steps."""
-    return training.Recipe(
+    return Recipe(
         batch_size=options.batch_real,
-        augment=augment.Augment(update_augmentation(options)),
+        augment=Augment(update_augmentation(options)),
         mixup=options.mixup_net,
         lr=options.lr,
         momentum=options.momentum if options.mom_net is None else options.mom_net,
@@ -43,22 +55,143 @@ def update_recipe(options: CondenseOptions) -> training.Recipe:
     )
 
 
+def has_update(o: CondenseOptions) -> bool:
+    """Whether networks are trained at all between two matching steps."""
+    return o.inner_loop > 1 and (o.train_on == "syn" or o.n_data > 0)
+
+
 def evaluation_augmentation(options: Options, *, flip: bool) -> str:
-    """Of evaluation trainings: as given, or the published one for the data set and CutMix."""
+    """Augmentation of evaluation trainings: as given, or the published one for the data set and CutMix."""
     if options.eval_aug_type is not None:
         return options.eval_aug_type
     dropped = [name for name, drop in (("cutout", options.mixup == "cut"), ("flip", not flip)) if drop]
-    return augment.without(EVALUATION_AUGMENTATION, *dropped)
+    return without(EVALUATION_AUGMENTATION, *dropped)
 
 
-def evaluation_recipe(options: Options, *, flip: bool) -> training.Recipe:
-    """The evaluation protocol."""
-    return training.Recipe(
+def evaluation_recipe(options: Options, *, flip: bool, epochs: int | None = None) -> Recipe:
+    """The evaluation protocol. epochs: in place of --epochs."""
+    return Recipe(
         batch_size=options.batch_size,
-        augment=augment.Augment(evaluation_augmentation(options, flip=flip)),
+        augment=Augment(evaluation_augmentation(options, flip=flip)),
         mixup=options.mixup,
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
-        epochs=options.epochs,
+        epochs=options.epochs if epochs is None else epochs,
+    )
+
+
+# --- Work -------------------------------------------------------------------------------------------------------------
+
+SHARED_FLOP = 1e9  # of a mini-batch, from which on ranks share it: digits 5e8, CIFAR-10 from 3e9; see tests/README.md
+
+
+def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
+    """Cost of an average inner step for every class, in forward passes of one image; counts: real images per class.
+
+    A backward pass costs two forward passes, the gradient of a distance between gradients seven in all.
+    """
+    synthetic = min(formation(o).decoded_count(o.ipc), o.batch_syn_max)
+    if o.match == TRAJECTORY:
+        return [10.0 * o.student_steps * synthetic] * len(counts)
+    first, second = (3, 7) if "grad" in o.match else (1, 3)
+    matched = first * o.batch_real + second * synthetic
+    return [matched + (count / o.interval if o.select != "random" else 0) for count in counts]
+
+
+def step_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
+    """Floating-point operations of an average inner step."""
+    real, updates = sum(counts), 0
+    if o.match != TRAJECTORY:
+        synthetic = spec.classes * formation(o).decoded_count(o.ipc)
+        trained = min(o.n_data, real) if o.train_on == "real" else synthetic
+        updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # of an outer iteration
+    return forward_flop(spec) * (sum(class_work(o, counts)) + 3 * updates / o.inner_loop)
+
+
+def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
+    """Floating-point operations of a whole run, evaluations apart."""
+    return o.niter * o.inner_loop * step_flop(o, spec, counts)
+
+
+def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
+    """Floating-point operations of training all experts on `real` images."""
+    batches = -(-real // o.batch_real)
+    selected = -(-batches // o.interval) * real if o.select != "random" else 0
+    return forward_flop(spec) * o.experts * o.expert_epochs * (3 * real + selected)
+
+
+def shares_update(o: CondenseOptions, spec: NetSpec) -> bool:
+    """Whether ranks share network updates, by --share_update; auto: where a mini-batch is worth the communication."""
+    if o.share_update != "auto":
+        return o.share_update == "on"
+    return 3 * o.batch_real * forward_flop(spec) >= SHARED_FLOP
+
+
+# --- Descriptions for people ------------------------------------------------------------------------------------------
+
+
+def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder: Path, experts: Experts | None) -> str:
+    """The resolved options, where each comes from, and what derives from them, for --dry_run."""
+    o = resolved.options
+    rate = pixel_rate(o, side=dataset.side, base_side=dataset.base_side)
+    lines = [
+        f"{name:16}{printable(str(value)):28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
+    ]
+    derived = {
+        "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
+        "pixel learning rate": f"{rate:g}",
+        "network update": update_summary(o),
+        "evaluation": evaluation_augmentation(o, flip=dataset.flip),
+        "decoded per class": formation(o).decoded_count(o.ipc),
+        "run folder": printable(str(folder)),
+        **({} if experts is None else {"experts": printable(str(experts.folder))}),
+    }
+    return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])
+
+
+def update_summary(o: CondenseOptions) -> str:
+    """What a network trains on between two matching steps."""
+    if not has_update(o):
+        return "none"
+    images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
+    return f"{images}, {o.net_epoch} x, {update_augmentation(o)}"
+
+
+def card(
+    o: CondenseOptions, dataset: Dataset, spec: NetSpec, state: State, experts: Experts | None, *, finished: bool
+) -> Card:
+    """data.json of a run: what the set is and how to use it."""
+    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: experts.seconds)
+    mean, std = dataset.statistics
+    return card_of_run(
+        dataset=o.dataset,
+        image_folder=resolve.as_saved(o)["image_folder"],
+        class_names=dataset.class_names,
+        ipc=o.ipc,
+        factor=o.factor,
+        decode_type=o.decode_type,
+        mean=mean,
+        std=std,
+        settings=resolve.saved_settings(o),
+        shape=state.optimizer.pixels.shape[2:],
+        network=dataclasses.asdict(spec),
+        learned={name: value[0].item() for name, value in state.matching_step.learned.items()},
+        outer_iterations=state.it,
+        seconds=state.seconds,
+        finished=finished,
+        expert_seconds=expert_seconds,
+    )
+
+
+def diverged(o: CondenseOptions, error: NotFinite, class_names: Sequence[str], run: Path) -> str:
+    """The message about NaN in a run: where, with which settings, and how to go on."""
+    names = [class_names[c] for c in error.classes]
+    where = f", class {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else ", in the network"
+    return (
+        f"NaN or infinity in the matching loss, the pixels or the network, in outer iteration {error.it}, by inner "
+        f"step {error.step}{where}, with --lr_img {o.lr_img:g} --mom_img {o.mom_img:g} --lr {o.lr:g} --precision "
+        f"{o.precision}. Nothing of this state was saved. To go on from the last sound state with a lower rate, add "
+        f"--resume_from {run} --lr_img {o.lr_img / 2:g} --tag NAME, or name an earlier data_<iteration>.pt "
+        "(--snapshot_every)"
     )

@@ -9,19 +9,13 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.config.methods import METHODS, TRAJECTORY
-from utils.config.presets import DATASET_SETTINGS
+from utils.config.presets import DATASET_SETTINGS, METHODS, TRAJECTORY
 from utils.method import augment, objectives
 from utils.system.errors import UsageError
-
-GROUPS = (
-    "method", "data", "synthetic set", "what to train on", "budget", "selection", "matching",
-    "trajectories (--method mtt)", "network", "network training", "evaluation", "run",
-)  # fmt: skip
 
 
 def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
@@ -135,36 +129,62 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(kind: type[Any], description: str) -> Parser:
-    """The parser of an options class. Absent flags stay absent, so that defaults and settings can fill them."""
+    """The parser of an options class, whose --help begins with the flags named in its COMMON.
+
+    Absent flags stay absent, so that defaults and settings can fill them.
+    """
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        usage=f"%(prog)s {'[RUN] ' if 'run' in kind.COMMON else ''}[flags]",  # all by name would fill a screen
     )
-    fields = dataclasses.fields(kind)
-    used = {field.metadata["group"] for field in fields}
-    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
-    for field in fields:
-        meta = field.metadata
-        group = groups[meta["group"]]
-        positional = field.name == "run"
-        names = [field.name] if positional else [*meta["names"], f"--{field.name}"]
-        text = meta["help"].replace("%", "%%")
-        if field.default is False:
-            group.add_argument(*names, action="store_true", help=text)
-            continue
-        if field.default is not None and "default" not in text:
-            text += f" (default: {default_text(field)})"
-        nargs = "?" if positional else meta["nargs"]
-        group.add_argument(
-            *names, type=meta["parse"], choices=meta["choices"], metavar=meta["metavar"], nargs=nargs, help=text
-        )
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    groups = {"most used": [fields.pop(name) for name in kind.COMMON]}
+    for field in fields.values():
+        groups.setdefault(field.metadata["group"], []).append(field)
+    for title, members in groups.items():
+        group = parser.add_argument_group(title)
+        for field in members:
+            add_flag(group, field)
     return parser
 
 
+def add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], **more: Any) -> None:
+    """Add the flag of an options field to a parser or a group; more: keywords of add_argument."""
+    meta, text = field.metadata, field.metadata["help"].replace("%", "%%")
+    positional = field.name == "run"
+    names = [field.name] if positional else [*meta["names"], f"--{field.name}"]
+    if field.default is False:
+        parser.add_argument(*names, action="store_true", help=text, **more)
+        return
+    if field.default is not None and "default" not in text:
+        text += f" (default: {default_text(field)})"
+    for name in ("choices", "metavar"):
+        more[name] = meta[name]
+    nargs = "?" if positional else meta["nargs"]
+    parser.add_argument(*names, type=meta["parse"], nargs=nargs, help=text, **more)
+
+
+def as_argv(values: Mapping[str, Any]) -> list[str]:
+    """A command line from keywords: ipc=10 -> --ipc=10, reproduce=True -> --reproduce, table=[a, b] -> --table a b.
+
+    None and False leave a flag out.
+    """
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, list | tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is True:
+            argv.append(f"--{name}")
+        elif value is not None and value is not False:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """The default, and the data sets and methods that have another one; not where it depends on more."""
+    """The default for --help, and the data sets and methods that have another one."""
     others: dict[str, list[str]] = {}
     rows = {**DATASET_SETTINGS, **{f"--method {name}": method.settings for name, method in METHODS.items()}}
     for name, settings in rows.items():

@@ -1,69 +1,42 @@
-"""The command lines: every flag once, and how flags, presets and defaults are laid over each other.
+"""Every flag once: the fields of two dataclasses, with default, help text and the check of its value.
 
-Precedence is default < the data set's settings (and --reproduce) < the method's < flag. A flag that the user gave is
-never changed.
+utils/config/resolve.py lays flags, presets and defaults over each other.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import models
-from utils.config.checks import check_weights
 from utils.config.flags import (
     augmentation,
     flag,
     initialisation,
     integer,
-    make_parser,
     matching,
     number,
     table_file,
     tag,
 )
-from utils.config.methods import METHODS, TRAJECTORY, method_settings
 from utils.config.presets import (
     DATASET_SETTINGS,
     EVALUATION_AUGMENTATION,
-    PUBLISHED,
+    METHODS,
     REAL_EPOCHS,
-    REPRODUCE,
-    exceptions,
+    TRAJECTORY,
 )
 from utils.method import formation, objectives, pixels, selection, training
 from utils.numerics.compute import PRECISIONS
-from utils.system.errors import UsageError, UserError
-
-log = logging.getLogger("dream")
 
 RESULTS_DIR = "results"
-PLACES = (
-    "data_dir",
-    "data_threads",
-    "results_dir",
-    "device",
-    "compile",
-    "wait_minutes",
-)  # where and how to compute, not what
-# What may differ when a run goes on, and what may until it is finished.
+# Options that may differ when a run goes on: where and how to compute, how to watch. RESUMABLE: until it is finished.
 FREE = (
-    *PLACES,
-    "max_minutes",
-    "dry_run",
-    "experts_only",
-    "restart",
-    "reproduce",
-    "snapshot_every",
-    "tensorboard",
-    "deterministic",
-    "share_update",
-)
+    "data_dir", "data_threads", "results_dir", "device", "compile", "wait_minutes", "max_minutes", "dry_run",
+    "experts_only", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic", "share_update",
+)  # fmt: skip
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
 NO_BASELINES, ALL_NETWORKS = "none", "all"
@@ -94,7 +67,9 @@ def per_family(setting: str) -> str:
 # fmt: off
 @dataclass(frozen=True)
 class Options:
-    """What both scripts understand. None means: derived from other options, as the help says."""
+    """Options of both scripts. None: derived from other options, as the help says."""
+
+    COMMON: ClassVar[Sequence[str]] = ()  # the flags that --help begins with
 
     dataset: str = _data("digits", "-d", choices=tuple(DATASET_SETTINGS),
         help="data set; folder needs --image_folder")
@@ -147,7 +122,9 @@ class Options:
 
 @dataclass(frozen=True)
 class CondenseOptions(Options):
-    """condense.py"""
+    """Options of condense.py."""
+
+    COMMON = ("dataset", "image_folder", "factor", "ipc", "reproduce", "method", "niter", "select", "tag", "dry_run")
 
     method: str = _method("dream", "-m", choices=tuple(METHODS),
         help="framework: " + "; ".join(f"{name}, {method.about}" for name, method in METHODS.items()))
@@ -230,8 +207,8 @@ class CondenseOptions(Options):
         help="the student's learning rate to begin with; it is learned")
     lr_step: float = _trajectories(1e-5, parse=number(), metavar="RATE", help="at this rate")
     share_update: str = _run("auto", choices=("auto", "on", "off"),
-        help="under torchrun, whether each rank trains the network on the images of its classes only, or on all of "
-             "them like every other; auto measures which is faster")
+        help="under torchrun, whether each rank trains the network on the images of its own classes (on), or every "
+             "rank on all images (off); auto shares mini-batches that are large enough to be worth sending gradients")
     eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
         help="outer iterations between evaluations, the start included; 0: only at the end")
     snapshot_every: int = _run(0, parse=integer(0), metavar="N",
@@ -245,7 +222,9 @@ class CondenseOptions(Options):
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """train.py. Options that a distilled set brings along (data set, network, protocol) come from it unless given."""
+    """Options of train.py; those that a distilled set brings along come from it unless a flag says otherwise."""
+
+    COMMON = ("run", "dataset", "factor", "normalized", "net_type", "baselines", "real", "repeat", "table", "export")
 
     run: str | None = _subject(None, metavar="RUN",
         help="run folder, .pt or .safetensors file, or folder with DIR/CLASS/*.png (default: the newest run folder "
@@ -279,202 +258,5 @@ class TrainOptions(Options):
     export: str | None = _run(None, metavar="PATH",
         help="train nothing; write the decoded set as PNG files in PATH/CLASS with a README.md, or, if PATH ends in "
              ".safetensors, the stored one with everything that data.json says in its header")
-    retrain: bool = _run(False, help="train again what eval.json already knows")
+    retrain: bool = _run(False, help="train on all real images again, where the result is known")
 # fmt: on
-
-
-def as_saved(options: CondenseOptions) -> dict[str, Any]:
-    """All options as options.json holds them; paths are absolute, so that they can be compared."""
-    paths = {name: getattr(options, name) for name in ("image_folder", "resume_from")}
-    resolved = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
-    return {**dataclasses.asdict(options), **resolved}
-
-
-def run_folder(options: CondenseOptions) -> Path:
-    """results/<dataset>/<net>_f<f>_ipc<n>[_<method>][_<tag>], the method unless it is dream.
-
-    Raises UsageError for an unknown network.
-    """
-    try:
-        spec = models.resolve(options.net_type, channels=1, classes=1, side=1, depth=options.depth)
-    except ValueError as error:
-        raise UsageError(f"--net_type: {error}") from None
-    more = ["" if options.method == "dream" else options.method, options.tag]
-    name = "_".join([spec.name, f"f{options.factor}", f"ipc{options.ipc}", *filter(None, more)])
-    return Path(options.results_dir) / options.dataset / name
-
-
-# --- Resolution -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Options with the origin of each: flag, method, --reproduce, data set, or default."""
-
-    options: CondenseOptions
-    origin: Mapping[str, str]
-
-
-def resolve(given: dict[str, Any]) -> Resolved:
-    """condense.py's flags to complete options. Raises UsageError for combinations that make no sense."""
-    first = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
-    if "image_folder" in given:
-        first["dataset"] = "folder"
-    dataset = given.get("dataset", first["dataset"])
-    layers = [("default", first), ("data set", DATASET_SETTINGS[dataset])]
-    if given.get("reproduce"):
-        if dataset not in PUBLISHED:
-            raise UsageError(f"--reproduce: the paper has no settings for {dataset}; use -d {'|'.join(PUBLISHED)}")
-        layers.append(("--reproduce", REPRODUCE))
-    ipc = given.get("ipc", first["ipc"])
-    peculiar = exceptions(dataset, given.get("factor", first["factor"]), ipc)
-    method, select = given.get("method", first["method"]), given.get("select")
-    own = method_settings(method, dataset, ipc=ipc, select=select, reproduce="reproduce" in given)
-    layers += [("data set", peculiar), ("method", own), ("flag", given)]
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for name, layer in layers:
-        if layer is not given and layer is not first and "net_type" in given:
-            layer = suited(layer, given["net_type"])
-        values.update(layer)
-        origin.update(dict.fromkeys(layer, name))
-    options = CondenseOptions(**values)
-    check_common(options)
-    return Resolved(options, origin)
-
-
-NETWORK = ("net_type", "depth", "width", "norm_type")
-
-
-def split_name(name: str) -> tuple[str, int | None]:
-    """Family and depth of a network's name. Raises UsageError for an unknown family."""
-    try:
-        return models.split_name(name)
-    except ValueError as error:
-        raise UsageError(f"--net_type: {error}") from None
-
-
-def suited(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Settings as far as they concern the network of that name: a ConvNet's depth and width say nothing of a ResNet."""
-    found = {k: v for k, v in settings.items() if k not in NETWORK}
-    family, depth = split_name(name)
-    if family == split_name(settings.get("net_type") or "convnet")[0]:
-        found |= {k: settings[k] for k in NETWORK[1:] if k in settings and not (k == "depth" and depth)}
-    return found
-
-
-def resolve_training(
-    given: dict[str, Any], card: Mapping[str, Any] | None, source: Path, *, ipc: int | None = None
-) -> TrainOptions:
-    """train.py's flags to complete options. card: the set's data.json, which knows its settings; source: its path.
-
-    ipc: images per class of a set without a card.
-
-    Raises UsageError for a flag that contradicts the card, and for combinations that make no sense.
-    """
-    values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
-    if card is not None:
-        for name in OF_THE_SET:
-            if name in given and given[name] != card[name] and name != "image_folder":
-                raise UsageError(f"--{name} {given[name]}: the set's data.json says {card[name]}; leave the flag out")
-        values.update(_settings_of(card, source))
-    else:
-        values["dataset"] = given.get("dataset", "folder" if "image_folder" in given else values["dataset"])
-        peculiar = exceptions(values["dataset"], given.get("factor") or 1, given.get("ipc") or ipc or 10)
-        for layer in (
-            DATASET_SETTINGS[values["dataset"]],
-            peculiar,
-            {"epochs": REAL_EPOCHS} if given.get("real") else {},
-        ):
-            values.update({k: v for k, v in layer.items() if k in values})
-    if card is not None and not card.get("normalized", False) and given.get("normalized"):
-        raise UsageError("--normalized: the set's data.json says that it is not; leave the flag out")
-    options = TrainOptions(**{**values, **given})
-    check_common(options)
-    if NO_BASELINES in options.baselines and len(options.baselines) > 1:
-        raise UsageError(f"--baselines: {NO_BASELINES} and other words exclude each other")
-    return options
-
-
-def real_epochs(given: Mapping[str, Any]) -> int:
-    """Of a training on all real images: a thousand are for sets of a few."""
-    return int(given.get("epochs", REAL_EPOCHS))
-
-
-def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The settings in a data.json, which may be anybody's: checked as if they were flags."""
-    known = {**card["settings"], **{name: card[name] for name in OF_THE_SET}}
-    # How the set was computed says nothing of how it is to be evaluated, and what only train.py has, such as the
-    # names of files to write, is not for a set to say.
-    names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, "precision"}
-    words = [
-        f"--{field.name}={known[field.name]}"
-        for field in dataclasses.fields(TrainOptions)
-        if field.name in names and known.get(field.name) is not None
-    ]
-    try:
-        found = make_parser(TrainOptions, "").parse_given(words)
-        for name in found.get("net_type", []):
-            split_name(name)
-        return found
-    except UsageError as error:
-        reason = str(error).rsplit("; see", 1)[0]
-        raise UserError(
-            f"{source}: is damaged ({reason}); move the file away and describe the set with -d and -f"
-        ) from None
-
-
-def remaining_settings(options: CondenseOptions) -> dict[str, Any]:
-    """What data.json keeps under `settings`: all but what it says of the set itself, and of places."""
-    return {k: v for k, v in dataclasses.asdict(options).items() if k not in (*FREE, *OF_THE_SET)}
-
-
-def check_common(options: Options) -> None:
-    """Rules between flags that need no data."""
-    if options.dataset == "folder" and options.image_folder is None:
-        raise UsageError("-d folder: say where the images are with --image_folder DIR")
-    if options.dataset == "digits" and options.image_folder is not None:
-        raise UsageError("--image_folder: digits comes with scikit-learn; leave -d out to use the folder")
-    if options.size is not None and options.dataset != "folder":
-        raise UsageError(f"--size: only for folders of one's own; {options.dataset} has a fixed image size")
-
-
-def networks(
-    options: TrainOptions,
-    given: Mapping[str, Any],
-    card: Mapping[str, Any] | None,
-    *,
-    channels: int,
-    classes: int,
-    side: int,
-) -> list[models.NetSpec]:
-    """train.py's networks; each takes the flags given, and of the set's own settings those that concern it."""
-    found = []
-    own = {k: getattr(options, k) for k in NETWORK[1:] if k not in given}
-    distilled_with = card["settings"].get("net_type") if card else None
-    names = options.net_type or ["convnet"]
-    for name in dict.fromkeys(models.PAPER_TABLE if ALL_NETWORKS in names else names):
-        concerned = suited({**own, "net_type": distilled_with}, name)
-        settings: dict[str, Any] = {k: concerned.get(k) for k in own}
-        apart = dataclasses.replace(options, **settings)
-        found.append(network(apart, name, channels=channels, classes=classes, side=side))
-    return found
-
-
-def network(options: Options, name: str, *, channels: int, classes: int, side: int) -> models.NetSpec:
-    """The specification of a network that really can be built. Raises UsageError naming the flags."""
-    try:
-        spec = models.resolve(
-            name,
-            channels=channels,
-            classes=classes,
-            side=side,
-            depth=options.depth,
-            width=options.width,
-            norm=options.norm_type,
-        )
-        net = models.outline(spec)
-    except ValueError as error:
-        raise UsageError(f"--net_type {name} (--depth, --width, --norm_type): {error}") from None
-    check_weights(net, name)
-    return spec

@@ -1,8 +1,15 @@
-"""The settings of the paper and of each data set, once: tables to read and to add a row to."""
+"""Tables of settings to read and to add a row to: data sets, --reproduce, and the frameworks of --method."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from data import has_mirror_images
+from utils.method.augment import without
+
+# --- Data sets and --reproduce ----------------------------------------------------------------------------------------
 
 # Settings of each data set, laid over the defaults; the published ones are those of Liu et al. (ICCV 2023).
 # lr_img holds at ipc 10, see `pixel_lr`. Digits and folders are not in the paper: digits is tuned for minutes on a CPU.
@@ -16,7 +23,6 @@ DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "digits": dict(depth=2, lr_img=5e-3, n_data=128, niter=10, inner_loop=20, batch_real=32, epochs=300),
     "folder": dict(),
 }
-NOT_MIRRORED = ("mnist", "svhn", "digits")  # where a mirror image may be of another class
 PUBLISHED = ("mnist", "fashion", "svhn", "cifar10", "cifar100")
 
 # What --reproduce adds: the published budget and protocol, whatever the defaults become.
@@ -41,3 +47,105 @@ def exceptions(dataset: str, factor: int, ipc: int) -> dict[str, Any]:
             aug_type="color_crop", mixup_net="vanilla", mixup="vanilla", eval_aug_type="color_crop_scale_rotate"
         )
     return {}
+
+
+# --- Methods ----------------------------------------------------------------------------------------------------------
+#
+# The frameworks that representative matching plugs into: what is matched, what the network trains on, how the pixels
+# step, and the budget. Another one is one more row of METHODS.
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The flags that some settings of a method depend on."""
+
+    dataset: str
+    ipc: int
+    select: str
+
+
+TRAJECTORY = "trajectory"  # of --match: students follow experts, and no two sets of images are compared
+Settings = Mapping[str, Any | Callable[[Asked], Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A framework's settings, laid over those of the data set; a function computes a setting from what was asked for.
+
+    published: the budget that --reproduce adds. digits: a budget of minutes on a CPU.
+    """
+
+    about: str
+    settings: Settings
+    published: Settings = field(default_factory=dict)
+    digits: Settings = field(default_factory=dict)
+
+    def resolved(self, asked: Asked, *, reproduce: bool) -> dict[str, Any]:
+        layers = [self.settings, self.published if reproduce else {}, self.digits if asked.dataset == "digits" else {}]
+        return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}
+
+
+# Zhao et al. (ICLR 2021), by images per class: matching updates per network, and synthetic epochs after each.
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+
+def loops(asked: Asked) -> tuple[int, int]:
+    """Inner steps and synthetic epochs of DC at --ipc, or at the next smaller published ipc."""
+    return LOOPS[max(ipc for ipc in LOOPS if ipc <= asked.ipc)]
+
+
+def siamese(asked: Asked) -> str:
+    """All augmentations of DSA, without flips where a mirror image is of another class."""
+    return without(EVALUATION_AUGMENTATION, *([] if has_mirror_images(asked.dataset) else ["flip"]))
+
+
+def selection_interval(asked: Asked) -> int:
+    """Inner steps between two selections: a random draw is free, clustering is not."""
+    return 1 if asked.select == "random" else 10
+
+
+def real_init(asked: Asked) -> str:
+    """Initial pixels from real images, selected by the strategy of --select if it is k-means, at random otherwise."""
+    return "kmeans" if asked.select == "kmeans" else "random"
+
+
+JOINT = dict(pixel_step="joint", mom_img=0.5, batch_real=256, interval=selection_interval)
+NO_MOMENTUM = dict(mom_net=0.0, wd_net=0.0, mixup_net="vanilla")
+
+DC = dict(
+    JOINT, **NO_MOMENTUM, select="random", match="grad", metric="cos", fc=True, bias=False, aug_type="none",
+    lr_img=0.1, init="noise", train_on="syn", inner_loop=lambda asked: loops(asked)[0],
+    net_epoch=lambda asked: loops(asked)[1], niter=100,
+)  # fmt: skip
+DM = dict(
+    JOINT, select="random", match="embed", metric="mse", aug_type=siamese, lr_img=1.0, init=real_init, n_data=0,
+    inner_loop=1, niter=2000,
+)  # fmt: skip
+MTT = dict(
+    JOINT, **NO_MOMENTUM, select="random", match=TRAJECTORY, aug_type=siamese, lr_img=1e3, init=real_init,
+    n_data=0, inner_loop=1, niter=500, experts=10,
+)  # fmt: skip
+
+METHODS = {
+    "dream": Method("gradients of representatives", {}),
+    "idc": Method("the same of random images", dict(select="random", interval=selection_interval, init=real_init)),
+    "dc": Method("gradients", DC, dict(niter=1000), dict(batch_real=32, niter=20)),
+    "dsa": Method(
+        "gradients under augmentation", {**DC, "aug_type": siamese}, dict(niter=1000), dict(batch_real=32, niter=20)
+    ),
+    "dm": Method("mean embeddings", DM, dict(niter=20000), dict(batch_real=32, niter=400)),
+    "mtt": Method(
+        "training trajectories",
+        MTT,
+        dict(niter=5000, experts=100),
+        dict(batch_real=32, lr_img=30.0, niter=150, experts=4),
+    ),
+    "dream+": Method("gradients and mean embeddings", dict(match="grad+embed", pretrain=1)),
+}
+
+
+def method_settings(method: str, dataset: str, *, ipc: int, select: str | None, reproduce: bool) -> dict[str, Any]:
+    """The settings of a row of METHODS for these flags. select: None where the flag is absent."""
+    row = METHODS[method]
+    chosen = str(select or row.settings.get("select", "kmeans"))
+    return row.resolved(Asked(dataset, ipc, chosen), reproduce=reproduce)

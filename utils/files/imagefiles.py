@@ -1,7 +1,11 @@
-"""Image files as tensors, one or many. What is wrong with one becomes an error naming it, before memory is spent."""
+"""Image files: read as tensors, one or many, and grids of images written as PNG.
+
+Files are read without trust: what is wrong with one becomes an error that names it, before memory is spent.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import threading
@@ -13,10 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as transforms
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 from utils.system.errors import UserError, first_line
 from utils.system.report import Progress
@@ -24,16 +30,16 @@ from utils.system.report import Progress
 S = TypeVar("S")
 T = TypeVar("T")
 
-EXTENSIONS = IMG_EXTENSIONS  # of the files that data sets in folders are made of
-FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # none that Pillow hands to another program, as EPS
-MAX_PIXELS = 89_478_485  # 256 MiB as RGB, beyond which Pillow suspects a bomb; our images have a few hundred a side
-MAX_PIXEL_BYTES = 8  # of a file: four channels of 16 bits
-LARGE = 2**22  # pixels; larger images are decoded one at a time, since memory is threads times what one image takes
+EXTENSIONS = IMG_EXTENSIONS  # files in class folders with other endings are no images
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # none for which Pillow runs another program, as for EPS
+MAX_PIXELS = 89_478_485  # 256 MiB as RGB: Pillow's own limit for decompression bombs
+MAX_PIXEL_BYTES = 8  # of a pixel in a file: four channels of 16 bits
+LARGE = 2**22  # pixels; larger images are decoded one at a time, so that threads do not multiply their memory
 BLOCK = 512  # files read at a time
 
-_only_one = threading.Lock()  # of the large images
+_one_large = threading.Lock()
 
-UPRIGHT = {  # EXIF's orientations
+UPRIGHT = {  # how to turn an image of each of EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,50 +54,51 @@ UPRIGHT = {  # EXIF's orientations
 
 
 def mode_and_size(path: str) -> tuple[str, tuple[int, int]]:
-    """What an image file's header says. Width and height of an image that EXIF turns are those before it is turned."""
+    """Pillow's mode, and width and height in pixels, from an image file's header; EXIF may ask to turn it."""
     with opened(path) as image:
         return image.mode, image.size
 
 
 def is_grey(mode: str) -> bool:
-    """Whether images of this mode have no colours. I is what Pillow makes of 16 bits in PGM files."""
+    """Whether images of this mode of Pillow's have no colours. Mode I is that of PGM files of 16 bits."""
     return mode in ("1", "L", "LA", "I") or mode.startswith("I;16")
 
 
 def read_image(path: str, *, channels: int, side: int | None = None) -> Tensor:
-    """One image file as uint8, (channels, side, side), resized and centre-cropped; without a side as large as it is.
+    """An image file as uint8, (channels, side, side), resized and centre-cropped; at its own size without a side.
 
-    Transparency is dropped, EXIF's orientation followed; of an animation or several pages the first is taken.
+    Transparency is dropped, EXIF's orientation followed; of an animation or of several pages the first is taken.
+    Raises UserError, naming the file.
     """
     with opened(path) as file:
         if _pixels(file) <= LARGE:
             return _tensor(file, channels, side)
-        with _only_one, ThreadPoolExecutor(1) as alone:  # every thread keeps the memory that it has freed
+        with _one_large, ThreadPoolExecutor(1) as alone:  # a thread's end returns its memory to the system
             return alone.submit(_tensor, file, channels, side).result()
 
 
 def _tensor(file: Image.Image, channels: int, side: int | None) -> Tensor:
     file.load()
-    file.info.pop("transparency", None)  # which converting would try to keep
+    file.info.pop("transparency", None)  # converting would try to keep it
     image = _upright(_converted(_of_8_bits(file), "L" if channels == 1 else "RGB"), file)
     if side is not None and image.size != (side, side):
         short = min(image.size)
         left, top = ((length - short) / 2 for length in image.size)
-        # The crop first: a strip of 1 x 60,000 pixels would grow beyond any memory.
+        # Cropped before it is resized: a strip of 1 x 60,000 pixels would grow beyond any memory.
         box = (left, top, left + short, top + short)
         image = image.resize((side, side), Image.Resampling.BILINEAR, box)
-    return transforms.pil_to_tensor(image)
+    return pil_to_tensor(image)
 
 
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
-    """An image that is safe to decode. Raises UserError, naming the file, also for what goes wrong in the block."""
+    """Open an image that is safe to decode. Raises UserError, naming the file, also for errors in the block."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise ValueError("no regular file")
-            if about.st_size > MAX_PIXELS * MAX_PIXEL_BYTES:  # a chunk of text would be read as a whole
+            if about.st_size > MAX_PIXELS * MAX_PIXEL_BYTES:  # Pillow reads a PNG's text chunk as a whole
                 raise ValueError(f"{about.st_size / 1e9:.1f} GB in one file")
             with Image.open(file, formats=FORMATS) as image:
                 if _pixels(image) > MAX_PIXELS:
@@ -99,12 +106,12 @@ def opened(path: str) -> Iterator[Image.Image]:
                 if image.mode in ("F", "LAB") or (image.mode == "I" and image.format not in ("PNG", "PPM")):
                     raise ValueError(f"mode {image.mode}: neither grey nor RGB in a known range")
                 yield image
-    except Exception as error:  # Pillow's plugins: each has errors of its own
+    except Exception as error:  # each of Pillow's plugins raises errors of its own
         raise UserError(f"{path}: cannot be read as an image ({_reason(error)}); repair it or remove it") from error
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opened at once; a pipe would be waited for until somebody writes into it."""
+    """An `opener` for open() that does not wait until somebody writes into a pipe."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -117,13 +124,14 @@ def _reason(error: Exception) -> str:
 
 
 def _pixels(image: Image.Image) -> int:
-    """Of the image, or of a tile if that is larger, which TIFF allows."""
+    """Pixels of the image, or of a tile where that is larger, as TIFF allows."""
     tags = getattr(image, "tag_v2", {})
     tile = [tags.get(tag, 0) for tag in (322, 323)]
     return max(image.width * image.height, tile[0] * tile[1])
 
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
+    """The image, of 8 bits a pixel if it had 16."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -134,10 +142,10 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Turned as the file's EXIF data say."""
+    """The image turned as the file's EXIF data say."""
     try:
         turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF data, for which nobody would miss the image
+    except Exception:  # broken EXIF data are no reason to refuse the image
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -146,15 +154,15 @@ def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def for_each(items: Sequence[S], work: Callable[[S], T], *, what: str, threads: int | None = None) -> list[T]:
-    """`work` on every item, in their order, while a bar says how many images are done.
+    """The results of `work` on every item, in their order, by several threads, under a progress bar.
 
-    threads: as many as the machine suggests unless given. An error ends it before all the others are read. `work` may
-    raise UserError; Pillow's warnings, which name no file, are not shown.
+    threads: None for ThreadPoolExecutor's own number. An error of `work` ends it early. Pillow's warnings, which name
+    no file, are not shown.
     """
     done: list[T] = []
     try:
         with (
-            warnings.catch_warnings(),  # here, since threads cannot have filters of their own
+            warnings.catch_warnings(),  # not in `work`: filters belong to the process, not to a thread
             Progress(len(items), what, "image") as progress,
             ThreadPoolExecutor(threads) as pool,
         ):
@@ -163,18 +171,18 @@ def for_each(items: Sequence[S], work: Callable[[S], T], *, what: str, threads: 
                 block = items[first : first + BLOCK]
                 done += pool.map(work, block)
                 progress.advance(len(block))
-    except RuntimeError as error:  # a limit of the system
+    except RuntimeError as error:  # the system allows no more threads
         raise UserError(f"{what}: {first_line(error)}; give fewer --data_threads") from error
     return done
 
 
 def image_files(folder: str) -> tuple[list[str], list[str]]:
-    """Paths below a class folder, subfolders included: those of images, and of other files. Raises OSError.
+    """Paths of the images, and of the other files, below a class folder and its subfolders. Raises OSError.
 
-    The order is that of torchvision's ImageFolder. Hidden ones do not count. Links are followed, but neither into a
-    folder that has been read nor into one that the class folder is in, so that links in a circle come to an end.
+    The order is that of torchvision's ImageFolder. Hidden files and folders do not count. Links are followed, but not
+    into a folder that has been read or that contains the class folder, so that links in a circle come to an end.
     """
-    found: list[tuple[str, str]] = []
+    listed: list[tuple[str, str]] = []
     waiting, path = [folder], Path(folder)
     seen = {_identity(above) for above in (*path.absolute().parents, *path.resolve().parents)}
     while waiting:
@@ -184,19 +192,20 @@ def image_files(folder: str) -> tuple[list[str], list[str]]:
         seen.add(_identity(top))
         folders, files = inside(top)
         waiting += [os.path.join(top, name) for name in reversed(folders)]
-        found += [(top, name) for name in files]
-    paths = [os.path.join(top, name) for top, name in sorted(found)]
+        listed += [(top, name) for name in files]
+    paths = [os.path.join(top, name) for top, name in sorted(listed)]
     images = [path for path in paths if path.lower().endswith(EXTENSIONS)]
     return images, [path for path in paths if not path.lower().endswith(EXTENSIONS)]
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
+    """What a folder is, however it is called: device and inode."""
     about = os.stat(folder)
     return about.st_dev, about.st_ino
 
 
 def inside(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder, in alphabetical order, without hidden ones. Raises OSError."""
+    """Names of the folders and of the files in a folder, sorted, without hidden ones. Raises OSError."""
     names: dict[bool, list[str]] = {True: [], False: []}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -208,5 +217,26 @@ def inside(folder: str) -> tuple[list[str], list[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, say
+    except OSError:  # such as a link to itself
         return False
+
+
+# --- Grids of images --------------------------------------------------------------------------------------------------
+
+GRID_COLUMNS = 20  # at most; a larger set shows the first images of each class
+TILE = 32  # pixels of an image's side at least; smaller images are enlarged by whole factors
+
+
+def grid_png(images: Tensor) -> bytes:
+    """A PNG file's content with one row per class. images: (classes, n, C, H, W) in [0, 1]."""
+    buffer = io.BytesIO()
+    to_pil_image(grid(images).mul(255).round().to(torch.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(images: Tensor) -> Tensor:
+    """One picture, (3, height, width) in [0, 1], with one row per class. images: (classes, n, C, H, W) in [0, 1]."""
+    images = images[:, :GRID_COLUMNS].detach().clamp(0, 1).cpu()
+    enlarge = -(-TILE // images.shape[-1])
+    rows = images.flatten(0, 1).repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    return make_grid(rows, nrow=images.shape[1], padding=2, pad_value=1.0)

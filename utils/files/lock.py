@@ -1,4 +1,4 @@
-"""Locks between processes that share a folder. They end with the process that holds them, however it ends."""
+"""Locks between processes that share a folder. A lock ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ log = logging.getLogger("dream")
 
 @contextmanager
 def locked(file: Path, *, doing: str, wait: bool, refusal: str = "") -> Iterator[None]:
-    """Hold the lock while the block runs. The file says who holds it, and is gone afterwards.
+    """Hold the lock while the block runs. The file says who holds it, and is removed afterwards.
 
-    doing: what the block does, for others to read. wait: until another process is done, saying so once; otherwise
-    UserError, with that process's host and number and `refusal`, when there is one. Where the folder cannot be written
-    or knows no locks, the block runs without.
+    doing: what the block does, for others to read. wait: whether to wait for a process that holds the lock, saying so
+    once; otherwise UserError, with that process's host and number, and `refusal`. Where the folder cannot be written,
+    or its file system has no locks, the block runs without one.
     """
     handle = _acquired(file, wait=wait, refusal=refusal)
     if handle is None:
         yield
         return
     about = {"host": platform.node(), "pid": os.getpid(), "doing": doing, "since": time.strftime("%F %T %z")}
-    with suppress(OSError):  # on a full disk the lock holds without
+    with suppress(OSError):  # on a full disk the file stays empty, and locked
         os.ftruncate(handle, 0)
         os.write(handle, (json.dumps(about) + "\n").encode())
     try:
         yield
     finally:
-        with suppress(OSError):  # in a folder that has become read-only: a file that nobody holds does not matter
+        with suppress(OSError):  # the folder has become read-only; a file that nobody locks does no harm
             file.unlink()
         os.close(handle)
 
 
 def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
+    """The descriptor of the locked file, or None where there cannot be a lock."""
     said = False
     while True:
         try:
@@ -63,7 +64,7 @@ def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
             said = True
             time.sleep(0.2)
             continue
-        # The one who held it may have removed the file in between; then this is a lock on nothing.
+        # Its last holder may have removed the file in between; then others would lock a new file of this name.
         try:
             same = os.fstat(handle).st_ino == os.stat(file).st_ino
         except FileNotFoundError:
@@ -74,7 +75,7 @@ def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
 
 
 def _holder(handle: int) -> str:
-    """Who holds a lock, as far as the file says it yet."""
+    """The process that holds a lock, in words; its file may not say it yet."""
     try:
         about = json.loads(os.pread(handle, 4096, 0))
         return f"process {about['pid']} on {about['host']} ({about['doing']}, since {about['since']})"

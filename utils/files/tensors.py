@@ -1,9 +1,9 @@
-"""Files of torch.save, read without trust: torch.load with weights_only=True, after what it does not look at.
+"""Files of torch.save, read without trust: torch.load with weights_only=True, after checks that it does not make.
 
-    content = load(Path("data.pt"))     # tensors, numbers, texts, and lists, tuples and dicts of them
+    content = load(Path("data.pt"))     # tensors, numbers, strings, and lists, tuples and dicts of them
 
-torch.load compares none of the checksums that torch.save writes. And a pickle is a program: weights_only=True runs no
-code of the file's, but some of PyTorch's and Python's with whatever arguments the file says, such as bytearray(2**40).
+torch.load ignores the checksums that torch.save writes. And a pickle is a program: with weights_only=True it runs no
+code of its own, but some functions of PyTorch's and Python's with any arguments, such as bytearray(2**40).
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from utils.system.errors import UserError, first_line
 
 ORDERED = "collections OrderedDict"
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-NAMES = {  # all that plain tensors need
+NAMES = {  # all functions and classes that plain tensors need
     ORDERED,
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in STORAGES),
 }
-EXPANDED, SMALL = 4, 2**22  # so many times its file's bytes may a tensor have, as grey images that show as colour
+# A tensor may have 4 times the bytes that its file holds, as grey images expanded to colour do, or else up to SMALL.
+EXPANDED, SMALL = 4, 2**22
 PUT, GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 NEVER = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4", "MEMOIZE", "PUT", "GET")
 
 
 class Refused(ValueError):
-    """The file has objects other than tensors, numbers, texts, lists, tuples and dicts; says which."""
+    """The file has objects other than tensors, numbers, strings, lists, tuples and dicts. The message says which."""
 
 
 def load(path: Path) -> Any:
-    """Raises Refused, OSError, or what zipfile, pickletools and PyTorch say of damage: any Exception."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would have us wait
+    """The content of a file. Raises Refused, OSError, or for a damaged one any Exception of zipfile's or PyTorch's."""
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
         raise ValueError("no regular file")
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
@@ -51,10 +52,10 @@ def load(path: Path) -> Any:
 
 
 def verified(path: Path) -> tuple[io.BytesIO, bytes]:
-    """A file of torch.save once more, and the pickle in it. Raises ValueError and zipfile's errors unless it is whole.
+    """A copy of a file of torch.save, and the pickle in it. Raises ValueError or zipfile's errors unless it is whole.
 
-    The copy holds what has been looked at and nothing else: PyTorch's own reader may find other entries in the original
-    file than Python's, which takes another of two directories and tells `data.pkl` from `DATA.PKL`.
+    The copy holds nothing but checked entries. PyTorch's own reader could find others in the original file: it takes
+    another of two directories than Python's, and does not tell `data.pkl` from `DATA.PKL`.
     """
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as whole:
@@ -67,7 +68,7 @@ def verified(path: Path) -> tuple[io.BytesIO, bytes]:
             raise ValueError("its entries overlap")
         programs = []
         for entry in inside:
-            content = archive.read(entry)  # which compares the checksum
+            content = archive.read(entry)  # compares the checksum
             whole.writestr(entry.filename, content)
             if entry.filename.endswith("data.pkl"):
                 programs.append(content)
@@ -78,8 +79,8 @@ def verified(path: Path) -> tuple[io.BytesIO, bytes]:
 
 
 def verify_program(program: bytes) -> None:
-    """Raises Refused when a pickle names anything else than plain tensors and empty ordered dictionaries."""
-    named, kept = False, set()  # whether OrderedDict has just been named, and where else that name is kept
+    """Raise Refused when a pickle names anything else than plain tensors and empty ordered dictionaries."""
+    named, kept = False, set()  # whether OrderedDict was named just now, and the numbers of memos that hold it
     for instruction, argument, _ in pickletools.genops(program):
         what = instruction.name
         if what in NEVER:
@@ -88,7 +89,7 @@ def verify_program(program: bytes) -> None:
             raise Refused(str(argument).replace(" ", ".")[:100])
         if named and what in PUT:
             kept.add(argument)
-        elif named and what != "EMPTY_TUPLE":  # of a tensor with a row for every second of the universe, say
+        elif named and what != "EMPTY_TUPLE":  # its argument could be an endless tensor, row by row
             raise Refused("an ordered dictionary of something")
         else:
             kept -= {argument} if what in PUT else set()
@@ -96,7 +97,7 @@ def verify_program(program: bytes) -> None:
 
 
 def is_plain(x: object) -> bool:
-    """Whether it is a dense tensor of numbers that its file really holds, and not a few that stand for any number."""
+    """Whether this is a dense tensor on the CPU whose file really holds its numbers, not a few expanded to many."""
     if type(x) not in (Tensor, nn.Parameter):
         return False
     assert isinstance(x, Tensor)
@@ -105,15 +106,15 @@ def is_plain(x: object) -> bool:
 
 
 def write_tensors(path: Path, content: Any, *, previous: Path | None = None) -> None:
-    """torch.save, atomically and with the same bytes for the same content; `previous` as in write_atomically."""
+    """Write like torch.save, atomically, with the same bytes for the same content. previous: see write_atomically."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getvalue(), previous=previous)
 
 
 def read_tensors(path: Path, remedy: str) -> Any:
-    """What write_tensors wrote; no code from the file is run, and its checksums are compared. Raises UserError with the
-    remedy for anything unreadable."""
+    """What write_tensors wrote. Runs no code from the file, and compares its checksums. Raises UserError, ending with
+    the remedy, for anything unreadable."""
     try:
         return load(path)
     except FileNotFoundError as error:

@@ -1,9 +1,9 @@
 """Differentiable augmentation of normalised images (DSA, Zhao & Bilen 2021, with the strengths that DREAM uses).
 
-A draw is nine uniform numbers per image, (n, 9): eight for the operations, and one, the same for a whole call, that
-picks one of the geometric operations named. A draw with one row treats all images alike: that is how real and
-synthetic images meet the same, "siamese", augmentation (Sec. 3.1). Nothing here depends on a value of a draw from
-Python's side, so that a GPU can replay it.
+A draw is nine uniform numbers in [0, 1) per image, (n, 9). Eight are for the operations; the ninth, equal for all
+images of a call, picks one of the geometric operations named. A draw with one row, (1, 9), treats all images alike: so
+real and synthetic images get the same, "siamese", augmentation (Sec. 3.1). Python never looks at the values of a draw,
+so that a CUDA graph can replay the operations.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ALWAYS = ("flip", "color", "cutout")  # applied whenever named
 ONE_OF = ("crop", "scale", "rotate", "translate")  # one of those named is drawn per call
 
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
-CROP, CUTOUT, TRANSLATE = 0.125, 0.5, 0.125  # of the side
+CROP, CUTOUT, TRANSLATE = 0.125, 0.5, 0.125  # fractions of the side
 SCALE, ROTATE = 1.2, 15.0  # a factor, degrees
 
-# The columns of a draw.
+# The columns of a draw
 FLIP, BRIGHT, SATURATE, CONTRASTED, MOVE_Y, MOVE_X, CUT_Y, CUT_X, GEOMETRY = range(9)
 
 
@@ -32,22 +32,22 @@ class Augment:
     """The operations named in e.g. `color_crop_cutout`; `none` or an empty name leaves images as they are."""
 
     def __init__(self, names: str) -> None:
-        """Raises ValueError, listing the operations, for an unknown one."""
+        """Parse the names. Raises ValueError, which lists the operations, for an unknown one."""
         self.names = parse(names)
         self.geometries = [name for name in ONE_OF if name in self.names]
 
     def draw(self, calls: int, n: int, draws: Draws) -> Tensor:
-        """Draws for `calls` calls on n images each, (calls * n, 9), every image with numbers of its own."""
+        """Draws for `calls` calls on n images each, (calls * n, 9), every image with its own numbers."""
         u = draws.uniform(calls, n, 9)
         u[:, :, GEOMETRY] = u[:, :1, GEOMETRY]
         return u.flatten(0, 1)
 
     def draw_shared(self, calls: int, draws: Draws) -> Tensor:
-        """One draw for each of several calls, e.g. one per class, (calls, 9)."""
+        """Draws for several calls, (calls, 9): one row for all images of a call, e.g. of a class."""
         return draws.uniform(calls, 9)
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
-        """x: (N, C, H, W) normalised, u: (N or 1, 9). Colour, flip, geometry, cutout, in this order."""
+        """Augmented images: colour, flip, geometry, cutout. x: (N, C, H, W) normalised, u: (N or 1, 9)."""
         u = u.to(x.dtype)
         if "color" in self.names:
             x = color(x, u)
@@ -63,28 +63,28 @@ class Augment:
 
 
 def parse(names: str) -> tuple[str, ...]:
-    """`color_crop_cutout` -> ("color", "crop", "cutout"). Raises ValueError for an unknown operation."""
-    found = tuple(name for name in names.split("_") if name and name != "none")
-    for name in found:
+    """Operations of a name: `color_crop_cutout` -> ("color", "crop", "cutout"). Raises ValueError for unknown ones."""
+    operations = tuple(name for name in names.split("_") if name and name != "none")
+    for name in operations:
         if name not in ALWAYS + ONE_OF:
             raise ValueError(
                 f"unknown augmentation {name!r}: join any of {', '.join(ALWAYS + ONE_OF)} with '_', or none"
             )
-    return found
+    return operations
 
 
 def without(names: str, *dropped: str) -> str:
-    """The augmentation less some operations: without("color_crop_cutout", "cutout") == "color_crop"."""
+    """An augmentation's name less some operations: without("color_crop_cutout", "cutout") == "color_crop"."""
     return "_".join(name for name in parse(names) if name not in dropped) or "none"
 
 
 def column(u: Tensor, i: int) -> Tensor:
-    """One number per image, shaped to meet (N, C, H, W)."""
+    """Column i of a draw as (n, 1, 1, 1), which broadcasts against images (N, C, H, W)."""
     return u[:, i].view(-1, 1, 1, 1)
 
 
 def color(x: Tensor, u: Tensor) -> Tensor:
-    """Brightness, saturation, contrast."""
+    """Change brightness, saturation and contrast, in this order."""
     x = x + (column(u, BRIGHT) - 0.5) * BRIGHTNESS
     grey = x.mean(1, keepdim=True)
     x = (x - grey) * (column(u, SATURATE) * SATURATION) + grey
@@ -93,13 +93,13 @@ def color(x: Tensor, u: Tensor) -> Tensor:
 
 
 def shifts(u: Tensor, i: int, size: int) -> Tensor:
-    """The crop's shift along one axis in whole pixels, (n,)."""
+    """Shifts of a crop along one axis in whole pixels, (n,), at most CROP * size either way."""
     reach = round(CROP * size)
     return (u[:, i] * (2 * reach + 1)).floor() - reach
 
 
 def crop(x: Tensor, u: Tensor) -> Tensor:
-    """Shift by whole pixels, zeros coming in: up to an eighth of the side on each axis."""
+    """Shift images by whole pixels, up to an eighth of the side on each axis; zeros come in."""
     n, channels, height, width = x.shape
     reach = round(CROP * max(height, width))
     row, column = (
@@ -112,7 +112,7 @@ def crop(x: Tensor, u: Tensor) -> Tensor:
 
 
 def cutout(x: Tensor, u: Tensor) -> Tensor:
-    """Zeros in a square of half the side around a random pixel, clipped at the border."""
+    """Zero a square of half the side around a random pixel, clipped at the border."""
     inside = []
     for size, i in ((x.shape[2], CUT_Y), (x.shape[3], CUT_X)):
         length = round(CUTOUT * size)
@@ -124,7 +124,10 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
 
 
 def warp(x: Tensor, u: Tensor, geometries: list[str]) -> Tensor:
-    """Every image under the operation that its draw picks: all of them are maps of the plane, (n, 2, 3)."""
+    """Apply to every image the geometric operation that its draw picks.
+
+    All operations are affine maps, so that one resampling does them, whichever is picked.
+    """
     matrices = torch.stack([MATRICES[name](u, x.shape[2], x.shape[3]) for name in geometries])
     picked = (u[:, GEOMETRY] * len(geometries)).long()
     theta = matrices[picked, torch.arange(len(u), device=x.device)].expand(len(x), 2, 3)
@@ -133,19 +136,19 @@ def warp(x: Tensor, u: Tensor, geometries: list[str]) -> Tensor:
 
 
 def rows(*entries: Tensor) -> Tensor:
-    """Six tensors (n,) as matrices (n, 2, 3)."""
+    """Matrices (n, 2, 3) of affine maps, from six tensors (n,)."""
     return torch.stack(entries, 1).view(-1, 2, 3)
 
 
 def cropping(u: Tensor, height: int, width: int) -> Tensor:
-    """`crop` as a map; coordinates run from -1 to 1."""
+    """Affine maps, (n, 2, 3), that do what `crop` does; their coordinates run from -1 to 1."""
     dy, dx = 2 * shifts(u, MOVE_Y, height) / height, 2 * shifts(u, MOVE_X, width) / width
     one, zero = torch.ones_like(dx), torch.zeros_like(dx)
     return rows(one, zero, dx, zero, one, dy)
 
 
 def scaling(u: Tensor, height: int, width: int) -> Tensor:
-    """Each axis by its own factor in [1 / 1.2, 1.2]."""
+    """Affine maps, (n, 2, 3), that scale each axis by its own factor in [1 / 1.2, 1.2]."""
     low, high = 1 / SCALE, SCALE
     sx, sy = (low + (high - low) * u[:, i] for i in (MOVE_X, MOVE_Y))
     zero = torch.zeros_like(sx)
@@ -153,14 +156,14 @@ def scaling(u: Tensor, height: int, width: int) -> Tensor:
 
 
 def rotation(u: Tensor, height: int, width: int) -> Tensor:
-    """By an angle in +-15 degrees."""
+    """Affine maps, (n, 2, 3), that rotate by an angle in +-15 degrees."""
     angle = (u[:, MOVE_X] - 0.5) * 2 * math.radians(ROTATE)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return rows(cos, -sin, zero, sin, cos, zero)
 
 
 def translation(u: Tensor, height: int, width: int) -> Tensor:
-    """By up to an eighth of the side on each axis, in fractions of a pixel (crop moves by whole ones)."""
+    """Affine maps, (n, 2, 3), that shift by up to an eighth of the side on each axis, not by whole pixels as `crop`."""
     dx, dy = ((u[:, i] - 0.5) * 4 * TRANSLATE for i in (MOVE_X, MOVE_Y))
     one, zero = torch.ones_like(dx), torch.zeros_like(dx)
     return rows(one, zero, dx, zero, one, dy)

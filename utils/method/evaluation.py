@@ -1,10 +1,11 @@
-"""How good a small training set is: networks trained on it from scratch, tested once, at the last epoch.
+"""Evaluation of a small training set: networks trained on it from scratch, each tested once, after its last epoch.
 
-There is no choice among test results anywhere: not among epochs, not among repeats.
+No test result is ever chosen: neither the best of the epochs nor the best of the repeats.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,31 +15,38 @@ from torch import Tensor
 
 from models import NetSpec
 from utils.method.images import ImageSet
-from utils.method.training import Recipe, Trainer, confusion_matrix, train_networks
+from utils.method.training import Recipe, confusion_matrix, train_networks
 from utils.numerics.compute import Compute
 from utils.system.distributed import Group
 from utils.system.draws import Draws
 from utils.system.errors import UserError
+from utils.system.process import Stopper
+from utils.system.report import Progress
+
+LOSSES = 50  # points of a training's loss curve, about
+TOGETHER = 4096  # images of a set up to which trainings run side by side; a larger one fills the machine by itself
 
 
 @dataclass(frozen=True)
 class Score:
-    """Test accuracies in per cent, one per training; and what was taken for what in all of them together."""
+    """Test accuracies in per cent, one per training, and the confusion matrix summed over the trainings."""
 
     accuracies: tuple[float, ...]
-    confusion: Tensor | None = field(default=None, compare=False, repr=False)  # see confusion_matrix
+    confusion: Tensor | None = field(default=None, compare=False, repr=False)  # (classes, classes), true by predicted
 
     @property
     def n(self) -> int:
+        """Number of trainings."""
         return len(self.accuracies)
 
     @property
     def mean(self) -> float:
+        """Mean test accuracy in per cent."""
         return statistics.fmean(self.accuracies)
 
     @property
     def std(self) -> float | None:
-        """The sample standard deviation (n - 1); None for a single training."""
+        """Sample standard deviation of the accuracies (n - 1 degrees of freedom); None for a single training."""
         return statistics.stdev(self.accuracies) if self.n > 1 else None
 
     def __str__(self) -> str:
@@ -46,7 +54,7 @@ class Score:
         return f"{self.mean:.1f}{spread} (n={self.n})"
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON files."""
+        """Mean, standard deviation, n and single accuracies, rounded, as entries of a JSON file."""
         return {
             "accuracy_mean": round(self.mean, 4),
             "accuracy_std": None if self.std is None else round(self.std, 4),
@@ -54,12 +62,15 @@ class Score:
             "accuracies": [round(a, 4) for a in self.accuracies],
         }
 
+    def all_reduce(self, trainings: Sequence[int], group: Group, *, repeat: int) -> Score:
+        """Score of all `repeat` trainings, from each rank's score of its own; trainings: the numbers of these."""
+        accuracies = torch.zeros(repeat, dtype=torch.float64)
+        accuracies[list(trainings)] = torch.tensor(self.accuracies, dtype=torch.float64)
+        assert self.confusion is not None
+        return Score(tuple(group.all_reduce_disjoint(accuracies).tolist()), group.all_reduce_sum(self.confusion))
 
-LOSSES = 50  # points of a curve
-TOGETHER = 4096  # images of a set up to which trainings run side by side; a larger one fills the machine by itself
 
-
-def evaluate(
+def evaluate_networks(
     spec: NetSpec,
     training_set: Callable[[int], ImageSet],
     test: ImageSet,
@@ -68,48 +79,47 @@ def evaluate(
     trainings: Sequence[int],
     seed: int,
     compute: Compute,
-    on_epoch: Callable[[int], None] = lambda count: None,
+    title: str = "evaluating",
+    stopper: Stopper | None = None,
     on_loss: Callable[[int, int, float], None] | None = None,
 ) -> Score:
-    """Train fresh networks and test each once. `training_set(r)` gives the training of number r its images.
+    """Train fresh networks and test each once, under a progress bar.
 
-    The trainings are independent of each other, whether they run side by side or in turn, here or elsewhere. on_epoch:
-    told how many trainings have finished an epoch. on_loss: told a training's number, its epochs so far, and the loss
-    on its own images, LOSSES times in a training.
+    training_set(r) returns the images of training number r. Trainings are independent: their results do not depend on
+    whether they run side by side, one after the other or on other ranks. on_loss(r, epoch, loss) is called about LOSSES
+    times in a training, with the mean loss of the network on its own images. Raises Stopped between two epochs when a
+    signal asks for it, and UserError when a network's weights are NaN.
     """
-    sets = {r: training_set(r) for r in trainings}
-    draws = {r: Draws(test.device, seed, "evaluate", r) for r in trainings}
-    sizes = {len(train) for train in sets.values()}
-    step = min(*sizes, recipe.batch_size) * test.side**2 if sizes else 0  # pixels of one step of one training
-    few = len(sizes) == 1 and max(sizes) <= TOGETHER
-    at_once = test.device.type == "cuda" or len(trainings) * step <= compute.pixels
-    together = max(1, len(trainings)) if few and at_once else 1
-    found = []
-    total = torch.zeros(test.classes, test.classes, dtype=torch.int64, device=test.device)
-    for first in range(0, len(trainings), together):
-        now = trainings[first : first + together]
-
-        def after(epoch: int, trainer: Trainer, now: Sequence[int] = now) -> None:
-            on_epoch(len(now))
-            if on_loss is not None and epoch % -(-recipe.epochs // LOSSES) == 0:
-                for r, loss in zip(now, trainer.losses().tolist(), strict=True):
-                    on_loss(r, epoch, loss)
-
-        nets = train_networks(spec, [sets[r] for r in now], recipe, [draws[r] for r in now], compute, after)
-        for r, net in zip(now, nets, strict=True):
-            if not all(torch.isfinite(p).all() for p in net.parameters()):
-                raise UserError(
-                    f"training {r + 1} of {spec.name} left the range of numbers; lower --lr ({recipe.lr:g})"
-                )
-            matrix = confusion_matrix(net, test, compute)
-            found.append(100 * matrix.trace().item() / len(test))
-            total += matrix
-    return Score(tuple(found), total.cpu())
+    with Progress(len(trainings) * recipe.epochs, title, "epoch") as progress:
+        with progress.paused():  # selecting real images may take longer than training on them
+            sets = {r: training_set(r) for r in trainings}
+        draws = {r: Draws(test.device, seed, "evaluate", r) for r in trainings}
+        together = _side_by_side(list(sets.values()), recipe, test, compute)
+        accuracies, confusion = [], torch.zeros(test.classes, test.classes, dtype=torch.int64, device=test.device)
+        for first in range(0, len(trainings), together):
+            now = trainings[first : first + together]
+            for epoch, trainer in train_networks(
+                spec, [sets[r] for r in now], recipe, [draws[r] for r in now], compute
+            ):
+                progress.advance(len(now))
+                if stopper is not None:
+                    stopper.check(signals_only=True)
+                if on_loss is not None and epoch % math.ceil(recipe.epochs / LOSSES) == 0:
+                    for r, loss in zip(now, trainer.losses().tolist(), strict=True):
+                        on_loss(r, epoch, loss)
+            for r, net in zip(now, trainer.nets, strict=True):
+                if not all(torch.isfinite(p).all() for p in net.parameters()):
+                    raise UserError(f"training {r + 1} of {spec.name} gave NaN; lower --lr ({recipe.lr:g})")
+                matrix = confusion_matrix(net, test, compute)
+                accuracies.append(100 * matrix.trace().item() / len(test))
+                confusion += matrix
+    return Score(tuple(accuracies), confusion.cpu())
 
 
-def gathered(score: Score, trainings: Sequence[int], group: Group, repeat: int) -> Score:
-    """Of all `repeat` trainings, from the score of those that each rank has done."""
-    accuracies = torch.zeros(repeat, dtype=torch.float64)
-    accuracies[list(trainings)] = torch.tensor(score.accuracies, dtype=torch.float64)
-    assert score.confusion is not None
-    return Score(tuple(group.all_reduce_disjoint(accuracies).tolist()), group.all_reduce_sum(score.confusion))
+def _side_by_side(sets: Sequence[ImageSet], recipe: Recipe, test: ImageSet, compute: Compute) -> int:
+    """Number of trainings that run side by side: all of them if the sets are small and of one size, else one."""
+    sizes = {len(train) for train in sets}
+    if len(sizes) != 1 or max(sizes) > TOGETHER:
+        return 1
+    pixels = len(sets) * min(*sizes, recipe.batch_size) * test.side**2  # of one step
+    return len(sets) if test.device.type == "cuda" or pixels <= compute.pixels else 1

@@ -7,62 +7,72 @@ All functions take any leading dimensions: (..., ipc, C, H, W) holds one class's
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.method.images import ImageSet, Normalize
+
 DECODE_TYPES = ("single", "multi", "bound")
 BOUND = 128  # decoded images per class that `bound` does not exceed
 
 
-def decode(stored: Tensor, *, factor: int, decode_type: str = "single") -> Tensor:
-    """Stored images to training images, (..., ipc, C, H, W) -> (..., S, C, H, W) with S = decoded_count(...).
+@dataclass(frozen=True)
+class Formation:
+    """How many training images a stored image holds, and in which layout.
 
+    factor: f; a stored image holds f x f cells. decode_type, one of DECODE_TYPES:
     single: every stored image with factor f, f^2 images each.
     multi:  every stored image with each of the factors f, f - 1, ..., 1.
-    bound:  every stored image with one factor: f for as many as keep a class within BOUND images, smaller ones after.
+    bound:  every stored image with one factor: f for the first ones, as long as a class stays within BOUND training
+            images, then smaller factors.
     """
-    parts = []
-    for images, f in _portions(stored.shape[-4], factor, decode_type):
-        parts.append(_decode_grid(stored[..., images, :, :, :], f))
-    return torch.cat(parts, -4) if len(parts) > 1 else parts[0]
 
+    factor: int = 1
+    decode_type: str = "single"
 
-def decoded_count(ipc: int, *, factor: int, decode_type: str = "single") -> int:
-    """Training images per class that `decode` makes of `ipc` stored ones."""
-    return sum(len(range(ipc)[images]) * f * f for images, f in _portions(ipc, factor, decode_type))
+    def decode(self, stored: Tensor) -> Tensor:
+        """Training images of stored ones: (..., ipc, C, H, W) -> (..., S, C, H, W), S = decoded_count(ipc)."""
+        parts = [_decode_grid(stored[..., rows, :, :, :], f) for rows, f in self._portions(stored.shape[-4])]
+        return torch.cat(parts, -4) if len(parts) > 1 else parts[0]
 
+    def decoded_count(self, ipc: int) -> int:
+        """Number of training images per class that `decode` makes of `ipc` stored ones."""
+        return sum(len(range(ipc)[rows]) * f * f for rows, f in self._portions(ipc))
 
-def decoded_sources(ipc: int, *, factor: int, decode_type: str = "single") -> list[int]:
-    """Which of a class's `ipc` stored images each training image comes from, in the order of `decode`."""
-    portions = _portions(ipc, factor, decode_type)
-    return [i for images, f in portions for i in range(ipc)[images] for _ in range(f * f)]
+    def sources(self, ipc: int) -> list[int]:
+        """Index of the stored image that each decoded one comes from, in the order of `decode`."""
+        return [i for rows, f in self._portions(ipc) for i in range(ipc)[rows] for _ in range(f * f)]
 
-
-def _portions(ipc: int, factor: int, decode_type: str) -> list[tuple[slice, int]]:
-    """Which stored images are decoded with which factor."""
-    everything = slice(0, ipc)
-    if decode_type == "single":
-        return [(everything, factor)]
-    if decode_type == "multi":
-        return [(everything, f) for f in range(factor, 0, -1)]
-    if decode_type != "bound":
-        raise ValueError(f"unknown decode type {decode_type!r}: choose one of {', '.join(DECODE_TYPES)}")
-    portions = []
-    done, spare = 0, max(BOUND - ipc, 0)  # spare: images beyond the one that every stored image gives
-    for f in range(factor, 1, -1):
-        count = min(ipc - done, spare // (f * f - 1))
-        if count:
-            portions.append((slice(done, done + count), f))
-        done, spare = done + count, spare - count * (f * f - 1)
-    if done < ipc:
-        portions.append((slice(done, ipc), 1))
-    return portions
+    def _portions(self, ipc: int) -> list[tuple[slice, int]]:
+        """Slices of a class's stored images, each with the factor that it is decoded with."""
+        all_rows, factor = slice(0, ipc), self.factor
+        if self.decode_type == "single":
+            return [(all_rows, factor)]
+        if self.decode_type == "multi":
+            return [(all_rows, f) for f in range(factor, 0, -1)]
+        if self.decode_type != "bound":
+            raise ValueError(f"unknown decode type {self.decode_type!r}: choose one of {', '.join(DECODE_TYPES)}")
+        portions = []
+        # spare: training images left of BOUND when every stored image gives one; a factor f takes f^2 - 1 of them.
+        done, spare = 0, max(BOUND - ipc, 0)
+        for f in range(factor, 1, -1):
+            count = min(ipc - done, spare // (f * f - 1))
+            if count:
+                portions.append((slice(done, done + count), f))
+            done, spare = done + count, spare - count * (f * f - 1)
+        if done < ipc:
+            portions.append((slice(done, ipc), 1))
+        return portions
 
 
 def _decode_grid(stored: Tensor, factor: int) -> Tensor:
-    """(..., n, C, H, W) -> (..., n * factor^2, C, H, W), a stored image's cells together, in reading order."""
+    """Cells of stored images, each upsampled to full size: (..., n, C, H, W) -> (..., n * factor^2, C, H, W).
+
+    The cells of a stored image stay together, in reading order.
+    """
     if factor == 1:
         return stored
     *lead, n, channels, height, width = stored.shape
@@ -76,9 +86,9 @@ def _decode_grid(stored: Tensor, factor: int) -> Tensor:
 
 
 def pack(images: Tensor, *, factor: int) -> Tensor:
-    """Training images to stored ones, (..., ipc * f^2, C, H, W) -> (..., ipc, C, H, W): shrink and tile ("mix").
+    """Stored images, of training images shrunk and tiled ("mix"): (..., ipc * f^2, C, H, W) -> (..., ipc, C, H, W).
 
-    The inverse of decoding up to the resolution that shrinking loses.
+    Decoding inverts it, up to the resolution that shrinking loses.
     """
     if factor == 1:
         return images
@@ -97,6 +107,38 @@ def pack(images: Tensor, *, factor: int) -> Tensor:
 
 
 def cell_edges(side: int, factor: int) -> list[tuple[int, int]]:
-    """Where the cells of one axis begin and end; their sizes differ by one pixel where `factor` does not divide."""
+    """(start, end) of every cell along an axis of `side` pixels.
+
+    Where `factor` does not divide `side`, cells differ by one pixel.
+    """
     edges = [i * side // factor for i in range(factor + 1)]
     return list(itertools.pairwise(edges))
+
+
+def training_images(
+    images: Tensor,
+    labels: Tensor,
+    formation: Formation,
+    *,
+    soft: Tensor | None = None,
+    classes: int,
+    normalize: Normalize,
+) -> ImageSet:
+    """Training set that stored images decode to: (N, C, H, W) in [0, 1] with labels (N,) int64.
+
+    soft: None, or (N, classes) soft labels; every training image takes those of the stored image that it comes from.
+    Decoding is per class, so classes may have different numbers of images.
+    """
+    decoded, sources = [], []
+    for c in labels.unique().tolist():
+        rows = (labels == c).nonzero().flatten()
+        decoded.append(formation.decode(images[rows]))
+        sources.append(rows[torch.tensor(formation.sources(len(rows)), device=rows.device)])
+    source = torch.cat(sources)
+    return ImageSet(
+        torch.cat(decoded),
+        labels[source],
+        classes=classes,
+        normalize=normalize,
+        soft=None if soft is None else soft[source],
+    )

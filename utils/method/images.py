@@ -1,7 +1,8 @@
-"""Labelled images as they lie on the device: grouped by class, small, and converted only when used."""
+"""Labelled images on the device: grouped by class, uint8 where they are real, normalised only when used."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 
 EPS = 0.1  # added to the eigenvalues of a covariance that images are whitened by
-EXACT = 1024  # products of two numbers of up to 128 whose sum is at most 2^24: whole numbers that float32 holds
+EXACT = 1024  # images per chunk: as many products of integers up to 128 add up to 2^24 at most, exact in float32
 
 
 class Normalize:
-    """Images in [0, 1] (float) or 0..255 (uint8), (N, C, H, W), to zero mean and unit variance per channel."""
+    """Normalisation of images to zero mean and unit variance per channel.
+
+    A call takes (N, C, H, W), float in [0, 1] or uint8 in 0..255, and returns float.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
         self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
@@ -24,18 +28,18 @@ class Normalize:
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
     def preconditioned(self, gradients: Tensor) -> Tensor:
-        """Gradients by pixels, (..., C, H, W), as the step on pixels that equals a step on normalised images.
+        """Direction in pixels that equals a gradient step on normalised images; gradients: by pixels, (..., C, H, W).
 
-        With J the derivative of normalised images by pixels, that is J^-1 J^-T times the gradients.
+        With J the derivative of normalised images by pixels, it is J^-1 J^-T times the gradients.
         """
         return self.std.to(gradients.dtype).square().squeeze(0) * gradients
 
 
 class Whiten(Normalize):
-    """Images as above, ZCA-whitened as well (an option of MTT, Cazenavette et al., CVPR 2022).
+    """Normalisation with ZCA whitening (an option of MTT, Cazenavette et al., CVPR 2022).
 
-    Normalised images without their mean image, flattened to D = C * H * W numbers, are multiplied by the symmetric
-    (cov + eps I)^(-1/2), of their covariance. Whitening an image takes 2 D^2 operations.
+    Normalised images minus their mean image, flattened to D = C * H * W numbers, are multiplied by the symmetric
+    matrix (cov + eps I)^(-1/2), where cov is their covariance. Whitening an image takes 2 D^2 operations.
     """
 
     def __init__(
@@ -49,9 +53,10 @@ class Whiten(Normalize):
         eps: float = EPS,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """centre: (C, H, W), the mean image, and covariance: (D, D), of images in [0, 1]; float64.
+        """Compute the whitening matrix from the mean image and the covariance of images in [0, 1].
 
-        dtype: of the matrices, which images of another one are multiplied by at the cost of converting them.
+        centre: (C, H, W) float64, the mean image. covariance: (D, D) float64. dtype: of the matrices that are kept;
+        images of another dtype are whitened at the cost of converting the matrices.
         """
         super().__init__(mean, std, device)
         divisor = self.std.to(covariance).expand(1, *centre.shape).flatten()  # (D,)
@@ -72,13 +77,13 @@ class Whiten(Normalize):
         *,
         eps: float = EPS,
         dtype: torch.dtype = torch.float32,
-        add: Callable[[Tensor], Tensor] = lambda x: x,
+        all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Whiten:
-        """With the mean image and the covariance of training images, (N, C, H, W) uint8, wherever they lie.
+        """Whitening by the mean image and the covariance of training images, (N, C, H, W) uint8 on any device.
 
-        add: see `moments`.
+        all_reduce_sum: see `moments`.
         """
-        centre, covariance = moments(images, device, add)
+        centre, covariance = moments(images, device, all_reduce_sum)
         return cls(mean, std, device, centre=centre, covariance=covariance, eps=eps, dtype=dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -87,63 +92,71 @@ class Whiten(Normalize):
         return (x.flatten(1) @ self.matrix.to(x.dtype)).view(x.shape)
 
     def preconditioned(self, gradients: Tensor) -> Tensor:
-        """As above; J^-1 J^-T is here std (cov + eps I) std."""
+        """Direction in pixels that equals a gradient step on whitened images: J^-1 J^-T is std (cov + eps I) std."""
         std = self.std.to(gradients.dtype).squeeze(0)
         product = (std * gradients).flatten(-3) @ self.square.to(gradients.dtype)
         return std * product.view(gradients.shape)
 
 
 def moments(
-    images: Tensor, device: torch.device | str = "cpu", add: Callable[[Tensor], Tensor] = lambda x: x
+    images: Tensor, device: torch.device | str = "cpu", all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x
 ) -> tuple[Tensor, Tensor]:
     """Mean (C, H, W) and unbiased covariance (D, D) of uint8 images (N, C, H, W), in units of [0, 1], float64.
 
-    Products are those of whole numbers in float32, at its speed, and so few are added up there that all sums are exact.
-    add: the sum over processes that have other images.
+    Products are computed in float32, for its speed. All sums are exact nevertheless: they are of integers, and a chunk
+    adds up EXACT of them. all_reduce_sum: the sum over ranks, each of which has other images.
     """
-    count = int(add(torch.tensor([len(images)])))
+    count = int(all_reduce_sum(torch.tensor([len(images)])))
     size = images[0].numel()
-    first = torch.zeros(size, dtype=torch.float64, device=device)
-    second = torch.zeros(size, size, dtype=torch.float64, device=device)
+    sums = torch.zeros(size, dtype=torch.float64, device=device)
+    products = torch.zeros(size, size, dtype=torch.float64, device=device)
     for chunk in images.split(EXACT):
         x = chunk.to(device).flatten(1).float() - 128
-        first += x.sum(0)
-        second += x.T @ x
-    first, second = add(first), add(second)
-    second -= first[:, None] * first / count
-    return (first / count + 128).view(images.shape[1:]) / 255, second / (255**2 * max(1, count - 1))
+        sums += x.sum(0)
+        products += x.T @ x
+    sums, products = all_reduce_sum(sums), all_reduce_sum(products)
+    products -= sums[:, None] * sums / count
+    return (sums / count + 128).view(images.shape[1:]) / 255, products / (255**2 * max(1, count - 1))
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]; float images as they are."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """Images as floats in [0, 1]: uint8 divided by 255 in PyTorch's default dtype, float images unchanged."""
+    return x.to(torch.get_default_dtype()) / 255 if x.dtype == torch.uint8 else x
 
 
 def starts(counts: Sequence[int]) -> list[int]:
-    """Where each class begins among images that are grouped by class."""
+    """Position of every class's first image among images grouped by class; counts: images of every class."""
     return [0, *itertools.accumulate(counts)][: len(counts)]
+
+
+def digest(images: ImageSet) -> str:
+    """SHA-256 of a set's images and labels in their order, in hexadecimal digits."""
+    sha256 = hashlib.sha256(f"{images.images.dtype} {tuple(images.images.shape)}".encode())
+    for chunk in (*images.images.split(EXACT), images.labels):  # in chunks: a copy of all images might not fit
+        sha256.update(chunk.cpu().contiguous().numpy())
+    return sha256.hexdigest()
 
 
 class ImageSet:
     """Labelled images, grouped by class.
 
     images: (N, C, H, W), uint8 for real images, float32 in [0, 1] for synthetic ones, never normalised.
-    labels: (N,) int64, ascending. counts[c] images of class c begin at starts[c]. held: the classes that have images,
-    which may be some of all.
-    soft: None, or (N, classes) float32, the probabilities that a network learns in place of the labels, which then are
-    the most probable classes.
+    labels: (N,) int64, ascending. counts[c] images of class c begin at starts[c].
+    held: the classes that have images; under torchrun a rank may have those of some classes only.
+    soft: None, or soft labels, (N, classes) float32 probabilities that networks learn in place of the labels; the
+    labels are then the most probable classes.
     """
 
     def __init__(
         self, images: Tensor, labels: Tensor, *, classes: int, normalize: Normalize, soft: Tensor | None = None
     ) -> None:
-        """Takes images in any order and groups them, keeping the order within a class."""
+        """Group images, which come in any order, by class; within a class the order stays."""
         assert soft is None or soft.shape == (len(labels), classes)
         order = labels.argsort(stable=True)
-        already = bool((order == torch.arange(len(order), device=order.device)).all())
-        self.images = images if already else images[order]
+        grouped = bool((order == torch.arange(len(order), device=order.device)).all())  # then nothing is copied
+        self.images = images if grouped else images[order]
         self.labels = labels[order]
-        self.soft = soft if soft is None or already else soft[order]
+        self.soft = soft if soft is None or grouped else soft[order]
         self.normalize = normalize
         self.counts: list[int] = torch.bincount(labels, minlength=classes).tolist()
         self.starts: list[int] = starts(self.counts)
@@ -154,10 +167,12 @@ class ImageSet:
 
     @property
     def classes(self) -> int:
+        """Number of classes, those without images included."""
         return len(self.counts)
 
     @property
     def side(self) -> int:
+        """Height and width of the images, in pixels."""
         return self.images.shape[-1]
 
     @property
@@ -165,7 +180,7 @@ class ImageSet:
         return self.images.device
 
     def of_class(self, c: int) -> Tensor:
-        """All images of class c: a view, (counts[c], C, H, W)."""
+        """Images of class c, (counts[c], C, H, W): a view, no copy."""
         return self.images[self.starts[c] : self.starts[c] + self.counts[c]]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,3 +193,61 @@ class ImageSet:
         return ImageSet(
             self.images[index], self.labels[index], classes=self.classes, normalize=self.normalize, soft=soft
         )
+
+
+# --- Images for the training of the condensation network --------------------------------------------------------------
+
+
+class RealImages:
+    """Real images of all classes, whichever ranks hold them."""
+
+    def __init__(
+        self, held: ImageSet, counts: Sequence[int], all_reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Number the images of all classes; held: those of this rank's classes, counts: images of every class.
+
+        all_reduce: sums a tensor, in which images of other ranks are zeros, over all ranks. Without it they stay zeros.
+        """
+        self.held, self.all_reduce = held, all_reduce
+        sizes = torch.tensor(counts, device=held.device)
+        self.labels = torch.arange(len(counts), device=held.device).repeat_interleave(sizes)  # (N,)
+        # By how much an image's position among all images exceeds its position among those that are held.
+        first = torch.tensor(starts(counts), device=held.device)
+        self.shift = first - torch.tensor(held.starts, device=held.device)  # (classes,)
+        self.complete = len(held) == len(self.labels)
+        self.is_held = torch.isin(self.labels, torch.tensor(held.held, device=held.device))  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, C, H, W) and labels (n,) at positions among all images."""
+        labels = self.labels[index]
+        if self.complete:
+            return self.held.images[index], labels
+        here = self.is_held[index]
+        images = self.held.images[(index - self.shift[labels]) * here] * here[:, None, None, None]
+        return self.all_reduce(images) if self.all_reduce else images, labels
+
+    def to_global(self, positions: Tensor) -> Tensor:
+        """Positions among all images, from positions among the images held; any shape."""
+        return positions + self.shift[self.held.labels[positions]]
+
+    def to_local(self, positions: Tensor) -> Tensor:
+        """Positions among the images held, from positions among all images; any shape."""
+        return positions - self.shift[self.labels[positions]]
+
+
+class SyntheticImages:
+    """Training images that the synthetic set decodes to at the moment they are taken."""
+
+    def __init__(self, current: Callable[[], Tensor], classes: int, each: int) -> None:
+        """Take images from `current`, which returns them as they are now, (classes, each, C, H, W)."""
+        self.current, self.classes, self.each = current, classes, each
+
+    def __len__(self) -> int:
+        return self.classes * self.each
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, C, H, W) and labels (n,) at positions, class after class."""
+        return self.current().flatten(0, 1)[index], index // self.each

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models import Network
 from utils.method.augment import Augment
-from utils.method.formation import decode, decoded_count
+from utils.method.formation import Formation
 from utils.method.images import ImageSet
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
@@ -25,8 +25,7 @@ class Matcher:
     """The matching of all classes: decode, thin out, normalise, augment, compare, differentiate."""
 
     how: Comparison
-    factor: int
-    decode_type: str
+    formation: Formation
     batch_syn_max: int
     augment: Augment
     compute: Compute
@@ -35,7 +34,7 @@ class Matcher:
         """The random numbers of one update: one siamese augmentation per class, (classes, 9), and, where more images
         are decoded than `batch_syn_max`, which of each class take part, (classes, batch_syn_max)."""
         shared = self.augment.draw_shared(classes, draws)
-        count = decoded_count(ipc, factor=self.factor, decode_type=self.decode_type)
+        count = self.formation.decoded_count(ipc)
         if count <= self.batch_syn_max:
             return (shared,)
         return shared, draws.uniform(classes, count).argsort(1)[:, : self.batch_syn_max]
@@ -50,12 +49,12 @@ class Matcher:
         of each other and can be computed in groups of any size.
         """
         classes = real.labels[picks[:, 0]]
-        each = picks.shape[1] + decoded_count(pixels.shape[1], factor=self.factor, decode_type=self.decode_type)
+        each = picks.shape[1] + self.formation.decoded_count(pixels.shape[1])
         distances, gradients = [], []
         count = self.compute.classes_at_once(each, real.side)
         for group in torch.arange(len(pixels), device=pixels.device).split(count):
             stored = pixels[group].detach().requires_grad_()
-            syn = decode(stored, factor=self.factor, decode_type=self.decode_type)  # (k, S, C, H, W)
+            syn = self.formation.decode(stored)  # (k, S, C, H, W)
             if chosen is not None:
                 syn = syn[torch.arange(len(group), device=pixels.device)[:, None], chosen[group]]
             syn = self._prepared(syn, real, shared[group])

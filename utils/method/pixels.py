@@ -22,7 +22,7 @@ from torch import Tensor
 
 from utils.method.images import Normalize
 
-STEPS = ("sweep", "joint")  # class after class on pixels in [0, 1]; all together on normalised images
+STEPS = ("sweep", "joint")  # class after class on pixels in [0, 1]; all classes together on normalised images
 
 
 class PixelSGD:
@@ -38,9 +38,10 @@ class PixelSGD:
         held: Sequence[int] | None = None,
         classes: int | None = None,
     ) -> None:
-        """joint: step all classes together, at the rate of images that are normalised in this way.
+        """Begin with zero velocity.
 
-        held: which of so many classes the pixels are of, where they are not of all.
+        joint: the normalisation of images for steps of all classes together; None for the published sweep over the
+        classes. held: the classes that the pixels are of, `classes` the number of all classes; None: they are of all.
         """
         self.pixels = pixels
         self.velocity = torch.zeros_like(pixels)
@@ -49,31 +50,31 @@ class PixelSGD:
         self.joint = joint
         turns = [0] * len(pixels) if joint else held or range(len(pixels))
         self.visits = 1 if joint else classes or len(pixels)
-        total = [0.0]  # S(0), S(1), ..., S(C)
+        sums = [0.0]  # S(0), S(1), ..., S(C)
         for _ in range(self.visits):
-            total.append(1.0 + momentum * total[-1])
+            sums.append(1.0 + momentum * sums[-1])
 
         def per_class(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1, 1, 1)
 
-        self._before = per_class([total[c] for c in turns])  # S(c)
-        self._after = per_class([total[self.visits - c] for c in turns])  # S(C - c)
-        self._kept = per_class([momentum ** (self.visits - 1 - c) for c in turns])
-        self._whole = total[self.visits]  # S(C)
+        self._before = per_class([sums[c] for c in turns])  # S(c)
+        self._after = per_class([sums[self.visits - c] for c in turns])  # S(C - c)
+        self._decay = per_class([momentum ** (self.visits - 1 - c) for c in turns])  # mu^(C-1-c)
+        self._sweep = sums[self.visits]  # S(C)
 
     def lookahead(self) -> Tensor:
-        """The pixels at which the next gradients have to be taken."""
+        """Pixels q at which the next gradients have to be taken, (classes, ipc, C, H, W)."""
         return self.pixels - self.lr * self.momentum * self._before * self.velocity
 
     @torch.no_grad()
     def step(self, gradients: Tensor) -> None:
-        """One step of every class. gradients: like pixels, taken at `lookahead()`."""
+        """Step the pixels of every class. gradients: shaped like the pixels, taken at `lookahead()`."""
         if self.joint is not None:
             gradients = self.joint.preconditioned(gradients)
-        self.pixels -= self.lr * (self.momentum * self._whole * self.velocity + self._after * gradients)
-        self.velocity.mul_(self.momentum**self.visits).add_(self._kept * gradients)
+        self.pixels -= self.lr * (self.momentum * self._sweep * self.velocity + self._after * gradients)
+        self.velocity.mul_(self.momentum**self.visits).add_(self._decay * gradients)
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Back into [0, 1], as published at the start of every outer iteration and nowhere else."""
+        """Clamp the pixels to [0, 1], as published at the start of every outer iteration and nowhere else."""
         self.pixels.clamp_(0, 1)

@@ -1,5 +1,6 @@
-"""Which real images the synthetic ones are matched against: DREAM's representatives (Sec. 3.3), or what they are
-compared with: a random draw, central images, those at the decision boundary, herding.
+"""Selection of the real images that synthetic ones are matched against: DREAM's representatives (Sec. 3.3), and others.
+
+The others are for comparison: random images, central images, images at the decision boundary, herding.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor
 
 from models import Network
+from utils.method.formation import pack
 from utils.method.images import ImageSet, to_unit
 from utils.numerics import derivatives
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 
 KMEANS_ITERATIONS = 15  # inertia within 1 % of scikit-learn's at a third of the iterations to convergence
-EMBEDDING_BYTES = 2**28  # of the classes that are clustered together
+EMBEDDING_BYTES = 2**28  # embeddings of the classes that are clustered together
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a strategy may look at. Strategies draw from `draws` only."""
+    """What a selection strategy may look at; all its random numbers come from `draws`."""
 
     net: Network
     real: ImageSet
@@ -34,47 +36,48 @@ class Context:
 
     @property
     def classes(self) -> list[int]:
-        """Those that are selected from, whatever others there are."""
+        """Classes whose images are selected from: all that have images here."""
         return self.real.held
 
     def embedded(self, c: int) -> Tensor:
-        """All images of class c in the network's embedding, (counts[c], D), in the precision of `compute`."""
+        """Embeddings of all images of class c, (counts[c], D), in the precision of `compute`."""
         return embed(self.net, self.real.of_class(c), to_unit if self.raw else self.real.normalize, self.compute)
 
 
 def select(context: Context, count: int, *, strategy: str) -> Tensor:
-    """Positions in the real set of `count` images of each of its classes, (classes, count) int64.
+    """Positions in the real set of `count` selected images per class, (classes, count) int64.
 
-    All different within a class that has as many; a smaller class gives all its images, repeated in turn. What is found
-    of a class does not depend on the others, except on a GPU by rounding.
+    They are all different if the class has so many images; a smaller class gives all its images, in turn, until there
+    are enough. The selection in a class does not depend on other classes, except by rounding on a GPU.
     """
     real = context.real
-    found = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.classes])
-    rows = []
-    for c, within in zip(context.classes, found, strict=True):
-        if (have := real.counts[c]) < count:  # let chance say which images come twice
-            within = within[context.draws.of_class(c).permutation(have)]
-            within = within[torch.arange(count, device=real.device) % have]
-        rows.append(real.starts[c] + within)
-    return torch.stack(rows)
+    selected = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.classes])
+    positions = []
+    for c, within in zip(context.classes, selected, strict=True):
+        if (available := real.counts[c]) < count:  # which images are repeated is random
+            within = within[context.draws.of_class(c).permutation(available)]
+            within = within[torch.arange(count, device=real.device) % available]
+        positions.append(real.starts[c] + within)
+    return torch.stack(positions)
 
 
 def random_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """A true random draw without replacement."""
+    """Random images of every class, drawn without replacement."""
     each = zip(context.classes, counts, strict=True)
     return [context.draws.of_class(c).permutation(context.real.counts[c])[:k] for c, k in each]
 
 
 def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """The image nearest each of k k-means centroids of ALL images of a class, in the network's embedding.
+    """Representatives of every class: the image nearest each k-means centroid of ALL its images (Sec. 3.3).
 
-    Or several of each of as many times fewer clusters (DREAM+, Liu et al., 2023).
+    Clusters are of the network's embeddings, as many as images are selected. With per_cluster above 1 there are fewer
+    clusters, by that factor, and as many images of each (DREAM+, Liu et al., 2023).
     """
-    real, found = context.real, {}
+    real, picks = context.real, {}
     todo = []
     for c, k in zip(context.classes, counts, strict=True):
         if k == real.counts[c]:
-            found[c] = torch.arange(k, device=real.device)
+            picks[c] = torch.arange(k, device=real.device)
         else:
             todo.append((c, k))
     together = EMBEDDING_BYTES if context.compute.classes_together else 0
@@ -86,52 +89,55 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
             group.append(todo.pop(0)[0])
             x.append(context.embedded(group[-1]))
         draws = [context.draws.of_class(c) for c in group]
-        found.update(zip(group, KMEANS[context.kmeans](x, clusters, draws, context.per_cluster), strict=True))
-    return [found[c] for c in context.classes]
+        picks.update(zip(group, KMEANS[context.kmeans](x, clusters, draws, context.per_cluster), strict=True))
+    return [picks[c] for c in context.classes]
 
 
 def central_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """The images nearest the mean of their class, in the network's embedding: typical, and much alike."""
-    found = []
+    """Images nearest the mean of their class in the network's embedding: typical, and much alike."""
+    picks = []
     for c, k in zip(context.classes, counts, strict=True):
         x = widened(context.embedded(c))
-        found.append((x - x.mean(0)).square().sum(1).topk(k, largest=False).indices)
-    return found
+        picks.append((x - x.mean(0)).square().sum(1).topk(k, largest=False).indices)
+    return picks
 
 
 def boundary_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """The images with the smallest margin to another class, right or wrong, under the network as it is now.
+    """Images with the smallest margin to another class under the network as it is now, rightly classified or not.
 
-    The margin is the distance between the logit of the image's own class and the highest of the others.
+    The margin is the distance between the logit of the image's own class and the highest other logit.
     """
-    found = []
+    picks = []
     for c, k in zip(context.classes, counts, strict=True):
         x = widened(context.embedded(c))
         with torch.no_grad():
             logits = context.net.classifier(x)
         own = logits[:, c].clone()
         logits[:, c] = -torch.inf
-        found.append((own - logits.amax(1)).abs().topk(k, largest=False).indices)
-    return found
+        picks.append((own - logits.amax(1)).abs().topk(k, largest=False).indices)
+    return picks
 
 
 def herded_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """Herding (Welling, ICML 2009): one image after the other, each the one that brings the mean of those chosen so
-    far nearest the mean of the class, in the network's embedding."""
-    found = []
+    """Herded images of every class (Welling, ICML 2009): a greedy choice whose mean is near the mean of the class.
+
+    One image is chosen after the other: each brings the mean of all chosen so far as near to the mean of the class as
+    an image can, in the network's embedding.
+    """
+    picks = []
     for c, k in zip(context.classes, counts, strict=True):
         x = widened(context.embedded(c))
-        mean, total, free = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
-        picks = []
+        mean, total, penalty = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
+        herd = []
         for chosen in range(1, k + 1):
-            picks.append((((total + x) / chosen - mean).square().sum(1) + free).argmin())
-            total = total + x[picks[-1]]
-            free[picks[-1]] = torch.inf
-        found.append(torch.stack(picks))
-    return found
+            herd.append((((total + x) / chosen - mean).square().sum(1) + penalty).argmin())
+            total = total + x[herd[-1]]
+            penalty[herd[-1]] = torch.inf  # so that no image is chosen twice
+        picks.append(torch.stack(herd))
+    return picks
 
 
-# A strategy names images of each of the context's classes by their position within it, as many as counts says.
+# A strategy returns positions within a class, (counts[i],) int64 for the i-th of the context's classes.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
     "random": random_images,
@@ -142,16 +148,16 @@ STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
 
 
 def widened(x: Tensor) -> Tensor:
-    """bfloat16 as float32, in which sums and distances keep their meaning; float64 as it is."""
+    """Tensor in float32 if it is bfloat16, in which sums and distances would be too coarse; otherwise unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], compute: Compute) -> Tensor:
-    """Images (N, C, H, W) as they lie on the device -> (N, D) embeddings, piece by piece.
+    """Embeddings (N, D) of images (N, C, H, W), computed piece by piece; prepare: normalises a piece.
 
-    In evaluation mode: with batch norm an image's embedding must not depend on its neighbours in a piece. (Running
-    statistics come from the network updates alone, so before the first update batch norm does not normalise.)
+    The network is in evaluation mode: with batch norm an image's embedding must not depend on the rest of its piece.
+    (Running statistics come from the network updates alone, so before the first update batch norm does not normalise.)
     """
     training = net.training
     net.eval()
@@ -161,17 +167,49 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
     return found
 
 
+# --- Sets of real images, selected by a strategy ----------------------------------------------------------------------
+
+NOISE_MEAN, NOISE_STD = 0.5, 0.25
+BASELINE = "random real"  # key of the draws of the random real images shown beside a set, in both scripts
+
+
+def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Tensor:
+    """Initial stored images, (classes, ipc, C, H, W) float in [0, 1] (Sec. 3.3, "clustering initialisation").
+
+    init = kmeans or random: ipc * factor^2 real images per class, selected by that strategy and shrunk into the cells.
+    init = noise: normal random numbers of mean 0.5 and standard deviation 0.25, clamped to [0, 1].
+    """
+    real = context.real
+    if init == "noise":
+        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.classes]
+        return (NOISE_MEAN + NOISE_STD * torch.stack(noise)).clamp_(0, 1)
+    index = select(context, ipc * factor**2, strategy=init)
+    return pack(to_unit(real.images[index]), factor=factor).clamp_(0, 1)
+
+
+def coreset(
+    context: Context, strategy: str, *, ipc: int, all_gather: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> ImageSet:
+    """Baseline of `ipc` real images per class, selected by a strategy.
+
+    all_gather: returns the rows of all classes on every rank, from each rank's rows of its own classes.
+    """
+    real = context.real
+    images = all_gather(real.images[select(context, ipc, strategy=strategy)])
+    labels = torch.arange(len(images), device=real.device).repeat_interleave(ipc)
+    return ImageSet(images.flatten(0, 1), labels, classes=real.classes, normalize=real.normalize)
+
+
 # --- Clustering: points (N, D) of several classes, k representatives of each, all k < N ------------------------------
 
 
 def batched_kmeans(
     x: Sequence[Tensor], k: int, draws: Sequence[Draws], each: int = 1, *, iterations: int = KMEANS_ITERATIONS
 ) -> list[Tensor]:
-    """Row numbers of k different points of every class: of k / each clusters those nearest the centroid.
+    """Representatives by Lloyd's algorithm for all classes at once: row numbers of k different points, (k,) per class.
 
-    draws: of every class.
-
-    Lloyd's algorithm from k random points, for all classes at once, so many iterations and no wait for a GPU in them.
+    They are the `each` points nearest each centroid of k / each clusters. x: points (N, D) of every class; draws: of
+    every class. Starts from random points and takes a fixed number of iterations, so that a GPU is never waited for.
     Clusters that run empty move to the points farthest from their own centroid.
     """
     points, real = padded(x)
@@ -183,33 +221,37 @@ def batched_kmeans(
 def lloyd(
     points: Tensor, real: Tensor, k: int, chance: Tensor, *, iterations: int = KMEANS_ITERATIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Centroids (classes, k, D), and of every point the number of its own and the squared distance to it.
+    """Lloyd's algorithm: centroids (classes, k, D), and every point's nearest one and squared distance, (classes, N).
 
-    chance: (classes, N) random numbers, which say where to start.
+    points: (classes, N, D). real: (classes, N) bool, False for padding. chance: (classes, N) random numbers; the k
+    smallest say which points to start from.
     """
     start = chance.masked_fill(~real, torch.inf).topk(k, largest=False).indices  # different points of each class
     centroids = points[torch.arange(len(points), device=points.device)[:, None], start]
     squares = widened(points).square().sum(2)  # products of bfloat16, distances in float32
     for _ in range(iterations):
-        before, (nearest, distance) = centroids, assign(points, squares, real, centroids)
+        previous, (nearest, distance) = centroids, assign(points, squares, real, centroids)
         centroids = update_centroids(points, real, nearest, distance, k)
-        if points.device.type == "cpu" and torch.equal(centroids, before):  # a GPU would have to be waited for
+        if points.device.type == "cpu" and torch.equal(centroids, previous):  # asking a GPU would stall it
             break
     return centroids, *assign(widened(points), squares, real, widened(centroids))
 
 
 def sklearn_kmeans(x: Sequence[Tensor], k: int, draws: Sequence[Draws], each: int = 1) -> list[Tensor]:
-    """The same by scikit-learn's KMeans to convergence, from k-means++: the reference, on the CPU, class by class."""
+    """Representatives by scikit-learn's KMeans: to convergence from k-means++, on the CPU, class by class.
+
+    The reference for `batched_kmeans`, with the same arguments and results of the same form.
+    """
     from sklearn.cluster import KMeans
 
-    found = []
+    picks = []
     for points, d in zip(x, draws, strict=True):
         fitted = KMeans(k // each, n_init=1, random_state=d.host.getrandbits(31)).fit(points.float().cpu().numpy())
         centroids = torch.from_numpy(fitted.cluster_centers_).to(points.device, torch.float32)
         one, real = padded([points.float()])
         nearest, distance = assign(one, one.square().sum(2), real, centroids[None])
-        found.append(representatives(real, nearest, distance, k // each, each)[0])
-    return found
+        picks.append(representatives(real, nearest, distance, k // each, each)[0])
+    return picks
 
 
 KMEANS: dict[str, Callable[[Sequence[Tensor], int, Sequence[Draws], int], list[Tensor]]] = {
@@ -219,7 +261,7 @@ KMEANS: dict[str, Callable[[Sequence[Tensor], int, Sequence[Draws], int], list[T
 
 
 def padded(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Classes of different sizes as one tensor (classes, N, ...), and which rows are real, (classes, N)."""
+    """Classes of different sizes padded to one tensor (classes, N, ...), and which rows are real, (classes, N) bool."""
     longest = max(map(len, x))
     sizes = torch.tensor([len(points) for points in x]).to(x[0].device, non_blocking=True)
     return torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True), torch.arange(
@@ -228,9 +270,9 @@ def padded(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def assign(points: Tensor, squares: Tensor, real: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the nearest centroid of every point, and the squared distance to it, both (classes, N).
+    """Number of every point's nearest centroid, and the squared distance to it, both (classes, N).
 
-    squares: |point|^2, (classes, N). A row that is padding has distance -inf.
+    squares: |point|^2, (classes, N). Padding has distance -inf.
     """
     norms = centroids.to(squares.dtype).square().sum(2)[:, None]
     value, nearest = (norms - 2 * (points @ centroids.mT)).min(2)  # |c|^2 - 2 x.c
@@ -238,23 +280,23 @@ def assign(points: Tensor, squares: Tensor, real: Tensor, centroids: Tensor) -> 
 
 
 def update_centroids(points: Tensor, real: Tensor, nearest: Tensor, distance: Tensor, k: int) -> Tensor:
-    """Means of the clusters, (classes, k, D); the j-th empty cluster of a class moves to its j-th farthest point."""
+    """Means of the clusters, (classes, k, D); a class's j-th empty cluster moves to its j-th farthest point."""
     member = torch.zeros(len(points), k, points.shape[1], dtype=points.dtype, device=points.device)
     member.scatter_(1, nearest[:, None], real[:, None].to(points.dtype))  # (classes, k, N), a one per real point
     sizes = member.sum(2, keepdim=True, dtype=distance.dtype)
     means = ((member @ points) / sizes.clamp(min=1)).to(points.dtype)
     empty = sizes[:, :, 0] == 0
     turn = (empty.cumsum(1) - 1).clamp(min=0)
-    farthest = distance.topk(k, dim=1).indices.gather(1, turn)  # for each cluster, were it empty
+    farthest = distance.topk(k, dim=1).indices.gather(1, turn)  # where each cluster would move if it were empty
     spare = points[torch.arange(len(points), device=points.device)[:, None], farthest]
     return torch.where(empty[:, :, None], spare, means)
 
 
 def representatives(real: Tensor, nearest: Tensor, distance: Tensor, k: int, each: int = 1) -> Tensor:
-    """The nearest members of every cluster, (classes, k * each), the first ones on ties; all different.
+    """Row numbers of the `each` members nearest every cluster's centroid, (classes, k * each); all different.
 
-    Taking members keeps an image from standing for two centroids. Where a cluster has too few (duplicate images), the
-    farthest points take their places that nobody else has taken.
+    On ties the first rows win. Only members of a cluster stand for it, so that no image stands for two centroids. Where
+    a cluster has too few members (duplicate images), the farthest points that are not taken yet fill up.
     """
     classes, n = distance.shape
     closest = distance.masked_fill(~real, torch.inf).argsort(dim=1, stable=True)
@@ -262,7 +304,7 @@ def representatives(real: Tensor, nearest: Tensor, distance: Tensor, k: int, eac
     rows = closest.gather(1, order)  # cluster after cluster, the nearest first
     rank = torch.arange(n, device=distance.device) - torch.searchsorted(cluster, cluster)
     place = torch.where((rank < each) & (cluster < k), cluster * each + rank, k * each)
-    picks = rows.new_full((classes, k * each + 1), n).scatter_(1, place, rows)[:, :-1]  # the last: of all others
+    picks = rows.new_full((classes, k * each + 1), n).scatter_(1, place, rows)[:, :-1]  # last column: not picked
 
     taken = torch.zeros(classes, n + 1, dtype=torch.bool, device=distance.device).scatter_(1, picks, True)[:, :n]
     spare = distance.masked_fill(taken | ~real, -torch.inf).topk(k * each, dim=1).indices

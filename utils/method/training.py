@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,22 +14,21 @@ from torch import Tensor
 import models
 from models import NetSpec, Network
 from utils.method.augment import GEOMETRY, Augment
-from utils.method.images import ImageSet
-from utils.method.sources import Source
+from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.numerics import derivatives
 from utils.numerics.compute import Captured, Compute
 from utils.numerics.derivatives import flattened, separated
 from utils.system.draws import Draws
 
-MIXUPS = ("cut", "vanilla")  # CutMix, or nothing
+MIXUPS = ("cut", "vanilla")  # CutMix, or images as they are
 CUTMIX_PROBABILITY = 0.5
-APPLY, SIZE, CENTRE_Y, CENTRE_X = range(4)  # the uniform numbers of a CutMix
+APPLY, SIZE, CENTRE_Y, CENTRE_X = range(4)  # columns of `mix`, the uniform numbers of a batch's CutMix
 GATHERED = 2**24  # bytes of images that are gathered from a source at a time
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: SGD with momentum, augmentation per image, CutMix or not."""
+    """Settings of a network's training: SGD with momentum, augmentation per image, with or without CutMix."""
 
     batch_size: int
     augment: Augment
@@ -40,13 +39,13 @@ class Recipe:
     epochs: int = 1
 
     def lr_at(self, epoch: int) -> float:
-        """A fifth of it from 2/3 of the epochs on, and a fifth of that from 5/6."""
-        falls = [fall for fall in (2 * self.epochs // 3, 5 * self.epochs // 6) if 0 < fall <= epoch]
-        return self.lr * 0.2 ** len(falls)
+        """Learning rate of an epoch: a fifth of `lr` from 2/3 of the epochs on, a twenty-fifth from 5/6."""
+        drops = [start for start in (2 * self.epochs // 3, 5 * self.epochs // 6) if 0 < start <= epoch]
+        return self.lr * 0.2 ** len(drops)
 
 
 def fresh_network(spec: NetSpec, draws: Draws) -> Network:
-    """A network whose initial weights depend on `draws` alone, on the device of `draws`."""
+    """Freshly initialised network whose weights depend on `draws` alone, on the device of `draws`."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(draws.network_seed())
         return models.build(spec).to(draws.device)
@@ -54,16 +53,16 @@ def fresh_network(spec: NetSpec, draws: Draws) -> Network:
 
 @dataclass(frozen=True)
 class Plan:
-    """All random choices of one epoch over n images of one network, drawn on the device at once."""
+    """Random choices of a network's epoch over n images, drawn on the device at once."""
 
     order: Tensor  # (n,) positions in the set
     u: Tensor  # (n, 9) for the augmentation, see utils/method/augment.py
-    partner: Tensor  # (n,) whose box an image gets: numbers within its batch
-    mix: Tensor  # (batches, 4) for CutMix
+    partner: Tensor  # (n,) CutMix: the image whose box is pasted into this one, by its position in the batch
+    mix: Tensor  # (batches, 4) CutMix: whether, and with which box
 
 
 def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
-    """One pass over the images at `index` in random order, in batches that begin and end at `edges`."""
+    """Random choices of a pass over the images at `index` (n,), in batches from edges[i][0] to edges[i][1]."""
     n, device = len(index), index.device
     order = index[draws.permutation(n)]
     u, chance, mix = draws.uniform(n, 9), draws.uniform(n), draws.uniform(len(edges), 4)
@@ -75,14 +74,14 @@ def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
 
 
 class Together(NamedTuple):
-    """Processes that train one network on the same batches, each on the images of its own classes."""
+    """Ranks that train one network on the same batches, each on the images of its own classes."""
 
-    ours: Tensor  # (classes,) bool
-    add: Callable[[Tensor], Tensor]  # the sum over all of them, in place
+    is_own: Tensor  # (classes,) bool, True for this rank's classes
+    all_reduce_sum: Callable[[Tensor], Tensor]  # sum over the ranks, in place
 
 
 class Trainer:
-    """K networks of one shape that train side by side, each on an image set of its own, or all on one."""
+    """Trainer of K networks of one shape, side by side, each on an image set of its own or all on the same."""
 
     def __init__(
         self,
@@ -90,12 +89,14 @@ class Trainer:
         sets: Sequence[ImageSet],
         recipe: Recipe,
         compute: Compute,
-        source: Source | None = None,
+        source: RealImages | SyntheticImages | None = None,
         together: Together | None = None,
     ) -> None:
-        """source: where the images come from whenever they are needed, like those of the one set in shape and type.
+        """Prepare to train, with zero momentum.
 
-        together: with whom the one network is trained.
+        sets: one per network, all of one size. source: for a single set, where its images are taken from whenever a
+        batch needs them; they have the shape and dtype of those in the set. together: the ranks that a single network
+        is trained with.
         """
         self.source, self.together = source, together
         self.nets, self.recipe, self.compute = list(nets), recipe, compute
@@ -104,7 +105,7 @@ class Trainer:
             tensors[0][None] if shared else torch.stack(tensors)
             for tensors in ([train.images for train in sets], [train.labels for train in sets])
         )  # (K or 1, N, C, H, W) and (K or 1, N)
-        if source is not None:  # these then hold a few batches at a time
+        if source is not None:  # self.images and self.labels are then a buffer for a few batches
             batch = recipe.batch_size * sets[0].images[0].nbytes
             self.at_once = max(1, GATHERED // batch)
             room = min(len(source), self.at_once * recipe.batch_size + 1)  # see `batches`
@@ -119,34 +120,38 @@ class Trainer:
         self.sgd = torch.optim.SGD(
             self.parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True
         )
-        if compute.device.type == "cuda":  # where a captured step reads it
+        if compute.device.type == "cuda":  # a CUDA graph reads the rate from memory: a number would stay as captured
             self.sgd.param_groups[0]["lr"] = torch.tensor(recipe.lr, device=compute.device)
         for p in self.parameters:
             self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        # What waits for other processes, and has as many images as chance gives this one, is not replayed.
+        # No CUDA graph of a step with other ranks: it waits for them, and its share of a batch is of random size.
         self.step = Captured(self._step, compute.device, replay=together is None)
 
     def __len__(self) -> int:
-        """Images of each network."""
+        """Number of images that each network trains on."""
         return self.images.shape[1] if self.source is None else len(self.source)
 
     @property
     def momentum(self) -> list[Tensor]:
-        """Of every parameter, where the optimiser has it."""
+        """Momentum buffers, in parameter order (the optimiser's own tensors)."""
         return [self.sgd.state[p]["momentum_buffer"] for p in self.parameters]
 
     def restart(self, net: Network) -> None:
-        """Begin again with the weights of `net`, at the same addresses, and without momentum. For a single network."""
+        """Copy the weights of `net` into the only network trained here, and zero its momentum.
+
+        Tensors keep their addresses, which CUDA graphs depend on.
+        """
         self.nets[0].load_state_dict(net.state_dict())
-        for velocity in self.momentum:
-            velocity.zero_()
+        for buffer in self.momentum:
+            buffer.zero_()
 
     def set_lr(self, lr: float) -> None:
+        """Set the learning rate; on a GPU in place, where CUDA graphs read it."""
         group = self.sgd.param_groups[0]
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
     def epoch(self, index: Tensor, draws: Sequence[Draws]) -> None:
-        """One pass over the images at `index`, in an order and with draws of its own for every network."""
+        """Train for one pass over the images at `index` (n,); every network has its own order and random numbers."""
         for net in self.nets:
             net.train()
         edges = batches(len(index), self.recipe.batch_size)
@@ -164,7 +169,10 @@ class Trainer:
                 self.step(rows[:, start - offset : end - offset], u[:, here], partner[:, here], mix[:, number])
 
     def _gathered(self, order: Tensor) -> Tensor:
-        """Where the images at these positions are to be found, (K, n) both."""
+        """Rows of self.images that hold the images at these positions, fetched from the source if there is one.
+
+        order, and the rows: (K, n).
+        """
         if self.source is None:
             return order
         images, labels = self.source.take(order[0])
@@ -173,12 +181,12 @@ class Trainer:
         return torch.arange(len(labels), device=order.device)[None]
 
     def all_images(self, draws: Sequence[Draws]) -> None:
-        """One pass over all images."""
+        """Train for one pass over all images."""
         self.epoch(torch.arange(len(self), device=self.images.device), draws)
 
     @torch.no_grad()
     def losses(self) -> Tensor:
-        """Mean cross-entropy of every network on its images as they are, neither augmented nor mixed, (K,)."""
+        """Mean cross-entropy of every network on its images without augmentation and CutMix, (K,) float64."""
         assert self.source is None
         n = self.images.shape[1]
         total = self.images.new_zeros(len(self.nets), dtype=torch.float64)
@@ -193,7 +201,7 @@ class Trainer:
         return total / n
 
     def _step(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
-        """One batch of every network. index, partner: (K, n); u: (K, n, 9); mix: (K, 4)."""
+        """Take an SGD step of every network on its batch. index, partner: (K, n); u: (K, n, 9); mix: (K, 4)."""
         images = self.images[self.rows, index]
         x = self.recipe.augment(self.normalize(images.flatten(0, 1)), u.flatten(0, 1)).unflatten(0, index.shape)
         if self.soft is None:
@@ -203,55 +211,54 @@ class Trainer:
         if self.recipe.mixup == "cut":
             x, target = cutmix(x, target, partner, mix)
         if self.together is None:
-            found = self._gradients(x, target)
+            gradients = self._gradients(x, target)
         else:
-            found = [self._gradients_together(x, target, self.together, self.labels[0, index[0]])]
-        for p, g in zip(self.parameters, [g for net in found for g in net], strict=True):
-            p.grad = g.contiguous()  # like p: the fused step takes both as they lie in memory
+            gradients = [self._gradients_together(x, target, self.together, self.labels[0, index[0]])]
+        for p, g in zip(self.parameters, [g for of_net in gradients for g in of_net], strict=True):
+            p.grad = g.contiguous()  # the layout of p: the fused step reads both in memory order
         self.sgd.step()
 
     def _gradients(self, x: Tensor, target: Tensor) -> list[list[Tensor]]:
         return self.compute.retry(lambda: derivatives.gradients(self.nets, x, target, self.compute))
 
     def _gradients_together(self, x: Tensor, target: Tensor, together: Together, labels: Tensor) -> list[Tensor]:
-        """Of the whole batch, from each process's share of it, which counts as much as it has images."""
-        rows = together.ours[labels].nonzero().flatten()
+        """Gradients of a batch's mean loss, summed over ranks; each rank computes those of its own images."""
+        rows = together.is_own[labels].nonzero().flatten()
         total = torch.zeros(sum(p.numel() for p in self.parameters), dtype=x.dtype, device=x.device)
         if len(rows):
             total += flattened(self._gradients(x[:, rows], target[:, rows])[0]) * (len(rows) / len(labels))
-        return separated(self.nets[0], together.add(total))
+        return separated(self.nets[0], together.all_reduce_sum(total))
 
 
 def update_network(trainer: Trainer, *, n_data: int | None, draws: Draws) -> None:
-    """`epochs` passes over n_data random images, or all: what keeps gradients informative while distilling."""
-    drawn = draws.permutation(len(trainer))[:n_data]
+    """Train the network a little while distilling, so that its gradients stay informative (Algorithm 1).
+
+    Takes the recipe's `epochs` over the same n_data random images, or over all for None.
+    """
+    index = draws.permutation(len(trainer))[:n_data]
     for _ in range(trainer.recipe.epochs):
-        trainer.epoch(drawn, [draws])
+        trainer.epoch(index, [draws])
 
 
 def train_networks(
-    spec: NetSpec,
-    sets: Sequence[ImageSet],
-    recipe: Recipe,
-    draws: Sequence[Draws],
-    compute: Compute,
-    on_epoch: Callable[[int, Trainer], None] = lambda epoch, trainer: None,
-) -> list[Network]:
-    """Fresh networks side by side, each trained on the whole of its set; the sets are of one size.
+    spec: NetSpec, sets: Sequence[ImageSet], recipe: Recipe, draws: Sequence[Draws], compute: Compute
+) -> Iterator[tuple[int, Trainer]]:
+    """Train fresh networks side by side, each on all images of its set; the sets are of one size.
 
-    on_epoch: told how many epochs are done.
+    Yields (number of epochs done, trainer) after every epoch.
     """
     trainer = Trainer([fresh_network(spec, d) for d in draws], sets, recipe, compute)
     for epoch in range(recipe.epochs):
         trainer.set_lr(recipe.lr_at(epoch))
         trainer.all_images(draws)
-        on_epoch(epoch + 1, trainer)
-    return trainer.nets
+        yield epoch + 1, trainer
 
 
 def batches(n: int, size: int) -> list[tuple[int, int]]:
-    """range(n) in pieces of `size`, (start, end); a last one of a single image joins its neighbour, since batch norm
-    needs two."""
+    """(start, end) of every mini-batch of `size` among n images.
+
+    A last batch of a single image joins the one before it, since batch norm needs two.
+    """
     edges = [(start, min(start + size, n)) for start in range(0, n, size)]
     if size > 1 and len(edges) > 1 and edges[-1] == (n - 1, n):
         edges[-2:] = [(edges[-2][0], n)]
@@ -262,7 +269,8 @@ def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor) -> tuple[Ten
     """Paste a box of another image into every image of half of the batches (Yun et al., ICCV 2019).
 
     x: (K, n, C, H, W); target: (K, n, classes); partner: (K, n) positions of the other images; mix: (K, 4) uniform
-    numbers. Returns the images, and the targets weighted by the area that each kind of image really has.
+    numbers, see Plan. Returns the images, and targets that are weighted by the area that each of the two images has in
+    pixels, after clipping and rounding of the box.
     """
     inside = None
     for size, centre, dim in ((x.shape[3], CENTRE_Y, 0), (x.shape[4], CENTRE_X, 1)):
@@ -282,7 +290,7 @@ def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor) -> tuple[Ten
 
 @torch.no_grad()
 def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
-    """How many test images of each class (row) the network takes for each class (column), (classes, classes) int64."""
+    """Confusion matrix of a network, (classes, classes) int64: test images by class (row) and prediction (column)."""
     net.eval()
     counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
     for index in torch.arange(len(test), device=test.device).split(max(512, compute.images_at_once(test.side))):

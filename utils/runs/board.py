@@ -1,4 +1,4 @@
-"""TensorBoard, for those who asked for it: the same numbers and pictures that the files hold."""
+"""TensorBoard files with --tensorboard: the same numbers and pictures as in a run's other files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from utils.files import pictures
 from utils.files.atomic import naming
+from utils.files.imagefiles import grid
 from utils.system.errors import UsageError
 
 FOLDER = "tensorboard"
-SHOWN = {"loss": "matching loss", "accuracy_mean": "test accuracy %"}  # of a metrics event, against its iteration
+SHOWN = {"loss": "matching loss", "accuracy_mean": "test accuracy %"}  # entries of metrics.jsonl, and their titles
 
 
 def check_board() -> None:
-    """Raises UsageError when the package is missing, which is optional."""
+    """Check that TensorBoard, which is optional, is installed. Raises UsageError when it is not."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -29,13 +29,13 @@ def check_board() -> None:
 
 
 class Board:
-    """Writes into folder/tensorboard; without a folder, nowhere. Whatever writes raises OSError, naming the file.
+    """A file in folder/tensorboard; without a folder, nothing is written. Writing raises OSError, naming the file.
 
-    Not with SummaryWriter: it writes in a thread, whose errors are tracebacks on the screen and come late or never.
+    SummaryWriter is not used: it writes in a thread, whose errors are tracebacks on the screen and come late or never.
     """
 
     def __init__(self, folder: Path | None, *, goes_on_after: int | None = None) -> None:
-        """goes_on_after: the last step that counts of what an earlier process wrote; later ones are taken back."""
+        """goes_on_after: the last step of an earlier process that counts; TensorBoard hides its later ones."""
         self._file: BinaryIO | None = None
         if folder is None:
             return
@@ -46,7 +46,7 @@ class Board:
         self._path = folder / FOLDER / name
         with naming(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab")  # noqa: SIM115  # `close` does it
+            self._file = open(self._path, "ab")  # noqa: SIM115  # closed in `close`
         self._add(file_version="brain.Event:2")
         if goes_on_after is not None:
             self._add(step=goes_on_after + 1, session_log=SessionLog(status=SessionLog.START))
@@ -56,27 +56,28 @@ class Board:
         return self._file is not None
 
     def event(self, event: Mapping[str, object]) -> None:
-        """What is worth a curve of one line of metrics.jsonl."""
+        """Add the loss or the accuracy of one line of metrics.jsonl."""
         for name, title in SHOWN.items():
             if isinstance(value := event.get(name), float) and isinstance(step := event["iteration"], int):
                 self.scalar(title, value, step)
 
     def scalar(self, title: str, value: float, step: int) -> None:
+        """Add a point to the curve of this title."""
         if self.on:
             from torch.utils.tensorboard.summary import scalar
 
             self._add(step=step, summary=scalar(title, value))
 
     def images(self, step: int, **sets: Tensor) -> None:
-        """A grid each, one row per class. sets: (classes, n, C, H, W) in [0, 1]."""
+        """Add a grid for each set, one row per class. sets: (classes, n, C, H, W) in [0, 1]."""
         if self.on:
             from torch.utils.tensorboard.summary import image
 
             for name, images in sets.items():
-                self._add(step=step, summary=image(name, pictures.grid(images), dataformats="CHW"))
+                self._add(step=step, summary=image(name, grid(images), dataformats="CHW"))
 
     def _add(self, **event: Any) -> None:
-        """fields of TensorBoard's Event."""
+        """Write one Event of TensorBoard's with these fields."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -91,6 +92,6 @@ class Board:
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # it tries again to write what could not be written, which has been said
+            with suppress(OSError):  # closing writes again what could not be written, which has been reported
                 self._file.close()
             self._file = None

@@ -1,73 +1,51 @@
-"""data.json, the card of a distilled set: what the set is and how to use it."""
+"""A distilled set on disk: data.pt with its images and labels, and data.json, its card, which says how to use it.
+
+The card may come from anywhere: it is checked before anything in it is believed.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils.files.atomic import read_json
+from utils.files.atomic import CHECKSUM, parse_json
 from utils.files.tensors import write_tensors
+from utils.method.formation import BOUND, Formation
+from utils.method.images import EPS
 from utils.system.errors import UserError
 
 log = logging.getLogger("dream")
 
 DATA, CARD = "data.pt", "data.json"
 SNAPSHOTS = "data_*.pt"  # the set as it was after so many outer iterations, described by the same data.json
+Card = dict[str, Any]
+
+
+# --- data.pt and its snapshots ----------------------------------------------------------------------------------------
 
 
 def save_set(file: Path, pixels: Tensor) -> None:
-    """data.pt, or a snapshot of the same form. pixels: (classes, ipc, C, H, W), clamped to [0, 1] here."""
+    """Write data.pt, or a snapshot of the same form. pixels: (classes, ipc, C, H, W), clamped to [0, 1] here."""
     images = pixels.detach().clamp(0, 1).flatten(0, 1).float().cpu().contiguous()
     labels = torch.arange(len(pixels)).repeat_interleave(pixels.shape[1])
     write_tensors(file, [images, labels])
 
 
-CARD_BYTES = 2**24  # at most: a larger data.json is none, and would take many times its size in memory
-LARGE = 1e6  # beyond what mean and standard deviation of pixels are
-# What data.json must hold for train.py, and of what type.
-CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "dataset": str,
-    "ipc": int,
-    "factor": int,
-    "decode_type": str,
-    "normalization": dict,
-    "settings": dict,
-    "image_folder": (str, type(None)),
-}
+def snapshot_name(iteration: int) -> str:
+    """File name of the set after so many outer iterations."""
+    return SNAPSHOTS.replace("*", f"{iteration:06}")
 
 
-def read_card(file: Path) -> dict[str, Any]:
-    """data.json's content. Raises UserError when something that evaluation needs is missing."""
-    if file.stat().st_size > CARD_BYTES:
-        raise UserError(f"{file}: is too large to describe a set; move it away and describe the set with -d and -f")
-    return check_card(read_json(file), file)
-
-
-def check_card(card: Any, file: Path) -> dict[str, Any]:
-    """The card, if it holds what evaluation needs. Raises UserError, naming the file that it is from, otherwise."""
-    known = card if isinstance(card, dict) else {}
-    wrong = [name for name, kind in CARD_FIELDS.items() if not isinstance(known.get(name), kind)]
-    if not wrong:
-        mean, std = known["normalization"].get("mean"), known["normalization"].get("std")
-        if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and min(std) > 1 / LARGE):
-            wrong = ["normalization"]
-        elif not isinstance(known.get("normalized", False), bool):
-            wrong = ["normalized"]
-    if wrong:
-        raise UserError(f"{file}: lacks a valid {wrong[0]!r}; move the file away and describe the set with -d and -f")
-    return known
-
-
-def _numbers(values: object) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) > 0
-        and all(type(v) in (int, float) and abs(v) <= LARGE for v in values)
-    )
+def snapshot_iteration(file: Path) -> int | None:
+    """The outer iteration in a snapshot's file name; None for other names."""
+    number = re.fullmatch(SNAPSHOTS.replace(".", r"\.").replace("*", "([0-9]{1,9})"), file.name)
+    return None if number is None else int(number[1])
 
 
 def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, ipc: int | None) -> Path:
@@ -75,7 +53,7 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
     fitting = []
     for file in results.glob(f"{dataset or '*'}/*/{DATA}"):
         try:
-            card = read_json(file.with_name(CARD)) if file.with_name(CARD).exists() else {}
+            card = parse_json(file.with_name(CARD))[0] if file.with_name(CARD).exists() else {}
         except UserError as error:
             log.warning("%s; passed over", str(error).split(";")[0])
             continue
@@ -86,3 +64,175 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
         what = f" with {', '.join(wanted)}" if wanted else ""
         raise UserError(f"{results}: holds no distilled set{what}; make one with condense.py, or name a data.pt")
     return max(fitting, key=lambda file: file.stat().st_mtime).parent
+
+
+# --- Making a card ----------------------------------------------------------------------------------------------------
+
+
+def card_of_run(
+    *,
+    dataset: str,
+    image_folder: str | None,
+    class_names: Sequence[str],
+    ipc: int,
+    factor: int,
+    decode_type: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    settings: Mapping[str, Any],
+    shape: Sequence[int],
+    network: Mapping[str, Any],
+    learned: Mapping[str, float],
+    outer_iterations: int,
+    seconds: float,
+    finished: bool,
+    expert_seconds: float | None = None,
+) -> Card:
+    """The card of a run's set: how to use it, how it was made, and how far the run has come.
+
+    image_folder: absolute, or None for a data set known by name. mean, std: per channel, in units of [0, 1]. settings:
+    the other options. shape: (C, H, W). network: the fields of its NetSpec. learned: step sizes that --method mtt has
+    found. seconds: of distilling, without evaluations; expert_seconds: of training the experts, where there are any.
+    """
+    card = card_without_run(
+        dataset=dataset, image_folder=image_folder, class_names=class_names, ipc=ipc, factor=factor,
+        decode_type=decode_type, mean=mean, std=std, settings=settings,
+    )  # fmt: skip
+    return {
+        "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, shape[-1])}.",
+        **card,
+        "decoded_per_class": Formation(factor, decode_type).decoded_count(ipc),
+        "shape": list(shape),
+        "network": dict(network),
+        "learned": dict(learned),
+        "outer_iterations": outer_iterations,
+        "seconds": round(seconds, 1),
+        "finished": finished,
+        **({} if expert_seconds is None else {"expert_seconds": round(expert_seconds, 1)}),
+    }
+
+
+def card_without_run(
+    *,
+    dataset: str,
+    image_folder: str | None,
+    class_names: Sequence[str],
+    ipc: int,
+    factor: int,
+    decode_type: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    settings: Mapping[str, Any],
+) -> Card:
+    """The card of a set of whose making nothing is known: how to use it. Arguments as above."""
+    return {
+        "dataset": dataset,
+        "image_folder": image_folder,
+        "class_names": list(class_names),
+        "ipc": ipc,
+        "factor": factor,
+        "decode_type": decode_type,
+        "value_range": [0.0, 1.0],
+        "normalized": False,
+        "normalization": {"mean": list(mean), "std": list(std)},
+        "settings": dict(settings),
+        "finished": True,
+    }
+
+
+# --- A card in words --------------------------------------------------------------------------------------------------
+
+WHITENING = (
+    f"then ZCA-whitened: without the mean image, flattened, times (covariance + {EPS:g} I)^(-1/2), mean image and "
+    "covariance being those of the real training images so normalised"
+)
+
+
+def is_whitened(card: Mapping[str, Any]) -> bool:
+    """Whether networks see the set ZCA-whitened."""
+    return card.get("settings", {}).get("whiten") == "zca"
+
+
+def title(card: Mapping[str, Any]) -> str:
+    """The data set's name, for a folder of one's own the folder's; fit for a cell of a Markdown table."""
+    name = card["dataset"]
+    if name == "folder" and card.get("image_folder"):
+        name = Path(card["image_folder"]).name
+    return table_cell(name)
+
+
+def table_cell(value: object) -> str:
+    """Anything as one line that does not end a cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def how_to_use(card: Mapping[str, Any], side: int) -> str:
+    """One sentence for somebody who has nothing but the file. side: of the stored images, in pixels."""
+    f, norm = card["factor"], card["normalization"]
+    which = {
+        "multi": f" for each n from {f} down to 1",
+        "bound": f" with n = {f} for as many of a class's images as keep it within {BOUND}, smaller n for the others",
+    }.get(card["decode_type"], f" with n = {f}")
+    decode = f"cut every image into n x n cells{which}, enlarge each cell bilinearly to {side} x {side}, "
+    whitened = f"; {WHITENING}" if is_whitened(card) else ""
+    return (
+        f"{title(card)}, distilled: images are in [0, 1], not normalised; {decode if f > 1 else ''}subtract the mean "
+        f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel{whitened}"
+    )
+
+
+# --- Reading without trust --------------------------------------------------------------------------------------------
+
+CARD_BYTES = 2**24  # a larger data.json is no card, and would take many times its size in memory
+LARGE = 1e6  # beyond what mean and standard deviation of pixels are
+FIELDS: dict[str, type | tuple[type, ...]] = {  # that evaluation needs, with their types
+    "dataset": str,
+    "ipc": int,
+    "factor": int,
+    "decode_type": str,
+    "normalization": dict,
+    "settings": dict,
+    "image_folder": (str, type(None)),
+}
+
+
+def read_card(file: Path) -> Card:
+    """The content of a data.json. Raises UserError when it is damaged or lacks something that evaluation needs."""
+    return check_card(load_card(file), file)
+
+
+def load_card(file: Path) -> Card:
+    """The content of a data.json, whatever it holds; if it was edited since it was written, this gives a warning.
+
+    Raises UserError when it holds no JSON object.
+    """
+    if file.stat().st_size > CARD_BYTES:
+        raise UserError(f"{file}: is too large to describe a set; move it away and describe the set with -d and -f")
+    card, unchanged = parse_json(file)
+    if not unchanged:
+        log.warning("%s: was changed since it was written (its %s differs); used as it is now", file, CHECKSUM)
+    return card
+
+
+def check_card(card: object, file: Path) -> Card:
+    """The card, if it holds what evaluation needs. Raises UserError, naming the file that it is from, otherwise."""
+    known = card if isinstance(card, dict) else {}
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(known.get(name), kind)]
+    if not wrong:
+        mean, std = known["normalization"].get("mean"), known["normalization"].get("std")
+        if not (_are_statistics(mean) and _are_statistics(std) and len(mean) == len(std) and min(std) > 1 / LARGE):
+            wrong = ["normalization"]
+        elif not isinstance(known.get("normalized", False), bool):
+            wrong = ["normalized"]
+    if wrong:
+        raise UserError(f"{file}: lacks a valid {wrong[0]!r}; move the file away and describe the set with -d and -f")
+    return known
+
+
+def _are_statistics(values: object) -> bool:
+    """Whether this is a list of numbers as means and standard deviations are."""
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(type(v) in (int, float) and abs(v) <= LARGE for v in values)
+    )

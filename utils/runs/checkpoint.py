@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.files import tensors
 from utils.files.tensors import is_plain
-from utils.runs import card as cards
+from utils.runs.card import Card, snapshot_iteration
 from utils.runs.folder import RunFolder, valid_checkpoint
+from utils.runs.sets import load_distilled
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
@@ -50,19 +49,27 @@ class Earlier:
             )
 
 
-def begin_from(source: str, options: Mapping[str, Any], folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
-    """What a run with these options and pixels of this shape begins from; None once it has checkpoints of its own.
+def resumed_from(source: str | None, folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
+    """The state that the run in a folder begins from by --resume_from; None without it, or once there are checkpoints.
 
-    Raises UserError or UsageError as below, and when the state lies where it would be overwritten.
+    shape: of the run's pixels, (classes, ipc, C, H, W). Raises UserError or UsageError, naming the file, when there is
+    no such state, when it does not fit, and when it lies where it would be overwritten.
     """
-    path = Path(source)
-    if folder.begun and not options["restart"]:
+    if source is None:
+        return None
+    fields = folder.group.broadcast(lambda: _fields(Path(source), folder, shape))
+    return None if fields is None else Earlier(**fields)
+
+
+def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """The fields of the Earlier at a path, which ranks can send each other."""
+    if folder.begun and not folder.restart:
         return None
     if folder.path.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"--resume_from {path}: is in this run's own folder; use --tag NAME for another")
-    earlier = read_earlier(path, options)
-    earlier.must_fit(shape, options["niter"])
-    return earlier
+    earlier = read_earlier(path, folder.options)
+    earlier.must_fit(shape, folder.options["niter"])
+    return vars(earlier)
 
 
 def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
@@ -78,10 +85,13 @@ def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
         if saved is None:
             raise UserError(f"{path}: holds no checkpoint; {REMEDY}")
         return _of_checkpoint(path, saved, options)
-    found = tensors.read_tensors(path, REMEDY)
-    if isinstance(found, dict):
-        return _of_checkpoint(path, valid_checkpoint(path), options)
-    return _of_snapshot(path, found, options)
+    try:
+        content = valid_checkpoint(path) if snapshot_iteration(path) is None else load_distilled(path)
+    except UserError as error:
+        raise UserError(f"{str(error).split(';')[0]}; {REMEDY}") from error
+    if isinstance(content, dict):
+        return _of_checkpoint(path, content, options)
+    return _of_snapshot(path, *content, options)
 
 
 def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]) -> Earlier:
@@ -97,21 +107,15 @@ def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]
     return Earlier(str(path), pixels, velocity, learned, it, seconds)
 
 
-def _of_snapshot(path: Path, found: Any, options: Mapping[str, Any]) -> Earlier:
-    number = re.fullmatch(r"data_([0-9]{1,9})\.pt", path.name)
-    if number is None:
-        raise UserError(f"{path}: is neither a checkpoint nor named data_<iteration>.pt; {REMEDY}")
-    images, labels = found if isinstance(found, list) and len(found) == 2 else [torch.empty(0)] * 2
-    if not _are_numbers(images, 4) or not _are_labels(labels) or len(images) != len(labels):
-        raise UserError(f"{path}: holds no images and labels; {REMEDY}")
-    classes = len(labels.unique())
+def _of_snapshot(path: Path, images: Tensor, labels: Tensor, card: Card | None, options: Mapping[str, Any]) -> Earlier:
+    classes = int(labels.max()) + 1
     ipc = len(labels) // classes
-    if not torch.equal(labels, torch.arange(classes).repeat_interleave(ipc)):
+    if not ipc or not torch.equal(labels, torch.arange(classes).repeat_interleave(ipc)):
         raise UserError(f"{path}: its classes do not have equally many images, one class after the other; {REMEDY}")
-    if (card := path.with_name(cards.CARD)).exists():
-        _must_agree(path, cards.read_card(card), options)
+    if card is not None:
+        _must_agree(path, card, options)
     pixels = images.unflatten(0, (classes, ipc))
-    return Earlier(str(path), pixels, torch.zeros_like(pixels), {}, int(number[1]), 0.0)
+    return Earlier(str(path), pixels, torch.zeros_like(pixels), {}, snapshot_iteration(path) or 0, 0.0)
 
 
 def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -126,7 +130,3 @@ def _are_numbers(x: Any, dimensions: int) -> bool:
     """Whether it is a plain float32 tensor of finite numbers."""
     plain = is_plain(x) and x.dtype == torch.float32 and x.is_contiguous()
     return plain and x.dim() == dimensions and bool(x.isfinite().all())
-
-
-def _are_labels(x: Any) -> bool:
-    return is_plain(x) and x.dtype == torch.int64 and x.dim() == 1 and len(x) > 0

@@ -1,4 +1,4 @@
-"""What a network takes for what: per-class accuracy and confusion matrix, as text, CSV and picture."""
+"""Confusion matrices: accuracy by class, and which classes are taken for which, as text, CSV and picture."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-WIDEST = 20  # classes of a matrix that a terminal shows
+WIDEST = 20  # classes at most of a matrix that fits into a terminal
 
 
 def per_class(matrix: Tensor) -> list[float]:
-    """Accuracy of every class in per cent; NaN for a class without test images. matrix: (classes, classes) counts."""
+    """Accuracies of the classes in per cent; NaN for a class without test images. matrix: (classes, classes) counts."""
     return (100 * matrix.diagonal().double() / matrix.sum(1)).tolist()
 
 
 def as_text(matrix: Tensor, names: Sequence[str]) -> str:
-    """Accuracy by class, and up to WIDEST classes the matrix: rows are classes, columns what they are taken for, in
-    per cent of the row."""
+    """Accuracy by class, and the matrix if it has at most WIDEST classes: rows are classes, columns what they are taken
+    for, in per cent of the row."""
     shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
     wide = max(map(len, names))
     lines = []
@@ -31,7 +31,7 @@ def as_text(matrix: Tensor, names: Sequence[str]) -> str:
 
 
 def as_csv(matrix: Tensor, names: Sequence[str]) -> str:
-    """Counts, a row per class, with its accuracy in per cent in the last column."""
+    """The matrix of counts as CSV, a row per class, with the class's accuracy in per cent in the last column."""
     import csv
 
     out = io.StringIO()
@@ -43,7 +43,7 @@ def as_csv(matrix: Tensor, names: Sequence[str]) -> str:
 
 
 def as_png(matrix: Tensor, names: Sequence[str], title: str) -> bytes:
-    """The matrix in per cent of its rows, with numbers where there is room, as a PNG file's content."""
+    """A PNG file's content: the matrix in per cent of its rows, with numbers if it has at most WIDEST classes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,5 +1,5 @@
-"""Experts: networks trained on real images, whose parameters after every epoch are the trajectories that
-utils/method/trajectory.py matches. They are trained once, stored in a folder, and shared by all runs that need the same ones.
+"""Experts: networks trained on real images. Their parameters after every epoch are the trajectories that --method mtt
+matches (utils/method/trajectory.py). They are trained once, kept in a folder, and shared by all runs that need them.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ AGAIN = "run the same command again, which trains this expert again"
 
 
 class Experts:
-    """The trajectories in a folder. Made without writing anything; `held` is the first to write."""
+    """The trajectories in a folder. Nothing is written before `held`."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, count: int, epochs: int) -> None:
-        """identity: all that the trajectories depend on. Raises UserError when the folder has others."""
+        """identity: everything that trajectories depend on. Raises UserError when the folder has other experts."""
         self.folder, self.count, self.epochs = folder, count, epochs
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self._at_hand: OrderedDict[int, Tensor] = OrderedDict()  # the one that was used last at the end
+        self._at_hand: OrderedDict[int, Tensor] = OrderedDict()  # the last used one at the end
         self._damaged: set[int] = set()
         self._check()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder and keep other processes out of it, after waiting for one that trains there; what is
-        `missing` has to be asked afterwards. Raises UserError when it cannot be written or has other experts."""
+        """Make the folder and lock it, after waiting for any process that trains there, so that `missing` may have
+        changed. Raises UserError when it cannot be written or has other experts."""
         atomic.make_folder(self.folder)
         with locked(self.folder / LOCK, doing="training experts", wait=True):
             if not self._check():
@@ -56,7 +56,7 @@ class Experts:
             yield
 
     def _check(self) -> bool:
-        """Whether the folder says that it is ours. Raises UserError when it says otherwise."""
+        """Whether experts.json is there and names these experts. Raises UserError when it names others."""
         file = self.folder / IDENTITY
         if not file.exists():
             return False
@@ -80,16 +80,16 @@ class Experts:
     # --- What is there ------------------------------------------------------------------------------------------------
 
     def missing(self) -> list[int]:
-        """Numbers of the experts that are not there, or not to the end."""
+        """Numbers of the experts that are not trained to the end."""
         return [k for k in range(self.count) if self._epochs_done(k) < self.epochs]
 
     def done(self) -> int:
-        """Epochs that need not be trained any more, of all experts."""
+        """Epochs that are trained already, all experts together."""
         return sum(max(0, self._epochs_done(k)) for k in range(self.count))
 
     @cached_property
     def seconds(self) -> float:
-        """Of their training, all together, by whichever runs; once they are all there."""
+        """Seconds that training all experts has taken, whichever runs did it. All of them must be there."""
         return sum(float(self._read(k)["seconds"]) for k in range(self.count))
 
     def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -104,109 +104,108 @@ class Experts:
     def _file(self, k: int) -> Path:
         return self.folder / f"expert_{k:03}.pt"
 
-    def _of(self, k: int) -> str:
-        """What a file of expert k belongs to."""
+    def _owner(self, k: int) -> str:
+        """The checksum, in the file of expert k, of what it belongs to."""
         return atomic.checksum([self.identity, k])
 
     def _read(self, k: int) -> dict[str, Any]:
-        """The file of an expert. Raises UserError unless it is whole, and this expert's."""
-        found = tensors.read_tensors(self._file(k), AGAIN)
-        if not isinstance(found, dict) or found.get("of") != self._of(k):
+        """The content of an expert's file. Raises UserError unless it is whole and belongs to this expert."""
+        content = tensors.read_tensors(self._file(k), AGAIN)
+        if not isinstance(content, dict) or content.get("of") != self._owner(k):
             raise UserError(f"{self._file(k)}: is of another expert; {AGAIN}")
-        if not self._fits(found.get("trajectory")) or not isinstance(found.get("seconds"), float):
+        if not self._fits(content.get("trajectory")) or not isinstance(content.get("seconds"), float):
             raise UserError(f"{self._file(k)}: holds no trajectory of {self.epochs} epochs; {AGAIN}")
-        return found
+        return content
 
     def _fits(self, rows: object) -> bool:
-        """Whether it is a trajectory, (epochs done + 1, P)."""
-        if not isinstance(rows, Tensor) or not is_plain(rows) or rows.dtype != torch.float32 or rows.dim() != 2:
+        """Whether these are the rows of a trajectory, (epochs done + 1, P)."""
+        if (
+            not isinstance(rows, Tensor)
+            or not is_plain(rows)
+            or rows.dtype != torch.get_default_dtype()
+            or rows.dim() != 2
+        ):
             return False
         return 1 <= len(rows) <= self.epochs + 1 and bool(rows.isfinite().all())
 
-    def _begun(self, k: int) -> dict[str, Any] | None:
-        """The file of an expert if it is of use; one that is damaged is reported, once."""
+    def _read_if_whole(self, k: int) -> dict[str, Any] | None:
+        """The content of an expert's file, or None where there is none or, after a warning, where it is damaged."""
         if not self._file(k).exists():
             return None
         try:
             return self._read(k)
         except UserError as error:
-            self._report(k, error)
+            self._warn(k, error)
             return None
 
-    def _report(self, k: int, error: UserError) -> None:
+    def _warn(self, k: int, error: UserError) -> None:
+        """Say once that an expert's file is damaged."""
         if k not in self._damaged:
             log.warning("%s; trained again", str(error).split(";")[0])
         self._damaged.add(k)
 
     def _epochs_done(self, k: int) -> int:
-        """-1 where nothing is there."""
+        """Epochs that an expert is trained already; -1 where even its beginning is missing."""
         if k in self._at_hand:
             return self.epochs
-        found = self._begun(k)
-        if found is None:
+        file = self._read_if_whole(k)
+        if file is None:
             return -1
-        trajectory: Tensor = found["trajectory"]
+        trajectory: Tensor = file["trajectory"]
         if len(trajectory) == self.epochs + 1:
             self._keep(k, trajectory)
         return len(trajectory) - 1
 
     def _keep(self, k: int, trajectory: Tensor) -> None:
-        """Of a finished expert, in place of those that have not been used for longest."""
+        """Keep a finished expert's trajectory in memory, in place of those that were not used for longest."""
         self._at_hand[k] = trajectory
         while sum(other.nbytes for other in self._at_hand.values()) > MEMORY and len(self._at_hand) > 1:
             self._at_hand.popitem(last=False)
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
-    def train(
-        self,
-        make: Callable[[int], Trainer],
-        epoch: Callable[[Trainer, int, int], None],
-        *,
-        on_epoch: Callable[[int], None],
-        stop: Callable[[], None],
-    ) -> None:
-        """Train what is missing, from wherever it is; while the folder is `held`.
+    def epochs_left(self, k: int, trainer: Trainer, stopping: Callable[[], object]) -> Iterator[int]:
+        """Numbers of the epochs that expert k lacks: the caller trains each before it asks for the next.
 
-        make(k): a fresh network of one expert. epoch(trainer, k, e): one epoch of it. on_epoch: told of each. stop:
-        asked after each; what it raises goes on once the expert is saved. Raises UserError for numbers that left their
-        range, OSError naming the file.
+            for e in experts.epochs_left(k, trainer, stopper.reason):
+                trainer.all_images([draws(k, e)])
+
+        Saves the trajectory every few minutes, at the end, and when `stopping` is true, which ends the iteration early.
+        trainer: of one network, as initialised for this expert; it is brought to where the training goes on. The folder
+        must be `held`. Raises UserError for parameters that are NaN or infinite, OSError naming the file.
         """
-        for k in self.missing():
-            trainer, rows, spent = self._begin(k, make)
-            began = saved = time.monotonic()
-            for e in range(len(rows) - 1, self.epochs):
-                epoch(trainer, k, e)
-                rows.append(flattened(trainer.nets[0].parameters()).cpu())
-                if not rows[-1].isfinite().all():
-                    raise UserError(f"expert {k}: parameters are no numbers after epoch {e + 1}; use a lower --lr")
-                on_epoch(1)
-                try:
-                    stop()
-                except BaseException:
-                    self._save(k, rows, trainer, spent + time.monotonic() - began)
-                    raise
-                if e + 1 == self.epochs or time.monotonic() - saved >= CHECKPOINT_SECONDS:
-                    saved = time.monotonic()
-                    self._save(k, rows, trainer, spent + saved - began)
+        rows, spent = self._resumed(k, trainer)
+        began = saved = time.monotonic()
+        for e in range(len(rows) - 1, self.epochs):
+            yield e
+            rows.append(flattened(trainer.nets[0].parameters()).cpu())
+            if not rows[-1].isfinite().all():
+                raise UserError(f"expert {k}: parameters are NaN or infinite after epoch {e + 1}; use a lower --lr")
+            now, stop = time.monotonic(), stopping()
+            if stop or e + 1 == self.epochs or now - saved >= CHECKPOINT_SECONDS:
+                self._save(k, rows, trainer, spent + now - began)
+                saved = now
+            if stop:
+                return
 
-    def _begin(self, k: int, make: Callable[[int], Trainer]) -> tuple[Trainer, list[Tensor], float]:
-        """A trainer where its file ends, or a fresh one, the trajectory so far, and the seconds that it took."""
-        trainer, found = make(k), self._begun(k)
-        if found is not None:
+    def _resumed(self, k: int, trainer: Trainer) -> tuple[list[Tensor], float]:
+        """The trajectory so far and the seconds that it took; the trainer is where it ends."""
+        file = self._read_if_whole(k)
+        if file is not None:
+            initial = {name: x.clone() for name, x in trainer.nets[0].state_dict().items()}
             try:
-                restore(trainer, found)
-                if not torch.equal(flattened(trainer.nets[0].parameters()).cpu(), found["trajectory"][-1]):
+                restore(trainer, file)
+                if not torch.equal(flattened(trainer.nets[0].parameters()).cpu(), file["trajectory"][-1]):
                     raise ValueError("the trajectory ends elsewhere")
-                return trainer, list(found["trajectory"]), float(found["seconds"])
+                return list(file["trajectory"]), file["seconds"]
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                self._report(k, UserError(f"{self._file(k)}: does not fit ({first_line(error)})"))
-                trainer = make(k)
-        return trainer, [flattened(trainer.nets[0].parameters()).cpu()], 0.0
+                self._warn(k, UserError(f"{self._file(k)}: does not fit ({first_line(error)})"))
+                restore(trainer, {"net": initial, "momentum": [torch.zeros_like(v) for v in trainer.momentum]})
+        return [flattened(trainer.nets[0].parameters()).cpu()], 0.0
 
     def _save(self, k: int, rows: list[Tensor], trainer: Trainer, seconds: float) -> None:
-        """What a trainer needs to go on is left out once it need not."""
-        content: dict[str, Any] = {"of": self._of(k), "trajectory": torch.stack(rows), "seconds": seconds}
+        """Write an expert's file; a finished one leaves out what its training would need to go on."""
+        content: dict[str, Any] = {"of": self._owner(k), "trajectory": torch.stack(rows), "seconds": seconds}
         if len(rows) <= self.epochs:
             content["net"] = {name: x.cpu() for name, x in trainer.nets[0].state_dict().items()}
             content["momentum"] = [velocity.cpu() for velocity in trainer.momentum]
@@ -214,31 +213,24 @@ class Experts:
 
 
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Where a trainer of one network was."""
+    """Bring a trainer of one network to where it was saved."""
     trainer.nets[0].load_state_dict(saved["net"])
     for own, then in zip(trainer.momentum, saved["momentum"], strict=True):
         own.copy_(then)
 
 
-# --- One epoch on real images -----------------------------------------------------------------------------------------
+# --- One epoch on representatives -------------------------------------------------------------------------------------
 
 
-def representative_epoch(
-    trainer: Trainer,
-    context_of: Callable[[int], Context],
-    strategy: str,
-    *,
-    interval: int,
-    draws_of: Callable[[int], Draws],
-) -> None:
-    """As many mini-batches, of the same sizes, of images that a selection strategy finds under the network as it is.
+def portions(n: int, batch_size: int, interval: int) -> list[int]:
+    """How many images each selection of an epoch has to find, so that the epoch has the mini-batches of one on all n
+    images, and `interval` of them are selected together."""
+    edges = batches(n, batch_size)
+    firsts = range(0, len(edges), interval)
+    return [edges[min(first + interval, len(edges)) - 1][1] - edges[first][0] for first in firsts]
 
-    The images of `interval` mini-batches at a time are selected together, as many of every class, and their order is
-    random. context_of, draws_of: given the number of the selection in this epoch.
-    """
-    edges = batches(len(trainer), trainer.recipe.batch_size)
-    for number, first in enumerate(range(0, len(edges), interval)):
-        count = edges[min(first + interval, len(edges)) - 1][1] - edges[first][0]
-        context, draws = context_of(number), draws_of(number)
-        found = select(context, -(-count // context.real.classes), strategy=strategy).flatten()
-        trainer.epoch(found[draws.permutation(len(found))[:count]], [draws])
+
+def selected(context: Context, count: int, strategy: str, draws: Draws) -> Tensor:
+    """Positions of `count` images that a strategy selects, equally many of every class up to one, in random order."""
+    picks = select(context, -(-count // context.real.classes), strategy=strategy).flatten()
+    return picks[draws.permutation(len(picks))[:count]]

@@ -1,6 +1,6 @@
 """Distilled sets for other programs: decoded as a folder of PNG files, or as stored in a .safetensors file.
 
-Both are read back by utils/runs/sets.py. Nothing is overwritten, and what a killed export leaves is hidden.
+utils/runs/sets.py reads both back. Nothing is overwritten, and a killed export leaves nothing but a hidden folder.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from torchvision.transforms.functional import to_pil_image
 from models import NetSpec
 from utils.files.atomic import write_atomically
 from utils.method.evaluation import Score
-from utils.method.formation import BOUND
-from utils.method.images import EPS, ImageSet, Normalize, Whiten
-from utils.runs.card import check_card
-from utils.runs.sets import SAFETENSORS, folder_names
+from utils.method.images import ImageSet
+from utils.runs.card import WHITENING, check_card, how_to_use, is_whitened, table_cell, title
+from utils.runs.sets import SAFETENSORS, DistilledSet, folder_names
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
 
 
 def check_target(path: Path) -> None:
-    """Raises UsageError when something is there already."""
+    """Check that an export would replace nothing. Raises UsageError when something is there already."""
     if path.is_dir() and path.suffix.lower() != SAFETENSORS:
         if any(path.iterdir()):
             raise UsageError(f"--export {path}: is not empty; name a new folder, or a file ending in {SAFETENSORS}")
@@ -40,68 +39,25 @@ def check_target(path: Path) -> None:
 def export_set(
     target: Path,
     *,
-    stored: tuple[Tensor, Tensor, Tensor | None],
+    stored: DistilledSet,
     decoded: ImageSet,
     class_names: Sequence[str],
     card: Mapping[str, Any],
 ) -> None:
-    """Write a set in the form that the target's suffix asks for. stored: images in [0, 1], labels, soft labels."""
-    images, labels, soft = stored
+    """Write a set in the form that the target's suffix asks for. decoded: the images that networks train on."""
     if target.suffix.lower() == SAFETENSORS:
-        export_safetensors(target, images, labels, soft=soft, card=card)
+        export_safetensors(target, stored, card=card)
     else:
-        export_folder(target, decoded, class_names=class_names, stored=len(images), card=card)
-
-
-def card_without_run(
-    *,
-    dataset: str,
-    image_folder: str | None,
-    class_names: Sequence[str],
-    ipc: int,
-    factor: int,
-    decode_type: str,
-    normalize: Normalize,
-) -> dict[str, Any]:
-    """A card for a set of whose making nothing is known: how to use it, as data.json says it."""
-    return {
-        "dataset": dataset,
-        "image_folder": image_folder,
-        "class_names": list(class_names),
-        "ipc": ipc,
-        "factor": factor,
-        "decode_type": decode_type,
-        "normalized": False,
-        "normalization": {"mean": _numbers(normalize.mean), "std": _numbers(normalize.std)},
-        "settings": {"whiten": "zca"} if isinstance(normalize, Whiten) else {},
-        "finished": True,
-    }
-
-
-WHITENING = (
-    f"then ZCA-whitened: without the mean image, flattened, times (covariance + {EPS:g} I)^(-1/2), mean image and "
-    "covariance being those of the real training images so normalised"
-)
-
-
-def _whitened(card: Mapping[str, Any]) -> bool:
-    return card.get("settings", {}).get("whiten") == "zca"
-
-
-def _numbers(x: Tensor) -> list[float]:
-    """Short ones, as a person wrote them: float32 turns 0.4914 into 0.4914000034332275."""
-    return [float(f"{value:.7g}") for value in x.flatten().tolist()]
+        export_folder(target, decoded, class_names=class_names, stored=len(stored.images), card=card)
 
 
 # --- As stored --------------------------------------------------------------------------------------------------------
 
 
-def export_safetensors(
-    file: Path, images: Tensor, labels: Tensor, *, soft: Tensor | None = None, card: Mapping[str, Any]
-) -> None:
-    """The stored set without loss: `images` and `labels`, and the card in the header.
+def export_safetensors(file: Path, stored: DistilledSet, *, card: Mapping[str, Any]) -> None:
+    """Write the stored set without loss: `images`, `labels`, and the card in the header. Soft labels, (N, classes),
+    are written in place of hard ones.
 
-    images: (N, C, H, W) float32 in [0, 1]; labels: (N,) int64; soft: (N, classes) float32, written in their place.
     Raises UsageError when the file is there already, UserError when it cannot be written.
     """
     check_target(file)
@@ -110,30 +66,15 @@ def export_safetensors(
     except ImportError as error:
         raise UserError(f"--export {file}: cannot be written without safetensors; pip install safetensors") from error
     card = check_card({**card, "normalized": False, "value_range": [0.0, 1.0]}, file)
-    tensors = {"images": images, "labels": labels if soft is None else soft}
-    header = {"format": "pt", "card": json.dumps(card), "about": how_to_use(card, images.shape[-1])}
+    tensors = {"images": stored.images, "labels": stored.labels if stored.soft is None else stored.soft}
+    header = {"format": "pt", "card": json.dumps(card), "about": how_to_use(card, stored.images.shape[-1])}
     content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, header)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, content)
     except OSError as error:
         raise _cannot(file, error) from error
-    log.info("exported %d stored images to %s", len(images), file)
-
-
-def how_to_use(card: Mapping[str, Any], side: int) -> str:
-    """One sentence for somebody who has nothing but the file."""
-    f, norm = card["factor"], card["normalization"]
-    which = {
-        "multi": f" for each n from {f} down to 1",
-        "bound": f" with n = {f} for as many of a class's images as keep it within {BOUND}, smaller n for the others",
-    }.get(card["decode_type"], f" with n = {f}")
-    decode = f"cut every image into n x n cells{which}, enlarge each cell bilinearly to {side} x {side}, "
-    whitened = f"; {WHITENING}" if _whitened(card) else ""
-    return (
-        f"{title(card)}, distilled: images are in [0, 1], not normalised; {decode if f > 1 else ''}subtract the mean "
-        f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel{whitened}"
-    )
+    log.info("exported %d stored images to %s", len(stored.images), file)
 
 
 def _cannot(path: Path, error: OSError) -> UserError:
@@ -146,7 +87,7 @@ def _cannot(path: Path, error: OSError) -> UserError:
 def export_folder(
     directory: Path, train: ImageSet, *, class_names: Sequence[str], stored: int, card: Mapping[str, Any]
 ) -> None:
-    """The training images that networks see as DIR/CLASS/0000.png, and a README.md that says what they are.
+    """Write the training images that networks see as DIR/CLASS/0000.png, and a README.md that says what they are.
 
     train: decoded images in [0, 1]; stored: how many images they were decoded from. ImageFolder(DIR) of torchvision
     and load_dataset("imagefolder", data_dir=DIR) of Hugging Face number the classes as the labels do.
@@ -183,28 +124,15 @@ def export_folder(
     log.info("exported %d decoded images to %s", len(train), directory)
 
 
-def title(card: Mapping[str, Any]) -> str:
-    """The data set's name; a folder of one's own goes by its own."""
-    name = card["dataset"]
-    if name == "folder" and card.get("image_folder"):
-        name = Path(card["image_folder"]).name
-    return _text(name)
-
-
-def _text(value: object) -> str:
-    """For a cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}  # Hugging Face's words
 
 
 def readme(
     train: ImageSet, folders: Sequence[str], *, class_names: Sequence[str], stored: int, card: Mapping[str, Any]
 ) -> str:
-    """A data set card: Hugging Face's header, what the set is, how it was made, how to train on it."""
+    """README.md of an exported folder: Hugging Face's header, what the set is, how it was made, how to train on it."""
     n, channels, side = len(train), train.images.shape[1], train.side
-    mean, std = _numbers(train.normalize.mean), _numbers(train.normalize.std)
+    mean, std = _short(train.normalize.mean), _short(train.normalize.std)
     name = title(card)
     size = next((word for most, word in SIZES.items() if n < most), "n>1M")
     reduced = (
@@ -214,7 +142,7 @@ def readme(
         else ""
     )
     grey = "    transforms.Grayscale(),\n" if channels == 1 else ""
-    whitened = f", and {WHITENING}, which the lines below leave out" if _whitened(card) else ""
+    whitened = f", and {WHITENING}, which the lines below leave out" if is_whitened(card) else ""
     about = [
         ("data set", f"{name}, {train.classes} classes"),
         ("budget", f"{stored} stored images, {stored / train.classes:g} per class: compare with sets of this size"),
@@ -223,9 +151,9 @@ def readme(
          "these images have factor 1"),
         *_making(card),
     ]  # fmt: skip
-    rows = "\n".join(f"| {what} | {_text(value)} |" for what, value in about)
+    rows = "\n".join(f"| {what} | {table_cell(value)} |" for what, value in about)
     classes = "\n".join(
-        f"| {c} | {folder} | {_text(known)} |"
+        f"| {c} | {folder} | {table_cell(known)} |"
         for c, (folder, known) in enumerate(zip(folders, class_names, strict=True))
     )
     settings = json.dumps({k: v for k, v in card.get("settings", {}).items() if v is not None}, indent=2)
@@ -278,12 +206,17 @@ or `datasets.load_dataset("imagefolder", data_dir="PATH_OF_THIS_FOLDER")` with H
 """
 
 
+def _short(x: Tensor) -> list[float]:
+    """Numbers as a person wrote them: float32 turns 0.4914 into 0.4914000034332275."""
+    return [float(f"{value:.7g}") for value in x.flatten().tolist()]
+
+
 def _making(card: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the card knows of how the set was made and how good it is."""
+    """Rows of the README's table: how the set was made and how good it is, as far as the card says."""
     if "outer_iterations" not in card:
         return [("made by", "unknown: the set came without a description")]
     settings = card.get("settings", {})
-    found = [
+    rows = [
         ("made by", "condense.py, after DREAM: Efficient Dataset Distillation by Representative Matching (ICCV 2023)"),
         ("method", f"{settings.get('match')} matching, metric {settings.get('metric')}, real images by "
          f"{settings.get('select')}, initial pixels {settings.get('init')}"),
@@ -292,7 +225,12 @@ def _making(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     for what, key in (("test accuracy, %", "accuracy"), ("of as many random real images, %", "random_real")):
         try:
             score = Score(tuple(map(float, card[key]["accuracies"])))
-            found.append((what, f"{score}, {NetSpec(**card['network']).name}"))
-        except (KeyError, TypeError, ValueError, ArithmeticError):  # not there, as long as a run is unfinished
+            rows.append((what, f"{score}, {NetSpec(**card['network']).name}"))
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+        ):  # an unfinished run has no scores yet, and a card may say anything
             continue
-    return found
+    return rows

@@ -1,7 +1,7 @@
-"""A run folder: what belongs to one command, from the first option to the last picture.
+"""A run folder: all files of one command, from its options to its last picture.
 
-What has been computed survives any end of the process, and damage to any one file: the two checkpoints each hold
-options.json and metrics.jsonl as well as the state, and the state is what all other results are made from.
+What has been computed survives any end of the process, and damage to any one file: each of the two checkpoints holds
+options.json and metrics.jsonl as well as the state, and all other results are made from the state.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from utils.files import atomic, pictures, tensors
+from models import NetSpec
+from utils.files import atomic, tensors
+from utils.files.imagefiles import grid_png
 from utils.files.lock import locked
+from utils.method.evaluation import Score
 from utils.runs import card as cards
 from utils.runs.board import FOLDER as BOARD
 from utils.runs.board import Board
+from utils.system.distributed import SINGLE, Group, is_first, rank_zero_only
 from utils.system.errors import UsageError, UserError
 from utils.system.report import logged_to
 
@@ -42,10 +47,26 @@ CONDITIONS = (
 
 
 class RunFolder:
-    """Made without touching the disk; `check` reads, `held` and `create` are the first to write."""
+    """The files of one run. Made without touching the disk; `check` reads, `held` is the first to write.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Under torchrun, rank 0 alone reads and writes them, whichever rank calls.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        free: Collection[str] = (),
+        resumable: Collection[str] = (),
+        restart: bool = False,
+        group: Group = SINGLE,
+    ) -> None:
+        """options: all options of the command, by name. free: names of those that may differ from the options of the
+        run in the folder; resumable: of those that may differ until that run is finished. restart: delete that run.
+        """
+        self.path, self.options, self.restart, self.group = path, dict(options), restart, group
+        self._free, self._resumable = free, resumable
         self.board = Board(None)
         self.flaws: list[str] = []  # that `check` found, and what is done about them
         self._record: dict[str, Any] = {}  # the content of options.json, once checked
@@ -53,34 +74,44 @@ class RunFolder:
         self._saved = time.monotonic()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the folder and keep other processes out of it. Raises UserError, naming the one that works there."""
-        atomic.make_folder(self.path)
-        refusal = "wait for it or stop it, or keep both runs with --tag NAME"
-        with locked(self.path / LOCK, doing="condense.py", wait=False, refusal=refusal):
-            yield
+    def held(self, session: dict[str, Any]) -> Iterator[str]:
+        """Make the folder, keep other processes out of it, and keep messages in its log.txt, while the block runs.
 
-    def logged(self) -> AbstractContextManager[None]:
-        """Keep the program's messages in log.txt as well while the block runs."""
-        return logged_to(self.path / LOG)
+        session: what runs now, an entry of options.json. Yields what is there by now, as `check` does; a finished run
+        is left as it is. Raises UserError, naming the process that works there.
+        """
+        with ExitStack() as stack:
+            if is_first():
+                atomic.make_folder(self.path)
+                refusal = "wait for it or stop it, or keep both runs with --tag NAME"
+                stack.enter_context(locked(self.path / LOCK, doing="condense.py", wait=False, refusal=refusal))
+            status = self.check()
+            if is_first() and status != "finished":
+                self._create(session)
+                stack.enter_context(logged_to(self.path / LOG))
+            try:
+                yield status
+            finally:
+                self.board.close()
 
+    @rank_zero_only
     def open_board(self, goes_on_after: int | None) -> None:
-        """Show what follows on a board as well."""
+        """Show what follows on TensorBoard as well."""
         self.board = Board(self.path, goes_on_after=goes_on_after)
 
     # --- What is there ------------------------------------------------------------------------------------------------
 
-    def check(
-        self, options: dict[str, Any], *, free: Collection[str], resumable: Collection[str] = (), restart: bool
-    ) -> str:
+    def check(self) -> str:
         """`new`, `started` or `finished`. Raises UsageError when the folder belongs to another command.
 
-        free: names of the options that may differ from those of the run in the folder; resumable: those that may while
-        it is unfinished. A finished run with damaged files counts as started: going on makes them again.
+        A finished run with damaged files counts as started: going on makes them again.
         """
+        return self.group.broadcast(self._check)
+
+    def _check(self) -> str:
         self.flaws, self._record = [], {}
         # Hidden files do not count: a process killed before its options.json was complete leaves such.
-        if restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*"))):
+        if self.restart or not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*"))):
             return "new"
         record = self._found_record()
         if record is None:
@@ -88,8 +119,8 @@ class RunFolder:
         self._record, finished = record, self._finished()
         differ = [
             f"--{k} {record['options'].get(k)} there, {v} here"
-            for k, v in json.loads(json.dumps(options)).items()
-            if k not in free and not (k in resumable and not finished) and record["options"].get(k) != v
+            for k, v in json.loads(json.dumps(self.options)).items()
+            if k not in self._free and not (k in self._resumable and not finished) and record["options"].get(k) != v
         ]
         if differ:
             remedy = "--tag NAME keeps both runs, --restart deletes the old one"
@@ -157,26 +188,20 @@ class RunFolder:
         return None
 
     @property
-    def last_session(self) -> dict[str, Any]:
-        """Of the run that goes on, once checked; empty before the first."""
-        sessions = self._record.get("sessions", [])
-        return dict(sessions[-1]) if sessions else {}
-
-    @property
     def begun(self) -> bool:
         """Whether there are checkpoints, whole or not."""
         return any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS))
 
     # --- Beginning ----------------------------------------------------------------------------------------------------
 
-    def create(self, options: dict[str, Any], session: dict[str, Any], *, restart: bool) -> None:
-        """Make options.json, which lists every session; after `check`. Raises OSError, naming the file."""
-        if restart:
+    def _create(self, session: dict[str, Any]) -> None:
+        """Write options.json, which lists every session. Raises OSError, naming the file."""
+        if self.restart:
             self._delete_results()
         sessions = self._record.get("sessions", [])
         if sessions and (changed := _differences(sessions[-1], session)):
             self.flaws.append(f"going on with {changed}: not bit for bit what an uninterrupted run gives")
-        self._record = {"options": options, "sessions": [*sessions, session]}
+        self._record = {"options": self.options, "sessions": [*sessions, session]}
         atomic.write_json(self.path / OPTIONS, self._record)
 
     def _delete_results(self) -> None:
@@ -192,8 +217,10 @@ class RunFolder:
     # --- Checkpoints and metrics --------------------------------------------------------------------------------------
 
     def checkpoint_due(self) -> bool:
-        return time.monotonic() - self._saved >= CHECKPOINT_SECONDS
+        """Whether the last checkpoint is CHECKPOINT_SECONDS old."""
+        return is_first() and time.monotonic() - self._saved >= CHECKPOINT_SECONDS
 
+    @rank_zero_only
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """In place of the last but one. Raises OSError; both are still there then."""
         content = {**state, "record": json.dumps(self._record), "metrics": self._metrics}
@@ -201,10 +228,13 @@ class RunFolder:
         self._saved = time.monotonic()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last state, or None before the first. What metrics.jsonl says of later moments is cut off.
+        """The last checkpoint, or None before the first. What metrics.jsonl says of later moments is cut off.
 
         Raises UserError when no checkpoint is whole.
         """
+        return self.group.broadcast(self._load_checkpoint)
+
+    def _load_checkpoint(self) -> dict[str, Any] | None:
         self.flaws = []
         saved = self.newest("going on from the one before")
         for flaw in self.flaws:
@@ -226,6 +256,7 @@ class RunFolder:
             atomic.write_atomically(self.path / METRICS, self._metrics.encode())
         return saved
 
+    @rank_zero_only
     def metric(self, **event: object) -> None:
         """Append one event to metrics.jsonl, and show it on the board. Raises OSError, naming the file."""
         line = json.dumps(event) + "\n"
@@ -234,6 +265,7 @@ class RunFolder:
             file.write(line)
         self.board.event(event)
 
+    @rank_zero_only
     def session_metric(self, **position: float) -> None:
         """Under which conditions the events that follow were computed."""
         sessions = self._record["sessions"]
@@ -245,65 +277,48 @@ class RunFolder:
 
     # --- Results ------------------------------------------------------------------------------------------------------
 
+    @rank_zero_only
     def save_set(self, pixels: Tensor, card: dict[str, Any]) -> None:
         """data.pt and data.json. pixels: (classes, ipc, C, H, W)."""
         cards.save_set(self.path / cards.DATA, pixels)
         atomic.write_json(self.path / cards.CARD, card)
 
+    @rank_zero_only
     def save_final_card(self, card: dict[str, Any]) -> None:
         """data.json of a finished run, the last file to be written."""
         atomic.write_json(self.path / cards.CARD, {**card, OF_METRICS: atomic.checksum(self._metrics)})
 
+    @rank_zero_only
     def save_snapshot(self, it: int, pixels: Tensor) -> None:
         """data_<it>.pt, which stays when the run goes on."""
-        cards.save_set(self.path / cards.SNAPSHOTS.replace("*", f"{it:06}"), pixels)
+        cards.save_set(self.path / cards.snapshot_name(it), pixels)
 
+    @rank_zero_only
     def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
         """stored_<when>.png and decoded_<when>.png, from (classes, n, C, H, W) in [0, 1], of outer iteration `it`."""
         self.board.images(it, stored=stored, decoded=decoded)
-        atomic.write_atomically(self.path / f"stored_{when}.png", pictures.grid_png(stored))
-        atomic.write_atomically(self.path / f"decoded_{when}.png", pictures.grid_png(decoded))
+        atomic.write_atomically(self.path / f"stored_{when}.png", grid_png(stored))
+        atomic.write_atomically(self.path / f"decoded_{when}.png", grid_png(decoded))
 
+    @rank_zero_only
+    def say_results(self, before: str = "", after: str = "") -> None:
+        """Say what a finished run came to, read from its data.json, between two more lines."""
+        card = atomic.read_json(self.path / cards.CARD)
+        rows = []
+        for what, key, count in (
+            ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),
+            ("random real images", "random_real", f"{card['ipc']}"),
+        ):
+            rows.append(f"  {what:20}{count:>24}     {Score(tuple(card[key]['accuracies']))}")
+        net, epochs = NetSpec(**card["network"]).name, card["settings"]["epochs"]
+        head = f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {epochs} epochs"
+        lines = [before, f"run folder: {self.path}", head, *rows, after]
+        log.info("%s", "\n".join(filter(None, lines)))
 
-class Elsewhere(RunFolder):
-    """The run folder of another process, which alone reads and writes there."""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        yield
-
-    def logged(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def open_board(self, goes_on_after: int | None) -> None:
-        pass
-
-    def create(self, options: dict[str, Any], session: dict[str, Any], *, restart: bool) -> None:
-        pass
-
-    def checkpoint_due(self) -> bool:
-        return False
-
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        pass
-
-    def metric(self, **event: object) -> None:
-        pass
-
-    def session_metric(self, **position: float) -> None:
-        pass
-
-    def save_set(self, pixels: Tensor, card: dict[str, Any]) -> None:
-        pass
-
-    def save_final_card(self, card: dict[str, Any]) -> None:
-        pass
-
-    def save_snapshot(self, it: int, pixels: Tensor) -> None:
-        pass
-
-    def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:
-        pass
+    def say_finished(self) -> int:
+        """Say that nothing is left to do, and what the run came to. Returns the exit status."""
+        self.say_results(before="this run is finished; --restart begins it again")
+        return 0
 
 
 def _valid_record(record: Any, file: str) -> dict[str, Any]:

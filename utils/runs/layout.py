@@ -1,4 +1,4 @@
-"""With which factor a set of stored images was packed, judged by its pixels: for files that do not say it.
+"""A guess, from its pixels, of the factor that a set of stored images was packed with: for files that do not say it.
 
 Where two cells meet, neighbouring pixels differ more than elsewhere, or less where cells have dark borders. Real images
 packed with every candidate factor show what to expect of the data set at hand.
@@ -16,32 +16,33 @@ from utils.method.formation import pack
 from utils.method.images import to_unit
 
 FACTORS = (1, 2, 3, 4, 5)
-LAGS = (1, 2, 4)  # pixels between those that are compared; noise differs equally over every distance, pictures do not
-ENOUGH = 500  # images that are looked at, of the set and of the real ones
-KNOWN = 0.4  # unexplained share below which a set looks packed with a factor: noise is near 1 for every factor
-CLEARLY = 1.5  # how many times better a factor must fit than the claimed one
+LAGS = (1, 2, 4)  # distances of the pixels that are compared: noise differs equally over all of them, pictures do not
+ENOUGH = 500  # images of the set, and real ones, that are looked at
+# A set looks packed with a factor that leaves less than this share of it unexplained; noise is near 1 for every factor.
 # Packed sets that are distilled from noise show blobs before they show seams: 0.41 for factor 1, 0.57 for their own.
+KNOWN = 0.4
+CLEARLY = 1.5  # how many times better a factor must fit than the claimed one
 
 
 def layout_of(images: Tensor, real_images: Tensor, factors: Sequence[int] = FACTORS) -> dict[int, float]:
-    """The share of a set's structure that is not explained by each factor: near 0 for the right one, 1 for noise.
+    """The share of a set's structure that each factor leaves unexplained: near 0 for the right one, 1 for noise.
 
     images: (N, C, H, W) stored images in [0, 1]; real_images: (M, C, H, W) in [0, 1] or uint8, a class's images
-    together. Factors with cells of less than three pixels leave no structure, and are not tried.
+    together. Cells of less than three pixels have no structure, so that their factors are not tried.
     """
     seen = profile(thinned(images))
     real = to_unit(thinned(real_images))
-    found = {}
+    shares = {}
     for factor in factors:
         if 2 * factor < min(images.shape[2:]):
             cells = max(len(real) // factor**2, 1) * factor**2
             packed = pack(real[torch.arange(cells, device=real.device) % len(real)], factor=factor)
-            found[factor] = unexplained(seen, profile(packed))
-    return found
+            shares[factor] = unexplained(seen, profile(packed))
+    return shares
 
 
 def other_factor(images: Tensor, real_images: Tensor, *, factor: int) -> int | None:
-    """The factor that the set looks packed with, where this clearly is another one than the claimed `factor`."""
+    """The factor that the set looks packed with where it clearly is not the claimed `factor`; None elsewhere."""
     shares = layout_of(images, real_images, sorted({*FACTORS, factor}))
     if factor not in shares:
         return None
@@ -50,7 +51,7 @@ def other_factor(images: Tensor, real_images: Tensor, *, factor: int) -> int | N
 
 
 def factor_warning(file: Path, images: Tensor, real_images: Tensor, *, factor: int) -> str | None:
-    """What to tell somebody who said -f `factor`, where it looks wrong."""
+    """A warning for somebody who gave -f `factor`, where the set looks packed with another one."""
     other = other_factor(images, real_images, factor=factor)
     if other is None:
         return None
@@ -66,17 +67,17 @@ def thinned(images: Tensor) -> Tensor:
 def profile(images: Tensor) -> Tensor:
     """Mean squared difference of pixels, by distance and by position along each axis, one after the other.
 
-    Squared, since noise then adds the same number everywhere, whatever is below it.
+    Squares, since noise then adds the same number everywhere, whatever the image below it.
     """
-    found = []
+    rows = []
     for lag in LAGS:
-        found.append((images[..., lag:] - images[..., :-lag]).square().mean((0, 1, 2)))
-        found.append((images[..., lag:, :] - images[..., :-lag, :]).square().mean((0, 1, 3)))
-    return torch.cat(found).double()
+        rows.append((images[..., lag:] - images[..., :-lag]).square().mean((0, 1, 2)))
+        rows.append((images[..., lag:, :] - images[..., :-lag, :]).square().mean((0, 1, 3)))
+    return torch.cat(rows).double()
 
 
 def unexplained(seen: Tensor, expected: Tensor) -> float:
-    """The share of the variance of `seen` that no a + b * expected explains: a >= 0 of noise, b >= 0 of contrast."""
+    """The share of the variance of `seen` that no a + b * expected explains; a >= 0 is noise, b >= 0 contrast."""
     around, shape = seen - seen.mean(), expected - expected.mean()
     b = ((around @ shape) / (shape @ shape).clamp(min=1e-30)).clamp(min=0)
     rest = around - b * shape

@@ -1,7 +1,7 @@
-"""Results of evaluations: records in eval.json, found again, and their table as text, Markdown, CSV and JSON.
+"""Results of evaluations: records in eval.json, and their table as text, Markdown, CSV and JSON.
 
-A record says which set, network and protocol an accuracy belongs to, and what computed it when. What is the same in all
-of these is not trained a second time.
+A record says which images, network and protocol an accuracy belongs to, and what computed it when. For all real images,
+whose training takes long, an earlier record of the same is used again.
 """
 
 from __future__ import annotations
@@ -23,53 +23,54 @@ from utils.system.report import span
 log = logging.getLogger("dream")
 
 EVALUATIONS = "eval.json"
+ALL_REAL = "all real images"  # what the rows of the whole training set are called
 Record = dict[str, Any]
 
 
-def same(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records are about the same set, network and protocol."""
+def of_the_same(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are about the same images, network and protocol."""
     return all(record.get(name) == other.get(name) for name in ("set", "network", "protocol"))
 
 
-def earlier(file: Path) -> list[Record]:
-    """The records in an eval.json; none if there is no such file, or a damaged one, which is said."""
+def read_records(file: Path) -> list[Record]:
+    """The records in an eval.json; none if there is no such file, or a damaged one, about which a warning is given."""
     if not file.exists():
         return []
     try:
-        found = atomic.read_json(file)["results"]
-        for record in found:  # what the table needs
+        records = atomic.read_json(file)["results"]
+        for record in records:  # what the table needs
             Score(tuple(map(float, record["accuracies"])))
             float(record["seconds"])
             dict(record.get("versions", {}))
-        return list(found)
+        return list(records)
     except (UserError, KeyError, OverflowError, TypeError, ValueError):
         log.warning("%s: was damaged, and is begun again", file)
         return []
 
 
-def find(file: Path, wanted: Mapping[str, Any], *, repeat: int, any_version: bool) -> Record | None:
-    """An earlier record of the same thing with as many trainings, cut down to them.
+def find(file: Path, wanted: Mapping[str, Any], *, repeat: int) -> Record | None:
+    """A record of the same images, network and protocol with `repeat` trainings or more, cut down to the first ones.
 
-    any_version: also of other versions of the code, of which the user is told; for what takes long to compute.
+    Any version of the code may have made it. For all real images only, whose training takes long.
     """
-    for record in earlier(file):
-        if not same(record, wanted) or len(record["accuracies"]) < repeat:
-            continue
-        commit = str(record.get("versions", {}).get("git_commit", "unknown"))
-        exact = record.get("versions") == wanted["versions"] and commit != "unknown" and "dirty" not in commit
-        if exact or any_version:
-            if not exact:
-                log.info("%s is of commit %s, %s", file, commit[:12], record.get("started", "at an unknown time"))
-            whole = len(record["accuracies"]) == repeat
+    for record in read_records(file):
+        if of_the_same(record, wanted) and len(record["accuracies"]) >= repeat:
             score = Score(tuple(record["accuracies"][:repeat]))
+            whole = len(record["accuracies"]) == repeat
             return {**record, **score.as_dict(), **({} if whole else {"confusion": None})}
     return None
 
 
+def made_by(record: Mapping[str, Any]) -> str:
+    """Commit and time of a record: `commit 0123456789ab, 2025-01-31 12:00:00 +0000`."""
+    commit = str(record.get("versions", {}).get("git_commit", "unknown"))
+    return f"commit {commit[:12]}, {record.get('started', 'at an unknown time')}"
+
+
 def keep(file: Path, record: Record) -> None:
-    """Add to eval.json, in place of an earlier record of the same thing; other processes may do the same meanwhile."""
+    """Add to eval.json, in place of an earlier record of the same; other processes may do so at the same time."""
     with locked(file.with_name(".eval.lock"), doing="train.py", wait=True):
-        kept = [other for other in earlier(file) if not same(other, record)]
+        kept = [other for other in read_records(file) if not of_the_same(other, record)]
         try:
             atomic.write_json(file, {"results": [*kept, record]})
         except OSError as error:
@@ -77,39 +78,36 @@ def keep(file: Path, record: Record) -> None:
 
 
 def low_accuracies(records: Sequence[Record], ours: str, random: str, *, chance: float) -> list[str]:
-    """Warnings about a set that is worse than it should be at all: most likely it was not read as it was meant.
+    """Warnings, a network each, that the set is no better than random images: most likely it was misread.
 
     ours, random: what the set and as many random real images are called in the records; chance: in per cent.
     """
-    found = []
+    warnings = []
     for net in dict.fromkeys(r["net"] for r in records):
         mine = {r["trained_on"]: r["accuracy_mean"] for r in reversed(records) if r["net"] == net}
         least = mine.get(random, 1.5 * chance)
         if mine[ours] <= least:
             other = "as many random real images" if random in mine else "1.5 times chance"
-            found.append(
+            warnings.append(
                 f"{net}: the distilled set gives {mine[ours]:.1f} %, no more than {other} ({least:.1f} %); if that is "
                 "unexpected, check the data set (-d), the factor (-f) and --normalized"
             )
-    return found
+    return warnings
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
 def share_of_real(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Accuracy in per cent of that of the same network on all real images, where that is known."""
+    """A record's accuracy, in per cent of the same network's on all real images; None where that is unknown."""
     for other in records:
         if other["trained_on"] == ALL_REAL and other["network"] == record["network"] and other["accuracy_mean"]:
             return 100 * float(record["accuracy_mean"]) / float(other["accuracy_mean"])
     return None
 
 
-ALL_REAL = "all real images"
-
-
 def size(count: float) -> str:
-    """Bytes for people: 960 B, 30.7 kB, 153.6 MB."""
+    """A number of bytes in words: 960 B, 30.7 kB, 153.6 MB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
@@ -117,7 +115,7 @@ def size(count: float) -> str:
     return f"{count:.4g} GB"
 
 
-# Heading, and the cell of a record among all.
+# A column's heading, and its cell for one record among all of the table.
 COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
     "network": lambda r, all: r["net"],
     "trained on": lambda r, all: r["trained_on"],
@@ -131,20 +129,20 @@ COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
 
 
 def cells(records: Sequence[Record]) -> list[list[str]]:
-    """Head and rows; without the share of the upper bound where no network's is known."""
+    """Head and rows; without the column `of all real` where no network was trained on them."""
     names = [n for n in COLUMNS if n != "of all real" or any(r["trained_on"] == ALL_REAL for r in records)]
     return [names, *([COLUMNS[name](r, records) for name in names] for r in records)]
 
 
 def as_text(records: Sequence[Record]) -> str:
-    """For a terminal: aligned columns."""
+    """The table in aligned columns, for a terminal."""
     rows = cells(records)
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows)
 
 
 def as_markdown(records: Sequence[Record], about: Mapping[str, Any]) -> str:
-    """A table, and below it what it was measured with."""
+    """The table in Markdown, and below it how it was measured."""
     head, *rows = cells(records)
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     versions = about["versions"]
@@ -164,7 +162,7 @@ CSV_FIELDS = (
 
 
 def as_csv(records: Sequence[Record], about: Mapping[str, Any]) -> str:
-    """One line per row, numbers as they are; per cent, bytes, seconds."""
+    """The table as CSV: a line per record, unrounded; accuracies in per cent, sizes in bytes, times in seconds."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -173,6 +171,7 @@ def as_csv(records: Sequence[Record], about: Mapping[str, Any]) -> str:
 
 
 def as_json(records: Sequence[Record], about: Mapping[str, Any]) -> str:
+    """The records themselves as JSON."""
     return json.dumps({**about, "results": list(records)}, indent=2) + "\n"
 
 

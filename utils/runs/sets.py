@@ -1,10 +1,10 @@
-"""Distilled sets as files hold them, ours and other people's: read without trust, then matched with their data set.
+"""Distilled sets in files, ours and other people's: read without trust, then checked against their data set.
 
-    stored = read(path)                       # types and shapes are checked; its card may name the data set
-    images, labels, soft = interpret(stored, dataset, normalized=False)
+    source = read(path)                       # types and shapes are checked; its card may name the data set
+    images, labels, soft = interpret(source, dataset, normalized=False)
 
-Read are a run folder or .pt file with [images, labels], a .safetensors file with both and perhaps a card in its header,
-and a folder of class folders with image files.
+A set may be a run folder or .pt file with [images, labels], a .safetensors file with both and perhaps a card in its
+header, or a folder of class folders with image files.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from data import Dataset
 from utils.files.imagefiles import EXTENSIONS, for_each, is_grey, mode_and_size, read_image
 from utils.files.tensors import is_plain, read_tensors
 from utils.method.images import Normalize, to_unit
-from utils.runs.card import CARD, CARD_BYTES, DATA, check_card, read_card
+from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, read_card
 from utils.system.device import free_memory
 from utils.system.errors import UserError, first_line, printable
 
@@ -36,20 +37,20 @@ REMEDY = "name a run folder, a .pt or .safetensors file, or a folder with images
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 ROUNDING = 1e-2  # by which the sum of a row of probabilities may differ from 1
-OVERSHOOT = 0.25  # beyond [0, 1] that others' sets may show: the published loop does not clamp before it saves
-SPARE_MEMORY = 0.5  # of what is free: a set is copied once or twice on its way to a network
+OVERSHOOT = 0.25  # by which pixels of others' sets may leave [0, 1]: the published loop saves without clamping
+SPARE_MEMORY = 0.5  # of the free memory: a set is copied once or twice on its way to a network
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A distilled set as its file holds it: checked for type and shape, not yet interpreted."""
+class SetFile:
+    """What a file says of a distilled set: types and shapes are checked, ranges and classes are not yet."""
 
-    file: Path  # that messages name
+    file: Path  # the file or folder that messages name
     images: Tensor  # (N, C, H, W) float32 or uint8, in whatever range
     labels: Tensor  # (N,) int64: the class, the most probable one of `soft`, or the position in `names`
     soft: Tensor | None = None  # (N, classes) float32, probabilities or logits
-    card: dict[str, Any] | None = None
-    names: list[str] | None = None  # of class folders
+    card: Card | None = None
+    names: list[str] | None = None  # names of the class folders
 
     @property
     def card_file(self) -> Path:
@@ -59,33 +60,19 @@ class Stored:
         return self.file if self.file.suffix.lower() == SAFETENSORS else self.file.with_name(CARD)
 
 
-class RealData(Protocol):
-    """What has to be known of a data set to interpret a set that was distilled from it."""
+class DistilledSet(NamedTuple):
+    """A set that fits its data set."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def channels(self) -> int: ...
-
-    @property
-    def side(self) -> int: ...
-
-    @property
-    def classes(self) -> int: ...
-
-    @property
-    def class_names(self) -> Sequence[str]: ...
-
-    @property
-    def normalize(self) -> Normalize: ...
+    images: Tensor  # (N, C, H, W) float32 in [0, 1]
+    labels: Tensor  # (N,) int64
+    soft: Tensor | None  # (N, classes) float32, probabilities; `labels` are then the most probable classes
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Stored:
-    """A set in any of the forms above. Raises UserError for everything that is none."""
+def read(path: Path) -> SetFile:
+    """Read a set in any of the forms above. Raises UserError for everything else."""
     try:
         if path.suffix.lower() == SAFETENSORS and not path.is_dir():
             return _read_safetensors(path)
@@ -96,14 +83,14 @@ def read(path: Path) -> Stored:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {REMEDY}") from error
 
 
-def _read_pt(file: Path) -> Stored:
+def _read_pt(file: Path) -> SetFile:
     if file.exists():
-        must_fit(file, file.stat().st_size)  # as it is, copied, and in numbers
-    found = read_tensors(file, REMEDY)
-    if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
+        must_fit(file, file.stat().st_size)  # a copy of each byte is checked, and unpacked
+    content = read_tensors(file, REMEDY)
+    if not isinstance(content, (list, tuple)) or len(content) != 2 or not all(isinstance(x, Tensor) for x in content):
         raise _refusal(file, "is not a list of two tensors")
     card_file = file.with_name(CARD)
-    return _checked(file, *found, card=read_card(card_file) if card_file.exists() else None)
+    return _checked(file, *content, card=read_card(card_file) if card_file.exists() else None)
 
 
 def _refusal(file: Path, what: str) -> UserError:
@@ -113,8 +100,8 @@ def _refusal(file: Path, what: str) -> UserError:
     )
 
 
-def _checked(file: Path, images: Tensor, labels: Tensor, *, card: dict[str, Any] | None) -> Stored:
-    """Two tensors of any kind as a set. Raises UserError unless they are one."""
+def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -> SetFile:
+    """Two tensors of any kind as images and labels. Raises UserError unless they can be."""
     must_fit(file, images.numel() + labels.numel())
     for x in (images, labels):
         if not is_plain(x):
@@ -126,18 +113,18 @@ def _checked(file: Path, images: Tensor, labels: Tensor, *, card: dict[str, Any]
     if images.dtype != torch.uint8:
         images = images.float()
     if labels.shape == images.shape[:1] and labels.dtype in INTEGERS:
-        return Stored(file, images, labels.long(), card=card)
+        return SetFile(file, images, labels.long(), card=card)
     soft = labels.dim() == 2 and len(labels) == len(images) and labels.shape[1] > 0 and labels.dtype in FLOATS
     if not soft:
         raise _refusal(file, f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
     labels = labels.float()
     if not labels.isfinite().all():
         raise _refusal(file, "soft labels hold NaN or infinity")
-    return Stored(file, images, labels.argmax(1), soft=labels, card=card)
+    return SetFile(file, images, labels.argmax(1), soft=labels, card=card)
 
 
 def must_fit(file: Path, numbers: int, why: str = "") -> None:
-    """Raises UserError when so many numbers are too many. why: what makes them so many, besides the file's size."""
+    """Raise UserError when so many float32 numbers do not fit into memory. why: a reason besides the file's size."""
     need, free = 4 * numbers, free_memory(torch.device("cpu"))
     if need > SPARE_MEMORY * free:
         raise UserError(
@@ -146,28 +133,29 @@ def must_fit(file: Path, numbers: int, why: str = "") -> None:
         )
 
 
-def _read_safetensors(file: Path) -> Stored:
+def _read_safetensors(file: Path) -> SetFile:
     try:
         from safetensors import safe_open
     except ImportError as error:
         raise UserError(f"{file}: cannot be read without safetensors; pip install safetensors") from error
-    if file.exists() and not file.is_file():  # a pipe would have us wait
+    if file.exists() and not file.is_file():  # reading a pipe would wait for a writer
         raise UserError(f"{file}: is no regular file; {REMEDY}")
     try:
         with safe_open(file, framework="pt", device="cpu") as content:
             names, header = list(content.keys()), content.metadata() or {}
-            found = [content.get_tensor(name) for name in ("images", "labels") if name in names]
+            tensors = [content.get_tensor(name) for name in ("images", "labels") if name in names]
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file; {REMEDY}") from error
-    except Exception as error:  # of the header, of its JSON, of types that PyTorch lacks
+    except Exception as error:  # a broken header, broken JSON in it, types that PyTorch lacks
         raise UserError(f"{file}: is truncated or damaged ({first_line(error)}); {REMEDY}") from error
-    if len(found) != 2:
+    if len(tensors) != 2:
         raise _refusal(file, f"holds {listed(names) or 'nothing'} in place of images and labels")
-    return _checked(file, *found, card=_card_in(header, file))
+    return _checked(file, *tensors, card=_card_in(header, file))
 
 
-def _card_in(header: dict[str, str], file: Path) -> dict[str, Any] | None:
-    """The card in a header. One that is not ours is passed over with a warning: it could not be moved away."""
+def _card_in(header: dict[str, str], file: Path) -> Card | None:
+    """The card in a header, if there is a valid one. Another is ignored with a warning, since nobody can take it out
+    of the file."""
     if "card" not in header:
         return None
     try:
@@ -181,8 +169,8 @@ def _card_in(header: dict[str, str], file: Path) -> dict[str, Any] | None:
     return None
 
 
-def _read_folder(folder: Path) -> Stored:
-    """Images in DIR/CLASS/*; hidden files, and folders without images, do not count."""
+def _read_folder(folder: Path) -> SetFile:
+    """A set of image files DIR/CLASS/*; hidden files, and folders without images, do not count."""
     paths: dict[str, list[Path]] = {}
     ignored: list[Path] = []
     for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
@@ -210,29 +198,29 @@ def _read_folder(folder: Path) -> Stored:
     must_fit(folder, len(files) * channels * side**2)
     labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(images) for images in paths.values()]))
     pixels = for_each(files, partial(read_image, channels=channels), what=f"reading {shown}")
-    return Stored(folder, torch.stack(pixels), labels, names=list(paths))
+    return SetFile(folder, torch.stack(pixels), labels, names=list(paths))
 
 
 # --- Interpreting -----------------------------------------------------------------------------------------------------
 
 
-def interpret(stored: Stored, dataset: RealData, *, normalized: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and soft labels (N, classes) float32 or None.
+def interpret(source: SetFile, dataset: Dataset, *, normalized: bool = False) -> DistilledSet:
+    """The set that a file holds, with the class numbers and the range of pixels of its data set.
 
     normalized: the data set's mean and std have been taken out of the pixels. A card may say so, too.
     Raises UserError when the set does not fit the data set, and warns of what looks odd.
     """
-    file, labels = stored.file, stored.labels
-    images, expected = stored.images, (dataset.channels, dataset.side, dataset.side)
-    if stored.names is not None:
+    file, labels = source.file, source.labels
+    images, expected = source.images, (dataset.channels, dataset.side, dataset.side)
+    if source.names is not None:
         images = _with_channels(images, dataset.channels)
-        labels = torch.tensor(class_numbers(stored.names, dataset, file))[labels]
+        labels = torch.tensor(class_numbers(source.names, dataset, file))[labels]
     if tuple(images.shape[1:]) != expected:
         raise UserError(
             f"{file}: holds images of {tuple(images.shape[1:])}, {dataset.name} has {expected}; name the data set "
             "with -d, or --size"
         )
-    soft = stored.soft
+    soft = source.soft
     if soft is not None and soft.shape[1] != dataset.classes:
         raise UserError(f"{file}: has soft labels of {soft.shape[1]} classes, {_expects(dataset)}")
     for label in (int(labels.min()), int(labels.max())):
@@ -241,35 +229,35 @@ def interpret(stored: Stored, dataset: RealData, *, normalized: bool = False) ->
     present = len(labels.unique())
     if present < dataset.classes:
         log.warning("%s: holds %d of the %d classes", file, present, dataset.classes)
-    if normalized or _card_says_normalized(stored):
-        images = _put_back(images, dataset.normalize if stored.card is None else _normalize_of(stored.card), file)
+    if normalized or _card_says_normalized(source):
+        images = _put_back(images, dataset.normalize if source.card is None else _normalize_of(source.card), file)
     else:
         images = _in_range(images, file)
-    return images, labels, None if soft is None else _probabilities(soft, file)
+    return DistilledSet(images, labels, None if soft is None else _probabilities(soft, file))
 
 
-def load_distilled(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
-    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and the card if there is one: for looking at a set
-    without its data set. Raises UserError for everything that is no such set."""
-    stored = read(path)
-    if stored.labels.min() < 0:
-        raise _refusal(stored.file, f"a label is {int(stored.labels.min())}")
-    if stored.card is not None and _card_says_normalized(stored):
-        images = _put_back(stored.images, _normalize_of(stored.card), stored.file)
+def load_distilled(path: Path) -> tuple[Tensor, Tensor, Card | None]:
+    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and the card if there is one: for use without the data
+    set. Raises UserError for everything that is no such set."""
+    source = read(path)
+    if source.labels.min() < 0:
+        raise _refusal(source.file, f"a label is {int(source.labels.min())}")
+    if source.card is not None and _card_says_normalized(source):
+        images = _put_back(source.images, _normalize_of(source.card), source.file)
     else:
-        images = _in_range(stored.images, stored.file)
-    return images, stored.labels, stored.card
+        images = _in_range(source.images, source.file)
+    return images, source.labels, source.card
 
 
-def _expects(dataset: RealData) -> str:
+def _expects(dataset: Dataset) -> str:
     return f"{dataset.name} has {dataset.classes} classes, from 0; name the data set with -d"
 
 
-def _card_says_normalized(stored: Stored) -> bool:
-    return stored.card is not None and stored.card.get("normalized", False)
+def _card_says_normalized(source: SetFile) -> bool:
+    return source.card is not None and source.card.get("normalized", False)
 
 
-def _normalize_of(card: dict[str, Any]) -> Normalize:
+def _normalize_of(card: Card) -> Normalize:
     return Normalize(card["normalization"]["mean"], card["normalization"]["std"])
 
 
@@ -303,8 +291,8 @@ def _put_back(images: Tensor, normalize: Normalize, file: Path) -> Tensor:
             low,
             high,
         )
-    found = images * std + mean
-    if found.min() < -OVERSHOOT or found.max() > 1 + OVERSHOOT:
+    pixels = images * std + mean
+    if pixels.min() < -OVERSHOOT or pixels.max() > 1 + OVERSHOOT:
         log.warning(
             "%s: normalised pixels range from %.3g to %.3g, %.3g to %.3g was expected; clamped",
             file,
@@ -313,7 +301,7 @@ def _put_back(images: Tensor, normalize: Normalize, file: Path) -> Tensor:
             (-mean / std).min().item(),
             ((1 - mean) / std).max().item(),
         )
-    return found.clamp(0, 1)
+    return pixels.clamp(0, 1)
 
 
 def _range(images: Tensor, file: Path) -> tuple[float, float]:
@@ -341,7 +329,7 @@ def _probabilities(soft: Tensor, file: Path) -> Tensor:
 
 
 def _with_channels(images: Tensor, channels: int) -> Tensor:
-    """Images of files as grey or colour ones, where nothing is lost: the format of a file says little of the set."""
+    """Images with that many channels where this loses nothing: grey images are often saved as RGB files."""
     if channels == 1 and images.shape[1] == 3 and (images == images[:, :1]).all():
         return images[:, :1]
     return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
@@ -349,7 +337,7 @@ def _with_channels(images: Tensor, channels: int) -> Tensor:
 
 # --- Names of class folders -------------------------------------------------------------------------------------------
 
-# Hugging Face's imagefolder takes a folder with one of these words in its name for a split, and leaves out the others.
+# Hugging Face's imagefolder reads a folder with one of these words in its name as a split, and ignores the others.
 SPLITS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
 
 
@@ -366,29 +354,29 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
 
 
 def safe_name(name: str) -> str:
-    """`T-shirt/top` -> `T-shirt_top`; `train` -> `trains`."""
+    """A class name as a folder's name: `T-shirt/top` -> `T-shirt_top`; `train` -> `trains`."""
     name = re.sub(r"[^\w.-]+", "_", name)
     name = re.sub(rf"(?<![^\W\d_])({'|'.join(SPLITS)})(?![^\W\d_])", r"\1s", name)
     return name.strip("._")[:100] or "class"
 
 
-def class_numbers(names: Sequence[str], dataset: RealData, file: Path) -> list[int]:
-    """The class of every folder: by its name, or by its number if all have one and no name contradicts it.
+def class_numbers(names: Sequence[str], dataset: Dataset, file: Path) -> list[int]:
+    """Class number of every folder: by its name, or by its number if all have one and no name contradicts it.
 
-    Never by its place in the alphabet. Raises UserError listing the folders that fit no class.
+    It is never the folder's place in the alphabet. Raises UserError listing the folders that fit no class.
     """
     wanted = list(dataset.class_names)
     numbers: dict[str, set[int]] = {}
-    for c, forms in enumerate(zip(wanted, map(safe_name, wanted), folder_names(wanted), strict=True)):
-        for form in forms:
-            numbers.setdefault(form, set()).add(c)
-    known = {name: found.pop() for name, found in numbers.items() if len(found) == 1}
+    for c, spellings in enumerate(zip(wanted, map(safe_name, wanted), folder_names(wanted), strict=True)):
+        for spelling in spellings:
+            numbers.setdefault(spelling, set()).add(c)
+    known = {name: classes.pop() for name, classes in numbers.items() if len(classes) == 1}
     by_name = [known.get(name) for name in names]
     by_number = [_number(name, known) for name in names]
-    found = by_number if None in by_name and None not in by_number else by_name
-    right = [c for c in found if c is not None and c < dataset.classes and found.count(c) == 1]
+    chosen = by_number if None in by_name and None not in by_number else by_name
+    right = [c for c in chosen if c is not None and c < dataset.classes and chosen.count(c) == 1]
     if len(right) < len(names):
-        odd = [name for name, c in zip(names, found, strict=True) if c not in right]
+        odd = [name for name, c in zip(names, chosen, strict=True) if c not in right]
         raise UserError(
             f"{file}: class folders that are no class of {dataset.name}, or one twice: {listed(odd)}; name them like "
             f"its classes ({listed(folder_names(wanted))}), or all by number (0, 1_NAME), and check -d"
@@ -397,7 +385,7 @@ def class_numbers(names: Sequence[str], dataset: RealData, file: Path) -> list[i
 
 
 def _number(folder: str, known: Mapping[str, int]) -> int | None:
-    """`3` and `3_NAME` -> 3, unless the folder's name, or NAME, is known to be another class."""
+    """The number of a folder `3` or `3_NAME`; None where the folder's name, or NAME, is known to be another class."""
     match = re.fullmatch(r"([0-9]+)(?:_(.*))?", folder)
     if match is None:
         return None
@@ -406,5 +394,5 @@ def _number(folder: str, known: Mapping[str, int]) -> int | None:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few of them."""
+    """The first few names, separated by commas."""
     return ", ".join(names[:most]) + (" ..." if len(names) > most else "")

@@ -1,38 +1,30 @@
-"""The machine: devices, memory, precision, CUDA graphs. Nothing else asks about CUDA or the processor."""
+"""The machine: devices, their memory and precision. Beside utils/numerics/compute.py, nothing else asks about CUDA."""
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import platform
 import resource
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from utils.system.errors import UsageError
 
-log = logging.getLogger("dream")
-
-PRECISIONS = ("fp32", "tf32", "bf16")
-LEAST_PIXELS = 2**12  # of images that pass through a network together, however little memory there is
-T = TypeVar("T")
-
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of a GPU or of the machine is full."""
-    text = str(error)  # on a CPU, neither PyTorch nor the oneDNN below it has a class of its own for it
+    text = str(error)  # on a CPU, neither PyTorch nor oneDNN raises an exception class of its own for it
     words = ("allocate memory", "bad_alloc", "could not create a primitive", "failed to map segment")
     return any(word in text for word in words) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def pick_device(name: str, number: int | None = None) -> torch.device:
-    """`auto` is CUDA where there is one. number: which GPU, where processes have one each.
+    """Device of a --device flag: auto, cuda or cpu; auto is CUDA where PyTorch sees a GPU.
 
-    Raises UsageError when CUDA is asked for in vain.
+    number: which GPU, where every process has one; None: the default. Raises UsageError when there is no such GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,28 +42,28 @@ def pick_device(name: str, number: int | None = None) -> torch.device:
 
 
 def backends() -> str:
-    """What connects processes here with others, in PyTorch's words: gloo between processors, NCCL between GPUs."""
+    """Backends of torch.distributed for this machine: gloo for CPU tensors, NCCL for tensors on GPUs."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def wait_for(device: torch.device) -> None:
-    """Until it has done what it was given to do."""
+    """Wait until a device has finished the work that was given to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
-    """For people: the GPU's name, or the processor and its threads."""
+    """Name of a device for people: the GPU's model, or the processor and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
+    """Free memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:  # Linux counts the reclaimable cache in; elsewhere the whole memory is the best that is known
+    try:  # on Linux, with the cache that it would give back; elsewhere the total memory is the best that is known
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
@@ -79,9 +71,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what PyTorch frees instead of returning it to the system after every large tensor.
+    """Tell glibc to keep the memory that PyTorch frees, rather than return it to the system after every large tensor.
 
-    Getting it back costs a page fault per 4 KiB, up to half of a step's time on a CPU. Results are the same.
+    Getting it back costs a page fault per 4 KiB, up to half of a step's time on a CPU. Results are not affected.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -94,7 +86,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory(device: torch.device) -> None:
-    """Give back to the system what is free, so that others than PyTorch's tensors, such as libraries, can have it."""
+    """Return unused memory to the system, for allocations that PyTorch does not make, such as a library's."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another C library than glibc
@@ -105,20 +97,23 @@ def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has used at most: on a GPU of its memory, on a CPU resident."""
+    """Peak memory of this process in bytes: reserved on a GPU, or resident in the machine for a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    unit = 1 if platform.system() == "Darwin" else 1024
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """Whether a GPU may shorten the factors of float32 products to TF32. Raises UsageError for tf32 elsewhere."""
+    """Let a GPU round the factors of float32 products to TF32 unless precision is fp32.
+
+    Raises UsageError for tf32 on a CPU.
+    """
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("--precision tf32: only NVIDIA GPUs have it; use fp32 or bf16")
     short = "ieee" if precision == "fp32" else "tf32"
@@ -127,9 +122,10 @@ def set_precision(device: torch.device, precision: str) -> None:
 
 
 def be_deterministic(device: torch.device) -> None:
-    """Have a GPU give the same bytes at every run, at some cost in time; a CPU does so anyway.
+    """Make a GPU give the same bytes at every run, at some cost in time; a CPU does so anyway.
 
-    To be called before the device is first used. Operations that cannot be deterministic raise RuntimeError.
+    To be called before the device is first used. From then on, operations without a deterministic implementation raise
+    RuntimeError.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts

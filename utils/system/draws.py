@@ -12,8 +12,8 @@ from torch import Tensor
 class Draws:
     """Random numbers that depend on nothing but a key such as (seed, "select", iteration, step).
 
-    A run can therefore stop and go on anywhere without storing a generator's state. `host` serves choices that Python
-    makes (no copy from the device is ever waited for), the methods serve tensors, drawn on the device.
+    So a run can stop and go on anywhere without storing a generator's state. `host` is for choices that Python makes,
+    which then need no copy from the device; the methods return tensors, drawn on the device.
     """
 
     def __init__(self, device: torch.device | str, *key: int | str) -> None:
@@ -24,21 +24,21 @@ class Draws:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def of_class(self, c: int) -> Draws:
-        """Numbers for one class that do not depend on which other classes are drawn for."""
+        """Random numbers for one class, which do not depend on which other classes there are."""
         return Draws(self.device, *self.key, "class", c)
 
     def uniform(self, *shape: int) -> Tensor:
-        """In [0, 1)."""
+        """Uniform random numbers in [0, 1), float32 on the device."""
         return torch.rand(shape, generator=self.generator, device=self.device)
 
     def normal(self, *shape: int) -> Tensor:
-        """Zero mean, unit variance."""
+        """Normal random numbers of zero mean and unit variance, float32 on the device."""
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def permutation(self, n: int) -> Tensor:
-        """The numbers below n in random order; its head is a draw without replacement."""
+        """Integers below n in random order, (n,) int64; the first k are a draw without replacement."""
         return torch.randperm(n, generator=self.generator, device=self.device)
 
     def network_seed(self) -> int:
-        """A seed for PyTorch's global generator, from which networks are initialised."""
+        """Seed for PyTorch's global generator, from which networks are initialised."""
         return self.host.getrandbits(63)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """With control characters and undecodable bytes, as names of files may hold, written as escapes: \\n, \\x1b."""
+    """Text in which control characters and undecodable bytes are escapes (\\n, \\x1b), as for names of files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -23,7 +23,7 @@ class UsageError(UserError):
     status = 2
 
 
-def first_line(error: BaseException, most: int = 160) -> str:
-    """An exception's message, short enough for one line of ours."""
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """First line of an exception's message, at most `limit` characters; the exception's name if there is none."""
     lines = str(error).strip().splitlines()
-    return lines[0][:most] if lines else type(error).__name__
+    return lines[0][:limit] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The process: its errors and signals, random draws, versions. Nothing else asks about the terminal."""
+"""The process: exit status, signals, versions, and the terminal, about which nothing else asks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
@@ -21,6 +21,7 @@ import torch
 
 from utils.system import distributed
 from utils.system.device import device_name, keep_freed_memory, out_of_memory
+from utils.system.distributed import Group
 from utils.system.errors import UserError, first_line, printable
 
 OUT_OF_MEMORY = (
@@ -32,8 +33,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Call a script's main as a program: mistakes become one line on standard error, results the exit status."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # which scripts set while they load
+    """Run a script's main and exit with its status; errors that users can mend become one line on standard error."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the scripts set this while they import PyTorch
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
     prepare_output()
@@ -45,7 +46,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         status = main(sys.argv[1:])
     except UserError as error:
         status, message, lost = error.status, f"error: {error}", isinstance(error, distributed.LostRank)
-    except BrokenPipeError:  # the reader of our output went away: nobody is left to tell
+    except BrokenPipeError:  # the reader of the output went away, so nobody would see a message
         pass
     except OSError as error:
         hint = "; make room for it and run the same command again" if error.errno in NO_ROOM else ""
@@ -59,10 +60,10 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
             raise
         else:
             message = OUT_OF_MEMORY.format(first_line(error))
-    if message is not None and (said := distributed.in_the_name_of(message, lost=lost)) is not None:
+    if message is not None and (text := distributed.message_of_rank(message, lost=lost)) is not None:
         with suppress(OSError):
-            print(f"{name}: {printable(said)}", file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):  # here, since the interpreter would change the status if it cannot
+            print(f"{name}: {printable(text)}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # at its own exit the interpreter would change the status if this fails
         try:
             if stream is not None:
                 stream.flush()
@@ -72,40 +73,43 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 
 def prepare_output() -> None:
-    """Nothing that is printed may do harm: neither for characters that the terminal lacks, nor for a closed stream,
-    whose number the system would give to the next file that is opened."""
+    """Make printing safe: neither characters that the terminal lacks nor a closed stream may do harm.
+
+    The system would give a closed stream's number to the next file that is opened, and messages would go into it.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a closed one is None
+        if isinstance(stream, io.TextIOWrapper):  # a closed stream is None
             stream.reconfigure(errors="backslashreplace")
 
 
 def output_failed(error: OSError) -> None:
-    """What to do when something could not be printed. With a Stopper on watch, which the system has told as well, the
-    program will end where it is fit to, and the rest goes nowhere; otherwise the error is raised again."""
+    """Handle an error of printing: raise it again, unless a Stopper will end the program.
+
+    A Stopper that is active has received SIGPIPE as well, and stops after the current step; output is discarded then.
+    """
     if not callable(signal.getsignal(signal.SIGPIPE)):
         raise error
     discard(sys.stdout)
 
 
 def discard(stream: TextIO) -> None:
-    """Whatever is and will be written to a stream goes nowhere."""
+    """Discard all that is in a stream's buffer, and all that will be written to it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Stopped(Exception):
-    """Raised between two steps to leave a computation that can go on later; says why."""
+    """Raised between two steps to stop a computation that can go on later; the message says why."""
 
 
 class Stopper:
-    """Turns Ctrl-C, SIGTERM, a closed terminal or pipe, and a time limit into a question that the main loop asks
-    between two steps.
+    """Requests to stop, which the main loop asks for between two steps; as a context manager it catches signals.
 
-    A second Ctrl-C stops at once.
+    They are Ctrl-C, SIGTERM, a closed terminal or pipe, and a time limit. A second Ctrl-C stops at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
@@ -118,7 +122,7 @@ class Stopper:
 
     def __enter__(self) -> Stopper:
         for number in self.SIGNALS:
-            # As under nohup: the run is meant to outlive the terminal. (Python itself ignores SIGPIPE.)
+            # Ignored, as under nohup: the run is to outlive the terminal. (SIGPIPE is ignored by Python itself.)
             if number != signal.SIGPIPE and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._note)
@@ -129,25 +133,29 @@ class Stopper:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() itself returned
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: remember the signal, and say on standard error what happens."""
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt("at once; the same command goes on from what was saved last")
         self.signal = signal.Signals(number)
-        if number in (signal.SIGINT, signal.SIGTERM):  # after the others nobody reads it
+        if number in (signal.SIGINT, signal.SIGTERM):  # after the other signals nobody reads a message
             again = "; again to stop at once" if number == signal.SIGINT else ""
-            # Not print: the signal may have come in the middle of one, which must not be entered twice.
+            # os.write, since the signal may have interrupted a print, which must not be entered twice.
             with suppress(OSError):
                 if distributed.is_first():
                     os.write(2, f"{self.signal.name}: finishing this step and saving{again}\n".encode())
 
     def reason(self, *, signals_only: bool = False) -> int:
-        """Why to stop, as a number, 0 for no reason; the larger one counts. With `signals_only` the time is none."""
+        """Reason to stop as a number, 0 for none, so that ranks can agree on the largest.
+
+        signals_only: leave the time limit out.
+        """
         if self.signal is not None:
             return DEADLINE + self.signal.value
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return DEADLINE if late and not signals_only else 0
 
     def obey(self, reason: float) -> None:
-        """Raise Stopped if there is a reason, here or in another process."""
+        """Raise Stopped for a reason that `reason` returned, on this rank or another; 0 does nothing."""
         if reason > DEADLINE:
             self.signal = signal.Signals(int(reason) - DEADLINE)
             raise Stopped(self.signal.name)
@@ -155,32 +163,40 @@ class Stopper:
             raise Stopped(f"--max_minutes {self.max_minutes:g}")
 
     def check(self, *, signals_only: bool = False) -> None:
-        """Raise Stopped if there is a reason here."""
+        """Raise Stopped if this process has a reason to stop. signals_only: leave the time limit out."""
         self.obey(self.reason(signals_only=signals_only))
+
+    @contextmanager
+    def stopping_together(self, group: Group) -> Iterator[None]:
+        """Run a block that a signal may end on single ranks, then raise Stopped on all ranks if it did on any."""
+        with suppress(Stopped):
+            yield
+        (reason,) = group.all_reduce_max(self.reason(signals_only=True))
+        self.obey(reason)
 
     @property
     def status(self) -> int:
-        """The exit status after a stop: 0 when it was planned, 128 + the signal's number otherwise."""
+        """Exit status after a stop: 0 for the time limit, 128 + the signal's number for a signal."""
         return 0 if self.signal is None else 128 + self.signal.value
 
 
-def session(
-    program: str, argv: Sequence[str], device: torch.device, *, precision: str, deterministic: bool
-) -> dict[str, Any]:
-    """What ran, when, on what, for the files that it leaves."""
+def session(program: str, argv: Sequence[str], device: torch.device, **conditions: Any) -> dict[str, Any]:
+    """Record of a command for the files that it leaves: what ran, when, on which device and with which versions.
+
+    conditions: entries to add.
+    """
     return {
         "command": shlex.join([program, *argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": precision,
-        "deterministic": deterministic,
+        **conditions,
         "versions": versions(),
     }
 
 
 def versions() -> dict[str, str]:
-    """Versions, and the code's own commit."""
+    """Versions of Python and the libraries, and the git commit of this code, by name."""
     import numpy
     import sklearn
     import torchvision
@@ -207,5 +223,5 @@ def versions() -> dict[str, str]:
 
 
 def on_terminal() -> bool:
-    """Whether a person sees the progress as it is drawn."""
+    """Whether progress is drawn on a terminal: standard error is one, and this is rank 0."""
     return distributed.is_first() and sys.stderr is not None and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""What a person sees: messages, one progress bar, lines instead of a bar when nobody watches."""
+"""Output for people: messages, and one progress bar, or lines in its place where there is no terminal."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds between progress lines into a fil
 
 
 def show(text: str) -> None:
-    """A line on standard output, above a bar if there is one. A reader that has gone away must not end a run."""
-    try:
+    """Print a line on standard output, above the progress bar if there is one."""
+    try:  # a reader that has gone away must not end a run
         if on_terminal():
             tqdm.write(text, file=sys.stdout)
         else:
@@ -32,19 +32,19 @@ def show(text: str) -> None:
 
 
 def message(record: logging.LogRecord) -> str:
-    """A record's text without anything that would move a terminal's cursor; its own line breaks stay."""
+    """Text of a log record, control characters other than line breaks escaped, so that no terminal obeys them."""
     return "\n".join(map(printable, record.getMessage().split("\n")))
 
 
 class _Console(logging.Handler):
-    """Messages on standard output."""
+    """Handler that prints messages on standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         show(f"warning: {message(record)}" if record.levelno >= logging.WARNING else message(record))
 
 
 class _LogFile(logging.FileHandler):
-    """Messages in a file. A full disk is told by what is written next, the log itself ends no run."""
+    """Handler that writes messages to a file, and ignores a full disk: the next checkpoint will report it."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
@@ -72,12 +72,12 @@ def messages() -> Iterator[None]:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Append the program's messages to a file as well, with the time, and the error that ends the block if one does."""
+    """Append the program's messages to a file as well, with the time; also an error that ends the block."""
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     log.addHandler(handler)
     try:
         yield
-    except BaseException as error:  # the caller shows it on the screen
+    except BaseException as error:  # for the file alone: the caller shows it on the screen
         what = f"{type(error).__name__}: {error}"
         handler.handle(logging.LogRecord(log.name, logging.ERROR, "", 0, what, None, None))
         raise
@@ -87,10 +87,10 @@ def logged_to(path: Path) -> Iterator[None]:
 
 
 class Progress:
-    """A bar with the time left on a terminal; into a file or pipe, a line now and then with the same."""
+    """Progress bar with the time left; into a file or pipe, a line now and then."""
 
     def __init__(self, total: int, what: str, unit: str, *, keep: bool = False) -> None:
-        """keep: leave the finished bar on the screen."""
+        """Begin at 0 of `total` units of the work called `what`; keep: leave the finished bar on the screen."""
         self.what, self.unit, self.total, self.done = what, unit, total, 0
         self.note = ""
         self._started, self._from = time.monotonic(), 0
@@ -104,7 +104,7 @@ class Progress:
         self._bar.close()
 
     def start_at(self, done: int) -> None:
-        """Begin with units that an earlier process finished; they do not count for the pace."""
+        """Count units that an earlier process finished as done, but not for the pace."""
         self.done = self._from = done
         self._started = time.monotonic()
         if not self._bar.disable:
@@ -113,7 +113,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Something else happens meanwhile, an evaluation say: its time does not count for the pace."""
+        """Stop the clock while the block runs, an evaluation say, so that it does not count for the pace."""
         began = time.monotonic()
         try:
             yield
@@ -125,6 +125,7 @@ class Progress:
                 self._bar.last_print_t += elapsed
 
     def advance(self, count: int = 1) -> None:
+        """Count units as done, and draw the bar or print a line when it is time for one."""
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
@@ -139,7 +140,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """At the average pace of this process so far."""
+        """Seconds to go, at the average pace of this process so far."""
         fresh = self.done - self._from
         return (time.monotonic() - self._started) / max(fresh, 1) * (self.total - self.done)
 

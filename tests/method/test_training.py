@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models
+from models import Network
+from tests.oracle import naive_epoch
+from utils.method.augment import GEOMETRY, Augment
+from utils.method.evaluation import Score, evaluate
+from utils.method.formation import training_images
+from utils.method.images import ImageSet, Normalize
+from utils.method.training import (
+    APPLY,
+    SIZE,
+    Recipe,
+    Trainer,
+    batches,
+    confusion_matrix,
+    cutmix,
+    fresh_network,
+    plan,
+    train_networks,
+    update_network,
+)
+from utils.numerics.compute import Compute
+from utils.system.draws import Draws
+
+NORMALIZE = Normalize((0.0,), (1.0,))
+SPEC = models.resolve("convnet", channels=1, classes=2, side=8, depth=2, width=8)
+CPU = Compute(torch.device("cpu"))
+
+
+def easy_set(n: int, seed: int) -> ImageSet:
+    """Class 0 is dark, class 1 is bright on the left half."""
+    labels = torch.arange(n) % 2
+    images = 0.2 * torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    images[labels == 1, :, :, :4] += 0.7
+    return ImageSet(images, labels, classes=2, normalize=NORMALIZE)
+
+
+def recipe(**changed: object) -> Recipe:
+    settings: dict[str, object] = {"batch_size": 8, "augment": Augment("none"), "mixup": "vanilla", "epochs": 5}
+    return Recipe(**{**settings, **changed})  # type: ignore[arg-type]  # a mixed bag of test settings
+
+
+def train(train: ImageSet, recipe: Recipe, key: int = 0) -> Network:
+    """One network, trained alone."""
+    return train_networks(SPEC, [train], recipe, [Draws("cpu", key)], CPU)[0]
+
+
+def exact(train: ImageSet) -> ImageSet:
+    """The same in float64."""
+    images, soft = train.images.double(), train.soft
+    return ImageSet(images, train.labels, classes=train.classes, normalize=train.normalize, soft=soft)
+
+
+def with_soft(train: ImageSet, soft: torch.Tensor) -> ImageSet:
+    """The same images with probabilities in place of labels."""
+    return ImageSet(train.images, train.labels, classes=train.classes, normalize=train.normalize, soft=soft)
+
+
+def weights(net: Network) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_a_network_learns_an_easy_task() -> None:
+    test = easy_set(50, 1)
+    assert (
+        confusion_matrix(train(easy_set(32, 0), recipe()), test, CPU).tolist()
+        == torch.diag(torch.bincount(test.labels)).tolist()
+    )
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_the_confusion_matrix_counts_every_test_image_once(norm: str) -> None:
+    test = easy_set(1100, 1)  # more than are tested at once
+    net = fresh_network(dataclasses.replace(SPEC, norm=norm), Draws("cpu", 0))
+    net.classifier.weight.data.zero_()
+    net.classifier.bias.data.copy_(torch.tensor([1.0, 0.0]))  # always class 0
+    for pixels in (0, 7 * 8**2):
+        found = confusion_matrix(net, test, Compute(torch.device("cpu"), pixels=pixels))
+        assert found.tolist() == [[count, 0] for count in test.counts]
+
+
+def test_the_rate_falls_to_a_fifth_at_two_thirds_and_five_sixths(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [0.01] * 8 + [0.002] * 2 + [0.0004] * 2
+    assert [recipe(epochs=12).lr_at(e) for e in range(12)] == pytest.approx(expected)
+    assert recipe(epochs=1).lr_at(0) == 0.01
+    rates: list[float] = []
+    monkeypatch.setattr(Trainer, "epoch", lambda self, *rest: rates.append(float(self.sgd.param_groups[0]["lr"])))
+    train(easy_set(8, 0), recipe(epochs=12))
+    assert rates == pytest.approx(expected)
+
+
+def test_the_same_draws_train_the_same_network_bit_for_bit() -> None:
+    first, again, other = (
+        weights(train(easy_set(20, 0), recipe(augment=Augment("color_crop"), mixup="cut"), key)) for key in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_networks_side_by_side_are_each_trained_as_alone(shared: bool, norm: str) -> None:
+    """Whatever the others are, with an image set of its own each or one for all, in pieces or at once."""
+    spec = dataclasses.replace(SPEC, norm=norm)
+    sets = [exact(easy_set(20, 0 if shared else k)) for k in range(3)]
+    sets = sets[:1] * 3 if shared else sets
+    settings = recipe(augment=Augment("color_crop_flip_rotate"), mixup="cut", batch_size=6, lr=0.1)
+
+    def trained(rows: list[int], compute: Compute) -> list[torch.Tensor]:
+        nets = [fresh_network(spec, Draws("cpu", "net", k)).double() for k in rows]
+        trainer = Trainer(nets, [sets[k] for k in rows], settings, compute)
+        for epoch in range(3):
+            trainer.epoch(torch.arange(20), [Draws("cpu", epoch, k) for k in rows])
+        return [weights(net) for net in nets]
+
+    alone = [trained([k], CPU)[0] for k in range(3)]
+    for compute in (CPU, Compute(torch.device("cpu"), pixels=5 * 8**2)):
+        for ours, expected in zip(trained([0, 1, 2], compute), alone, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_certain_soft_labels_train_the_network_of_hard_ones_bit_for_bit(shared: bool) -> None:
+    hard = [easy_set(20, 0)] * 2 if shared else [easy_set(20, k) for k in range(2)]
+    soft = [with_soft(train, torch.eye(2)[train.labels]) for train in hard]
+    soft = soft[:1] * 2 if shared else soft
+    settings = recipe(augment=Augment("color_crop"), mixup="cut")
+    first, second = (
+        train_networks(SPEC, sets, settings, [Draws("cpu", k) for k in range(2)], CPU) for sets in (hard, soft)
+    )
+    for ours, expected in zip(second, first, strict=True):
+        assert torch.equal(weights(ours), weights(expected))
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_step_follows_the_gradient_of_the_cross_entropy_with_soft_labels(uniform: bool, norm: str) -> None:
+    soft = torch.full((6, 2), 0.5) if uniform else torch.rand(6, 2).double().softmax(1)
+    train = exact(with_soft(easy_set(6, 0), soft))
+    net, expected = (fresh_network(dataclasses.replace(SPEC, norm=norm), Draws("cpu", 0)).double() for _ in range(2))
+    settings = recipe(lr=1.0, momentum=0.0, weight_decay=0.0)
+    Trainer([net], [train], settings, CPU).epoch(torch.arange(6), [Draws("cpu", 1)])
+    loss = F.cross_entropy(expected(train.images), soft.double())
+    for p, g in zip(expected.parameters(), torch.autograd.grad(loss, list(expected.parameters())), strict=True):
+        p.data.sub_(g)
+    torch.testing.assert_close(weights(net), weights(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_soft_labels_stay_with_their_images() -> None:
+    labels = torch.tensor([1, 0, 1, 0])
+    soft = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+    found = ImageSet(images, labels, classes=2, normalize=NORMALIZE, soft=soft)
+    assert found.soft is not None and torch.equal(found.soft, soft[[1, 3, 0, 2]])
+    part = found.subset(torch.tensor([3, 0]))
+    assert part.soft is not None and torch.equal(part.soft, soft[[1, 2]]) and part.labels.tolist() == [0, 1]
+    for factor, decode_type in ((2, "single"), (3, "multi")):
+        decoded = training_images(
+            images, labels, soft=soft, factor=factor, decode_type=decode_type, classes=2, normalize=NORMALIZE
+        )
+        assert decoded.soft is not None and torch.equal(decoded.labels, decoded.soft.argmax(1))
+        assert torch.equal(decoded.soft, soft[decoded.images.mean((1, 2, 3)).round().long()])
+
+
+def test_a_restarted_trainer_equals_a_new_one_at_the_same_addresses() -> None:
+    train, settings = easy_set(20, 0), recipe(augment=Augment("color_crop"), mixup="cut")
+    index = torch.arange(20)
+    used = Trainer([fresh_network(SPEC, Draws("cpu", 0))], [train], settings, CPU)
+    tensors = [*used.parameters, *(used.sgd.state[p]["momentum_buffer"] for p in used.parameters)]
+    addresses = [x.data_ptr() for x in tensors]
+    used.epoch(index, [Draws("cpu", 1)])
+    used.restart(fresh_network(SPEC, Draws("cpu", 2)))
+    assert all(not used.sgd.state[p]["momentum_buffer"].any() for p in used.parameters)
+    fresh = Trainer([fresh_network(SPEC, Draws("cpu", 2))], [train], settings, CPU)
+    for trainer in (used, fresh):
+        trainer.epoch(index, [Draws("cpu", 3)])
+    assert torch.equal(weights(used.nets[0]), weights(fresh.nets[0]))
+    assert [x.data_ptr() for x in tensors] == addresses
+    assert all(
+        used.sgd.state[p]["momentum_buffer"] is m
+        for p, m in zip(used.parameters, tensors[len(tensors) // 2 :], strict=True)
+    )
+
+
+def test_a_plan_visits_every_image_once_and_keeps_to_its_batches() -> None:
+    index, edges = torch.arange(100, 123), batches(23, 8)
+    geometries: set[float] = set()
+    for key in range(20):
+        drawn = plan(index, edges, Draws("cpu", key))
+        assert sorted(drawn.order.tolist()) == index.tolist()
+        assert len(drawn.u[:, :GEOMETRY].unique()) == 23 * GEOMETRY and drawn.mix.shape == (3, 4)
+        for start, end in edges:
+            assert sorted(drawn.partner[start:end].tolist()) == list(range(end - start))
+            assert len(drawn.u[start:end, GEOMETRY].unique()) == 1
+            geometries.add(drawn.u[start, GEOMETRY].item())
+    assert len(geometries) == 60
+    assert len(plan(index[:0], [], Draws("cpu", 0)).order) == 0
+
+
+def test_a_fresh_network_does_not_disturb_the_global_generator() -> None:
+    before = torch.random.get_rng_state()
+    fresh_network(SPEC, Draws("cpu", 0))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_an_update_sees_n_data_images_and_all_when_there_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(Trainer, "epoch", lambda self, index, draws: seen.append(index))
+    for n_data, epochs in ((5, 1), (100, 1), (0, 1), (6, 3)):
+        trainer = Trainer([fresh_network(SPEC, Draws("cpu", 0))], [easy_set(20, 0)], recipe(epochs=epochs), CPU)
+        update_network(trainer, n_data=n_data, draws=Draws("cpu", 0))
+    assert [len(index.unique()) for index in seen] == [5, 20, 0, 6, 6, 6]
+
+
+def test_a_single_left_over_image_joins_the_batch_before_it() -> None:
+    assert batches(9, 4) == [(0, 4), (4, 9)]
+    assert batches(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert batches(1, 4) == [(0, 1)]
+    assert batches(3, 1) == [(0, 1), (1, 2), (2, 3)]
+    assert batches(0, 4) == []
+
+
+def test_cutmix_pastes_a_box_of_the_named_image_and_knows_its_area() -> None:
+    k, n = 200, 6
+    x = torch.arange(float(n)).view(1, n, 1, 1, 1).expand(k, n, 2, 8, 8)
+    target = torch.eye(n).expand(k, n, n)
+    partner = torch.stack([Draws("cpu", key).permutation(n) for key in range(k)])
+    mix = Draws("cpu", "mix").uniform(k, 4)
+    mixed, weighted = cutmix(x, target, partner, mix)
+    shares = []
+    for row in range(k):
+        other = partner[row]
+        for i in range(n):
+            if other[i] == i:
+                assert torch.equal(mixed[row, i], x[row, i]) and weighted[row, i, i].item() == pytest.approx(1)
+                continue
+            pasted = mixed[row, i] == other[i]
+            share = pasted[0].float().mean().item()
+            assert weighted[row, i, other[i]].item() == pytest.approx(share)
+            assert weighted[row, i, i].item() == pytest.approx(1 - share)
+            assert (mixed[row, i][~pasted] == i).all() and torch.equal(pasted[0], pasted[1])
+            rows, columns = pasted[0].any(1).sum(), pasted[0].any(0).sum()
+            assert rows * columns == pasted[0].sum()
+        if mix[row, APPLY] < 0.5:
+            shares.append(share)
+            assert share <= 1 - mix[row, SIZE].item()  # before clipping and rounding
+        else:
+            assert torch.equal(mixed[row], x[row])
+    assert 80 <= len(shares) <= 120 and min(shares) < 0.1 and max(shares) > 0.5
+
+
+@pytest.mark.parametrize("mixup", ["cut", "vanilla"])
+@pytest.mark.parametrize("names", ["color_crop_flip", "crop_scale_rotate_cutout"])
+def test_an_epoch_equals_plain_sgd_image_by_image(names: str, mixup: str) -> None:
+    """Augmentation per image, CutMix with its area-weighted loss, momentum, weight decay: against loops in float64."""
+    train, index = (
+        exact(easy_set(24, 0)),
+        torch.arange(1, 20),
+    )  # three batches of six, and one image that joins the last
+    settings = recipe(
+        augment=Augment(names), mixup=mixup, batch_size=6, lr=0.125, momentum=0.8, weight_decay=0.05
+    )  # a rate that float32 holds
+    net, naive = (fresh_network(SPEC, Draws("cpu", 1)).double() for _ in range(2))
+    trainer = Trainer([net], [train], settings, CPU)
+    velocity: dict[str, torch.Tensor] = {}
+    for epoch in range(3):
+        trainer.epoch(index, [Draws("cpu", epoch)])
+        naive_epoch(naive, velocity, train, index, settings, Draws("cpu", epoch))
+    for ours, theirs in zip(net.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("mixup", "low", "high"), [("cut", 80, 120), ("vanilla", 0, 0)])
+def test_half_of_the_batches_are_mixed_or_none(
+    monkeypatch: pytest.MonkeyPatch, mixup: str, low: int, high: int
+) -> None:
+    mixed: list[bool] = []
+
+    def count(x: torch.Tensor, target: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed.append(bool(rest[1][0, APPLY] < 0.5))
+        return cutmix(x, target, *rest)
+
+    monkeypatch.setattr("utils.method.training.cutmix", count)
+    train(easy_set(8, 0), recipe(epochs=100, batch_size=4, mixup=mixup))
+    assert len(mixed) == (200 if mixup == "cut" else 0) and low <= sum(mixed) <= high
+
+
+@pytest.mark.parametrize("pixels", [1, 0])
+def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
+    seen: list[int] = []
+    finished: list[int] = []
+    nets: list[Network] = []
+
+    def remember(net: Network, test: ImageSet, compute: Compute) -> torch.Tensor:
+        nets.append(net)
+        return torch.zeros(2, 2, dtype=torch.int64)
+
+    monkeypatch.setattr("utils.method.evaluation.confusion_matrix", remember)
+
+    def training_set(r: int) -> ImageSet:
+        seen.append(r)
+        return easy_set(4, r)
+
+    compute = Compute(torch.device("cpu"), pixels=pixels)
+    score = evaluate(
+        SPEC, training_set, easy_set(40, 9), recipe(epochs=2), trainings=range(3), seed=0, compute=compute,
+        on_epoch=finished.append,
+    )  # fmt: skip
+    assert seen == [0, 1, 2] and score.n == 3
+    assert finished == ([1] * 6 if pixels else [3, 3])  # one after the other, or side by side
+    assert len({net.classifier.weight[0, 0].item() for net in nets}) == 3
+
+
+def test_an_evaluation_side_by_side_equals_one_in_turn() -> None:
+    test = easy_set(200, 9)
+    settings = recipe(epochs=3, augment=Augment("color_crop"), mixup="cut", lr=0.002)
+
+    def score(pixels: int, *sizes: int) -> Score:
+        compute = Compute(torch.device("cpu"), pixels=pixels)
+        return evaluate(
+            SPEC, lambda r: easy_set(sizes[r], r), test, settings, trainings=range(3), seed=0, compute=compute
+        )
+
+    in_turn, together, uneven = score(1, 20, 20, 20), score(0, 20, 20, 20), score(0, 20, 22, 20)
+    assert in_turn.accuracies == pytest.approx(together.accuracies, abs=1)  # rounding may turn an image or two
+    assert [uneven.accuracies[r] for r in (0, 2)] == pytest.approx([in_turn.accuracies[r] for r in (0, 2)], abs=1)
+    assert len(set(in_turn.accuracies)) > 1
+
+
+def test_the_losses_told_are_the_mean_cross_entropy_of_every_training_on_its_own_images() -> None:
+    told: list[tuple[int, int, float]] = []
+    sets = [easy_set(12, r) for r in range(2)]
+    score = evaluate(
+        SPEC, lambda r: sets[r], easy_set(40, 9), recipe(epochs=2), trainings=range(2), seed=0, compute=CPU,
+        on_loss=lambda r, epoch, loss: told.append((r, epoch, loss)),
+    )  # fmt: skip
+    assert [(r, epoch) for r, epoch, _ in told] == [(0, 1), (1, 1), (0, 2), (1, 2)]
+    for r, expected in enumerate(loss for _, epoch, loss in told if epoch == 2):
+        (net,) = train_networks(SPEC, [sets[r]], recipe(epochs=2), [Draws("cpu", 0, "evaluate", r)], CPU)
+        x, y = sets[r].batch(torch.arange(12))
+        assert F.cross_entropy(net(x), y).item() == pytest.approx(expected, rel=1e-4)
+    assert score.confusion is not None and score.confusion.sum() == 2 * 40
+    assert score.mean == pytest.approx(100 * score.confusion.trace().item() / 80)
+
+
+def test_a_score_s_spread_is_the_sample_deviation_and_unknown_for_one() -> None:
+    score = Score((1.0, 2.0, 6.0))
+    assert score.mean == 3 and score.std == pytest.approx(math.sqrt(7))
+    assert str(score) == "3.0 +- 2.6 (n=3)"
+    assert str(Score((50.0,))) == "50.0 (n=1)" and Score((50.0,)).as_dict()["accuracy_std"] is None
+
+
+def test_draws_depend_on_every_part_of_their_key_and_on_nothing_else() -> None:
+    keys: list[tuple[int | str, ...]] = [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]
+    values = {key: Draws("cpu", *key).uniform(3) for key in keys}
+    torch.manual_seed(5)
+    for key in keys:
+        assert torch.equal(values[key], Draws("cpu", *key).uniform(3))
+    assert len({tuple(v.tolist()) for v in values.values()}) == len(keys)

@@ -1,0 +1,219 @@
+"""From a command line to complete options.
+
+Precedence is default < the data set's settings (and --reproduce) < the method's < flag. A flag that the user gave is
+never changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+from utils.config import checks
+from utils.config.flags import make_parser
+from utils.config.options import (
+    ALL_NETWORKS,
+    FREE,
+    NO_BASELINES,
+    OF_THE_SET,
+    CondenseOptions,
+    Options,
+    TrainOptions,
+)
+from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions, method_settings
+from utils.system.errors import UsageError, UserError
+
+NETWORK = ("net_type", "depth", "width", "norm_type")  # options that belong to one network
+
+# --- condense.py ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Complete options, and the origin of each: flag, method, --reproduce, data set, or default."""
+
+    options: CondenseOptions
+    origin: Mapping[str, str]
+
+
+def condense(argv: Sequence[str], description: str) -> Resolved:
+    """The options of a command line of condense.py. Raises UsageError for flags that make no sense."""
+    return condense_options(make_parser(CondenseOptions, description).parse_given(argv))
+
+
+def condense_options(given: dict[str, Any]) -> Resolved:
+    """The options of the flags given. Raises UsageError for combinations that make no sense."""
+    defaults = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
+    if "image_folder" in given:
+        defaults["dataset"] = "folder"
+    dataset = given.get("dataset", defaults["dataset"])
+    layers = [("default", defaults), ("data set", DATASET_SETTINGS[dataset])]
+    if given.get("reproduce"):
+        if dataset not in PUBLISHED:
+            raise UsageError(f"--reproduce: the paper has no settings for {dataset}; use -d {'|'.join(PUBLISHED)}")
+        layers.append(("--reproduce", REPRODUCE))
+    ipc = given.get("ipc", defaults["ipc"])
+    exceptional = exceptions(dataset, given.get("factor", defaults["factor"]), ipc)
+    method, select = given.get("method", defaults["method"]), given.get("select")
+    of_method = method_settings(method, dataset, ipc=ipc, select=select, reproduce="reproduce" in given)
+    layers += [("data set", exceptional), ("method", of_method), ("flag", given)]
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, layer in layers:
+        if layer is not given and layer is not defaults and "net_type" in given:
+            layer = concerning(layer, given["net_type"])
+        values.update(layer)
+        origin.update(dict.fromkeys(layer, name))
+    options = CondenseOptions(**values)
+    checks.check_data(options.dataset, options.image_folder, options.size)
+    return Resolved(options, origin)
+
+
+def as_saved(options: CondenseOptions) -> dict[str, Any]:
+    """All options as options.json holds them; paths are absolute, so that they can be compared."""
+    paths = {name: getattr(options, name) for name in ("image_folder", "resume_from")}
+    resolved = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    return {**dataclasses.asdict(options), **resolved}
+
+
+def saved_settings(options: CondenseOptions) -> dict[str, Any]:
+    """What data.json keeps under `settings`: all options but places and those that it names by themselves."""
+    return {k: v for k, v in dataclasses.asdict(options).items() if k not in (*FREE, *OF_THE_SET)}
+
+
+def run_folder(options: CondenseOptions) -> Path:
+    """results/<dataset>/<net>_f<f>_ipc<n>[_<method>][_<tag>], the method unless it is dream.
+
+    Raises UsageError for an unknown network.
+    """
+    try:
+        spec = models.resolve(options.net_type, channels=1, classes=1, side=1, depth=options.depth)
+    except ValueError as error:
+        raise UsageError(f"--net_type: {error}") from None
+    more = ["" if options.method == "dream" else options.method, options.tag]
+    name = "_".join([spec.name, f"f{options.factor}", f"ipc{options.ipc}", *filter(None, more)])
+    return Path(options.results_dir) / options.dataset / name
+
+
+def how_to_go_on(options: CondenseOptions) -> str:
+    """What to do after a stop, for people."""
+    return f"run the same command {'without --restart' if options.restart else 'again'} to go on"
+
+
+# --- train.py ---------------------------------------------------------------------------------------------------------
+
+
+def train_options(
+    given: dict[str, Any], card: Mapping[str, Any] | None, source: Path, *, ipc: int | None = None
+) -> TrainOptions:
+    """The options of train.py's flags. card: the set's data.json, which knows its settings; source: its path.
+
+    ipc: images per class of a set without a card.
+    Raises UsageError for a flag that contradicts the card, and for combinations that make no sense.
+    """
+    values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    if card is not None:
+        for name in OF_THE_SET:
+            if name in given and given[name] != card[name] and name != "image_folder":
+                raise UsageError(f"--{name} {given[name]}: the set's data.json says {card[name]}; leave the flag out")
+        values.update(_settings_of(card, source))
+    else:
+        values["dataset"] = given.get("dataset", "folder" if "image_folder" in given else values["dataset"])
+        exceptional = exceptions(values["dataset"], given.get("factor") or 1, given.get("ipc") or ipc or 10)
+        epochs = {"epochs": REAL_EPOCHS} if given.get("real") else {}
+        for layer in (DATASET_SETTINGS[values["dataset"]], exceptional, epochs):
+            values.update({k: v for k, v in layer.items() if k in values})
+    if card is not None and not card.get("normalized", False) and given.get("normalized"):
+        raise UsageError("--normalized: the set's data.json says that it is not; leave the flag out")
+    options = TrainOptions(**{**values, **given})
+    checks.check_data(options.dataset, options.image_folder, options.size)
+    if NO_BASELINES in options.baselines and len(options.baselines) > 1:
+        raise UsageError(f"--baselines: {NO_BASELINES} and other words exclude each other")
+    return options
+
+
+def real_epochs(given: Mapping[str, Any]) -> int:
+    """Epochs of a training on all real images: --epochs, or far fewer than for a set of a few images."""
+    return int(given.get("epochs", REAL_EPOCHS))
+
+
+def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The settings in a data.json, which may be anybody's, so they are checked as if they were flags."""
+    known = {**card["settings"], **{name: card[name] for name in OF_THE_SET}}
+    # How the set was computed says nothing of how it is to be evaluated; and what only train.py has, such as the names
+    # of files to write, is not for a set to say.
+    names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, "precision"}
+    words = [
+        f"--{field.name}={known[field.name]}"
+        for field in dataclasses.fields(TrainOptions)
+        if field.name in names and known.get(field.name) is not None
+    ]
+    try:
+        settings = make_parser(TrainOptions, "").parse_given(words)
+        for name in settings.get("net_type", []):
+            split_name(name)
+        return settings
+    except UsageError as error:
+        reason = str(error).rsplit("; see", 1)[0]
+        raise UserError(
+            f"{source}: is damaged ({reason}); move the file away and describe the set with -d and -f"
+        ) from None
+
+
+# --- Networks ---------------------------------------------------------------------------------------------------------
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """Family and depth of a network's name. Raises UsageError for an unknown family."""
+    try:
+        return models.split_name(name)
+    except ValueError as error:
+        raise UsageError(f"--net_type: {error}") from None
+
+
+def concerning(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings that concern the network of that name: a ConvNet's depth and width say nothing of a ResNet."""
+    kept = {k: v for k, v in settings.items() if k not in NETWORK}
+    family, depth = split_name(name)
+    if family == split_name(settings.get("net_type") or "convnet")[0]:
+        kept |= {k: settings[k] for k in NETWORK[1:] if k in settings and not (k == "depth" and depth)}
+    return kept
+
+
+def networks(
+    options: TrainOptions,
+    given: Mapping[str, Any],
+    card: Mapping[str, Any] | None,
+    *,
+    channels: int,
+    classes: int,
+    side: int,
+) -> list[models.NetSpec]:
+    """train.py's networks; each takes the flags given, and those of the set's own settings that concern it."""
+    specs = []
+    own = {k: getattr(options, k) for k in NETWORK[1:] if k not in given}
+    distilled_with = card["settings"].get("net_type") if card else None
+    names = options.net_type or ["convnet"]
+    for name in dict.fromkeys(models.PAPER_TABLE if ALL_NETWORKS in names else names):
+        settings = concerning({**own, "net_type": distilled_with}, name)
+        replaced: dict[str, Any] = {k: settings.get(k) for k in own}
+        specs.append(
+            network(dataclasses.replace(options, **replaced), name, channels=channels, classes=classes, side=side)
+        )
+    return specs
+
+
+def network(options: Options, name: str, *, channels: int, classes: int, side: int) -> models.NetSpec:
+    """The specification of a network that can really be built. Raises UsageError naming the flags."""
+    settings = {"depth": options.depth, "width": options.width, "norm": options.norm_type}
+    try:
+        spec = models.resolve(name, channels=channels, classes=classes, side=side, **settings)  # type: ignore[arg-type]
+        net = models.outline(spec)
+    except ValueError as error:
+        raise UsageError(f"--net_type {name} (--depth, --width, --norm_type): {error}") from None
+    checks.check_weights(net, name)
+    return spec

@@ -1,0 +1,94 @@
+"""What is told and recorded around the inner steps of a run: progress, losses, the time left, requests to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from utils.method.state import State
+from utils.runs.folder import RunFolder
+from utils.system.device import peak_memory
+from utils.system.distributed import Group
+from utils.system.process import Stopper
+from utils.system.report import Progress, span
+
+log = logging.getLogger("dream")
+
+METRIC_LINES = 10_000  # losses in metrics.jsonl at most: of every outer iteration, or of every n-th
+
+
+class Recorder:
+    """The clock, the progress bar and metrics.jsonl of a run."""
+
+    def __init__(
+        self, folder: RunFolder, stopper: Stopper, group: Group, *, niter: int, inner_loop: int, interval: int
+    ) -> None:
+        """niter, inner_loop: the run's steps. interval: inner steps between two looks at the loss."""
+        self.folder, self.stopper, self.group = folder, stopper, group
+        self.niter, self.inner_loop, self.interval = niter, inner_loop, interval
+        self.progress = Progress(niter * inner_loop, "distilling", "step", keep=True)
+        self.steps_here = 0
+        self._first_step = self._started = time.monotonic()
+
+    def start(self, state: State) -> None:
+        """Begin to record, from wherever the state is."""
+        self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
+        self.progress.start_at(state.it * self.inner_loop + state.step)
+
+    def seconds(self, state: State) -> float:
+        """Seconds of distilling so far, in all sessions; evaluations don't count."""
+        return state.seconds + time.monotonic() - self._started
+
+    def book(self, state: State) -> None:
+        """Add the seconds since the last call to the state's, as before every save."""
+        state.seconds, self._started = self.seconds(state), time.monotonic()
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Stop the clock and the progress bar while the block runs."""
+        began = time.monotonic()
+        try:
+            with self.progress.paused():
+                yield
+        finally:
+            self._started += time.monotonic() - began
+
+    def after_step(self, state: State) -> bool:
+        """Report now and then; whether a checkpoint is due, on any rank. Raises Stopped when that is asked for."""
+        self.progress.advance()
+        self.steps_here += 1
+        if state.step == 0 and (state.it % math.ceil(self.niter / METRIC_LINES) == 0 or state.it == self.niter):
+            loss, seconds = state.mean_loss(self.inner_loop), self.seconds(state)
+            self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
+        if self.steps_here % self.interval == 0:
+            accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
+            loss = state.mean_loss(self.inner_loop)
+            self.progress.say(f"iteration {state.it}/{self.niter}, loss {loss:.4g}{accuracy}")
+        self._estimate()
+        reason, due = self.group.all_reduce_max(self.stopper.reason(), self.folder.checkpoint_due())
+        self.stopper.obey(reason)
+        return bool(due)
+
+    def _estimate(self) -> None:
+        """Say how long the run will take, once a selection and the steps after it have been seen."""
+        if self.steps_here == 1:
+            self._first_step = time.monotonic()
+        if self.steps_here == self.interval + 1:
+            pace = (time.monotonic() - self._first_step) / self.interval
+            left = pace * (self.progress.total - self.progress.done)
+            if left > 60:
+                log.info("about %s for the steps that are left; stop at any time, the same command goes on", span(left))
+
+    def resources(self, device: torch.device) -> str:
+        """What the run has taken of memory, and under torchrun of the network between ranks."""
+        (peak,) = self.group.all_reduce_max(peak_memory(device))
+        memory = f"peak memory: {peak / 1e9:.2g} GB"
+        if self.group.alone:
+            return memory
+        sent = f"{self.group.sent / 1e6:.3g} MB to others in {self.steps_here} inner steps"
+        return f"{memory}, of the rank that took most; the first one has given {sent}"

@@ -1,0 +1,157 @@
+"""What train.py trains networks on: a distilled set, real images beside it, or all real images."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data import Dataset
+from models import NetSpec
+from utils.files.atomic import make_folder
+from utils.method.formation import Formation, training_images
+from utils.method.images import ImageSet, digest
+from utils.method.selection import BASELINE, Context, coreset
+from utils.method.training import fresh_network
+from utils.numerics.compute import Compute
+from utils.runs.card import CARD
+from utils.runs.results import ALL_REAL
+from utils.runs.sets import DistilledSet, SetFile
+from utils.system.draws import Draws
+
+log = logging.getLogger("dream")
+
+DISTILLED = "distilled set"
+NAMES = {"kmeans": "k-means representatives", "herding": "herded real images"}  # other strategies go by their own name
+RANDOM = "random real images"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What networks are trained on: one row of the table for every network."""
+
+    name: str
+    images_per_class: float
+    decoded_per_class: float
+    stored_bytes: int  # of the pixels as the set holds them, and of soft labels
+    epochs: int
+    training_set: Callable[[NetSpec, int], ImageSet]  # the images of a network's r-th training
+    folder: Path  # of eval.json
+    identity: dict[str, Any]  # distinguishes its results in that file from those of other images
+
+    @property
+    def title(self) -> str:
+        """Name and size, for people."""
+        return f"{self.name}, {self.images_per_class:.4g} per class"
+
+
+class TrainingDataOf:
+    """Everything of one data set that networks can be trained on."""
+
+    def __init__(self, data: Dataset, *, results_dir: str, seed: int, epochs: int) -> None:
+        """results_dir: where results lie that belong to no run folder. epochs: of a training on a small set."""
+        self.data, self.device = data, data.device
+        self.results_dir, self.seed, self.epochs = results_dir, seed, epochs
+
+    def distilled(self, source: SetFile, content: DistilledSet, formation: Formation) -> TrainingData:
+        """A set made by condense.py or somebody else."""
+        images, labels, soft = content
+        decoded = training_images(
+            images.to(self.device),
+            labels.to(self.device),
+            formation,
+            soft=None if soft is None else soft.to(self.device),
+            classes=self.data.classes,
+            normalize=self.data.normalize,
+        )
+        classes = len(labels.unique())
+        content_bytes = b"".join(x.contiguous().numpy().tobytes() for x in content if x is not None)
+        return TrainingData(
+            name=DISTILLED,
+            images_per_class=len(images) / classes,
+            decoded_per_class=len(decoded) / classes,
+            stored_bytes=source.images.nbytes + (0 if source.soft is None else source.soft.nbytes),
+            epochs=self.epochs,
+            training_set=lambda spec, r: decoded,
+            folder=self._folder_of(source),
+            identity={
+                **self.data_identity,
+                **dataclasses.asdict(formation),
+                "sha256": hashlib.sha256(content_bytes).hexdigest(),
+            },
+        )
+
+    def _folder_of(self, source: SetFile) -> Path:
+        """Where a set's results go: its run folder; sets from elsewhere stay as they are and get a folder here."""
+        if source.card is not None and source.card_file.name == CARD:
+            return source.file.parent
+        return self._made(f"evaluated_{source.file.stem}")
+
+    def _made(self, name: str) -> Path:
+        """A folder for results, made."""
+        folder = Path(self.results_dir) / self.data.name / name
+        make_folder(folder)
+        return folder
+
+    def baselines(self, ours: TrainingData, strategies: Sequence[str]) -> list[TrainingData]:
+        """As many real images as a distilled set stores, by these strategies; random ones as many as it decodes to."""
+        stored, decoded = round(ours.images_per_class), round(ours.decoded_per_class)
+        most = min(self.data.train.counts)
+        rows = [self.coreset(name, min(stored, most), ours.folder) for name in strategies]
+        if stored < decoded <= most:
+            rows.insert(1, self.coreset("random", decoded, ours.folder))
+        elif decoded > most:
+            log.info("a class has %d real images: no row with as many as are decoded (%d)", most, decoded)
+        return rows
+
+    def coreset(self, strategy: str, ipc: int, folder: Path | None = None) -> TrainingData:
+        """Real images, selected anew for every training in the embedding of a fresh network."""
+        real = self.data.train
+
+        def draw(spec: NetSpec, r: int) -> ImageSet:
+            draws = Draws(self.device, self.seed, BASELINE, r)
+            net = fresh_network(spec, draws)
+            return coreset(Context(net, real, draws, Compute(self.device).cheapest()), strategy, ipc=ipc)
+
+        return TrainingData(
+            name=NAMES.get(strategy, f"{strategy} real images"),
+            images_per_class=ipc,
+            decoded_per_class=ipc,
+            stored_bytes=ipc * self.data.classes * real.images[0].nbytes,
+            epochs=self.epochs,
+            training_set=draw,
+            folder=folder or self._made(f"coreset_{strategy}_ipc{ipc}"),
+            identity={**self.data_identity, "strategy": strategy, "ipc": ipc},
+        )
+
+    def real(self, epochs: int) -> TrainingData:
+        """The whole training set. Its results lie in a folder of their own, where every later command finds them."""
+        real = self.data.train
+        count = len(real) / self.data.classes
+        return TrainingData(
+            name=ALL_REAL,
+            images_per_class=count,
+            decoded_per_class=count,
+            stored_bytes=real.images.nbytes,
+            epochs=epochs,
+            training_set=lambda spec, r: real,
+            folder=self._made("real"),
+            identity=self.data_identity,
+        )
+
+    @cached_property
+    def data_identity(self) -> dict[str, Any]:
+        """What training and test images are, as far as results depend on it."""
+        return {
+            "dataset": self.data.name,
+            "side": self.data.side,
+            "training_images": digest(self.data.train),
+            "test_images": digest(self.data.test),
+            "normalization": [[round(value, 4) for value in values] for values in self.data.statistics],
+            **({} if self.data.whiten == "none" else {"whiten": self.data.whiten}),
+        }
