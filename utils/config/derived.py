@@ -16,7 +16,7 @@ from utils.method.augment import Augment, without
 from utils.method.formation import Formation
 from utils.method.state import NotFinite, State
 from utils.method.training import Recipe
-from utils.runs.card import Card, card_of_run, card_of_set
+from utils.runs.card import DATA, Card, how_to_use
 from utils.runs.experts import Experts
 from utils.system.errors import printable
 
@@ -163,36 +163,41 @@ def update_summary(o: CondenseOptions) -> str:
 
 
 def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, settings: dict[str, Any]) -> Card:
-    """A card that says what a set is and how to use it, but not how it was made."""
-    mean, std = data.statistics
-    return card_of_set(
-        dataset=o.dataset,
-        image_folder=None if o.image_folder is None else str(Path(o.image_folder).resolve()),
-        class_names=data.class_names,
-        ipc=ipc,
-        factor=o.factor or 1,
-        decode_type=o.decode_type or "single",
-        mean=mean,
-        std=std,
-        settings=settings,
-    )
+    """The card of a set of whose making nothing is known: how to use it. settings: the other options, where known."""
+    (mean, std), formation = data.statistics, Formation(o.factor or 1, o.decode_type or "single")
+    return {
+        "dataset": o.dataset,
+        "image_folder": None if o.image_folder is None else str(Path(o.image_folder).resolve()),
+        "class_names": list(data.class_names),
+        "ipc": ipc,
+        "factor": formation.factor,
+        "decode_type": formation.decode_type,
+        "decoded_per_class": formation.decoded_count(ipc),
+        "value_range": [0.0, 1.0],
+        "normalized": False,
+        "normalization": {"mean": list(mean), "std": list(std)},  # per channel, in units of [0, 1]
+        "settings": settings,
+        "finished": True,
+    }
 
 
 def run_card(
     o: CondenseOptions, data: Dataset, spec: NetSpec, state: State, experts: Experts | None, *, finished: bool
 ) -> Card:
-    """The card of a run's set, the content of data.json."""
-    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: experts.seconds)
-    return card_of_run(
-        set_card(o, data, ipc=o.ipc, settings=resolve.saved_settings(o)),
-        shape=state.optimizer.pixels.shape[2:],
-        network=dataclasses.asdict(spec),
-        learned={name: value[0].item() for name, value in state.matching_step.learned.items()},
-        outer_iterations=state.it,
-        seconds=state.seconds,
-        finished=finished,
-        expert_seconds=expert_seconds,
-    )
+    """The content of data.json: how to use a run's set, how it was made, and how far the run has come."""
+    card = set_card(o, data, ipc=o.ipc, settings=resolve.saved_settings(o))
+    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: round(experts.seconds, 1))
+    return {
+        "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, data.side)}.",
+        **card,
+        "shape": [data.channels, data.side, data.side],
+        "network": dataclasses.asdict(spec),
+        "learned": {name: value[0].item() for name, value in state.matching_step.learned.items()},
+        "outer_iterations": state.it,
+        "seconds": round(state.seconds, 1),  # of distilling, without evaluations
+        "finished": finished,
+        **({} if expert_seconds is None else {"expert_seconds": expert_seconds}),
+    }
 
 
 def diverged(o: CondenseOptions, error: NotFinite, class_names: Sequence[str], run: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.files.atomic import CHECKSUM, parse_json
 from utils.files.tensors import write_tensors
-from utils.method.formation import BOUND, Formation
+from utils.method.formation import BOUND
 from utils.method.images import EPS
 from utils.system.errors import UserError
 
@@ -64,71 +64,6 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
         what = f" with {', '.join(wanted)}" if wanted else ""
         raise UserError(f"{results}: holds no distilled set{what}; make one with condense.py, or name a data.pt")
     return max(fitting, key=lambda file: file.stat().st_mtime).parent
-
-
-# --- Making a card ----------------------------------------------------------------------------------------------------
-
-
-def card_of_set(
-    *,
-    dataset: str,
-    image_folder: str | None,
-    class_names: Sequence[str],
-    ipc: int,
-    factor: int,
-    decode_type: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-    settings: Mapping[str, Any],
-) -> Card:
-    """The card of a set of whose making nothing is known: how to use it.
-
-    image_folder: an absolute path, or None for a data set known by name. mean, std: per channel, in units of [0, 1].
-    settings: the other options, as far as they are known.
-    """
-    return {
-        "dataset": dataset,
-        "image_folder": image_folder,
-        "class_names": list(class_names),
-        "ipc": ipc,
-        "factor": factor,
-        "decode_type": decode_type,
-        "decoded_per_class": Formation(factor, decode_type).decoded_count(ipc),
-        "value_range": [0.0, 1.0],
-        "normalized": False,
-        "normalization": {"mean": list(mean), "std": list(std)},
-        "settings": dict(settings),
-        "finished": True,
-    }
-
-
-def card_of_run(
-    card: Card,
-    *,
-    shape: Sequence[int],
-    network: Mapping[str, Any],
-    learned: Mapping[str, float],
-    outer_iterations: int,
-    seconds: float,
-    finished: bool,
-    expert_seconds: float | None = None,
-) -> Card:
-    """The card of a set, see above, together with how a run made it and how far the run has come.
-
-    shape: (C, H, W). network: the fields of its NetSpec. learned: step sizes that --method mtt has learned. seconds: of
-    distilling, without evaluations; expert_seconds: of training the experts, where there are any.
-    """
-    return {
-        "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, shape[-1])}.",
-        **card,
-        "shape": list(shape),
-        "network": dict(network),
-        "learned": dict(learned),
-        "outer_iterations": outer_iterations,
-        "seconds": round(seconds, 1),
-        "finished": finished,
-        **({} if expert_seconds is None else {"expert_seconds": round(expert_seconds, 1)}),
-    }
 
 
 # --- A card in words --------------------------------------------------------------------------------------------------
