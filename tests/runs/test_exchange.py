@@ -23,7 +23,7 @@ from torch import Tensor
 from data import Dataset
 from tests.files import Payload, noise, tree
 from tests.files import save as save_image
-from utils.method.formation import pack, training_images
+from utils.method.formation import Formation, pack, training_images
 from utils.method.images import ImageSet, Normalize
 from utils.runs import export
 from utils.runs.export import check_target, export_folder, export_safetensors
@@ -515,9 +515,8 @@ def test_class_folders_have_safe_names_in_the_order_of_the_labels(names: list[st
 def exported(folder: Path, names: list[str], *, soft: Tensor | None = None, **card: Any) -> ImageSet:
     """Six images, decoded with factor 2 and exported to a folder."""
     normalize = Normalize([0.5], [0.25])
-    settings: dict[str, Any] = {"factor": 2, "decode_type": "single", "classes": 3, "normalize": normalize}
     labels = LABELS if soft is None else soft.argmax(1)
-    train = training_images(IMAGES, labels, soft=soft, **settings)
+    train = training_images(IMAGES, labels, Formation(2, "single"), soft=soft, classes=3, normalize=normalize)
     export_folder(folder, train, class_names=names, stored=6, card={**CARD, **card})
     return train
 
