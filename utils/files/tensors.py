@@ -13,7 +13,7 @@ import pickletools
 import stat
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def verify_program(program: bytes) -> None:
             named = argument in kept if what in GET else (what, argument) == ("GLOBAL", ORDERED)
 
 
-def is_plain(x: object) -> bool:
+def is_plain(x: object) -> TypeGuard[Tensor]:
     """Whether this is a dense tensor on the CPU whose file really holds its numbers, not a few expanded to many."""
     if type(x) not in (Tensor, nn.Parameter):
         return False

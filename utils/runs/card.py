@@ -55,7 +55,7 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
         try:
             card = parse_json(file.with_name(CARD))[0] if file.with_name(CARD).exists() else {}
         except UserError as error:
-            log.warning("%s; passed over", str(error).split(";")[0])
+            log.warning("%s; passed over", error.problem)
             continue
         if factor in (None, card.get("factor")) and ipc in (None, card.get("ipc")):
             fitting.append(file)

@@ -23,7 +23,7 @@ from utils.files.tensors import is_plain
 from utils.method.selection import Context, select
 from utils.method.training import Trainer, batches
 from utils.numerics.derivatives import flattened
-from utils.runs.folder import CHECKPOINT_SECONDS
+from utils.runs.folder import CHECKPOINT_SECONDS, differing
 from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
 
@@ -63,18 +63,10 @@ class Experts:
         try:
             there = atomic.read_json(file)
         except UserError as error:  # harmless: every expert's file says what it belongs to
-            log.warning("%s; written again", str(error).split(";")[0])
+            log.warning("%s; written again", error.problem)
             return False
-        names = {*there, *self.identity}
-        differ = [
-            f"{name} {there.get(name)} there, {self.identity.get(name)} here"
-            for name in sorted(names)
-            if there.get(name) != self.identity.get(name)
-        ]
-        if differ:
-            raise UserError(
-                f"{self.folder}: holds other experts ({'; '.join(differ)}); use another folder, or delete this one"
-            )
+        if differ := differing(there, self.identity, sorted({*there, *self.identity})):
+            raise UserError(f"{self.folder}: holds other experts ({differ}); use another folder, or delete this one")
         return True
 
     # --- What is there ------------------------------------------------------------------------------------------------
@@ -109,24 +101,20 @@ class Experts:
         return atomic.checksum([self.identity, k])
 
     def _read(self, k: int) -> dict[str, Any]:
-        """The content of an expert's file. Raises UserError unless it is whole and belongs to this expert."""
+        """The content of an expert's file: its trajectory so far, (epochs done + 1, P), and more.
+
+        Raises UserError unless it is whole and belongs to this expert.
+        """
         content = tensors.read_tensors(self._file(k), AGAIN)
         if not isinstance(content, dict) or content.get("of") != self._owner(k):
             raise UserError(f"{self._file(k)}: is of another expert; {AGAIN}")
-        if not self._fits(content.get("trajectory")) or not isinstance(content.get("seconds"), float):
+        rows = content.get("trajectory")
+        plain = is_plain(rows) and rows.dtype == torch.get_default_dtype() and rows.dim() == 2
+        if rows is None or not plain or not 1 <= len(rows) <= self.epochs + 1 or not rows.isfinite().all():
             raise UserError(f"{self._file(k)}: holds no trajectory of {self.epochs} epochs; {AGAIN}")
+        if not isinstance(content.get("seconds"), float):
+            raise UserError(f"{self._file(k)}: does not say how long its training took; {AGAIN}")
         return content
-
-    def _fits(self, rows: object) -> bool:
-        """Whether these are the rows of a trajectory, (epochs done + 1, P)."""
-        if (
-            not isinstance(rows, Tensor)
-            or not is_plain(rows)
-            or rows.dtype != torch.get_default_dtype()
-            or rows.dim() != 2
-        ):
-            return False
-        return 1 <= len(rows) <= self.epochs + 1 and bool(rows.isfinite().all())
 
     def _read_if_whole(self, k: int) -> dict[str, Any] | None:
         """The content of an expert's file, or None where there is none or, after a warning, where it is damaged."""
@@ -141,7 +129,7 @@ class Experts:
     def _warn(self, k: int, error: UserError) -> None:
         """Say once that an expert's file is damaged."""
         if k not in self._damaged:
-            log.warning("%s; trained again", str(error).split(";")[0])
+            log.warning("%s; trained again", error.problem)
         self._damaged.add(k)
 
     def _epochs_done(self, k: int) -> int:

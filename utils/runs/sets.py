@@ -167,7 +167,7 @@ def _card_in(header: dict[str, str], file: Path) -> Card | None:
     except (ValueError, RecursionError):
         log.warning("%s: the card in its header is no JSON, and is not used", file)
     except UserError as error:
-        log.warning("%s; the card in its header is not used", str(error).split(";")[0])
+        log.warning("%s; the card in its header is not used", error.problem)
     return None
 
 
