@@ -122,11 +122,6 @@ FIELDS: dict[str, type | tuple[type, ...]] = {  # that evaluation needs, with th
 }
 
 
-def read_card(file: Path) -> Card:
-    """The content of a data.json. Raises UserError when it is damaged or lacks something that evaluation needs."""
-    return check_card(load_card(file), file)
-
-
 def load_card(file: Path) -> Card:
     """The content of a data.json, whatever it holds; if it was edited since it was written, this gives a warning.
 
@@ -146,19 +141,15 @@ def check_card(card: object, file: Path) -> Card:
     wrong = [name for name, kind in FIELDS.items() if not isinstance(known.get(name), kind)]
     if not wrong:
         mean, std = known["normalization"].get("mean"), known["normalization"].get("std")
-        if not (_are_statistics(mean) and _are_statistics(std) and len(mean) == len(std) and min(std) > 1 / LARGE):
+        lists = isinstance(mean, list) and isinstance(std, list) and 0 < len(mean) == len(std)
+        if (
+            not lists
+            or not all(type(v) in (int, float) and abs(v) <= LARGE for v in mean + std)
+            or min(std) <= 1 / LARGE
+        ):
             wrong = ["normalization"]
         elif not isinstance(known.get("normalized", False), bool):
             wrong = ["normalized"]
     if wrong:
         raise UserError(f"{file}: lacks a valid {wrong[0]!r}; move the file away and describe the set with -d and -f")
     return known
-
-
-def _are_statistics(values: object) -> bool:
-    """Whether this is a list of numbers as means and standard deviations are."""
-    return (
-        isinstance(values, list)
-        and len(values) > 0
-        and all(type(v) in (int, float) and abs(v) <= LARGE for v in values)
-    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -41,7 +40,7 @@ class Experts:
         """identity: everything that trajectories depend on. Raises UserError when the folder has other experts."""
         self.folder, self.count, self.epochs = folder, count, epochs
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self._at_hand: OrderedDict[int, Tensor] = OrderedDict()  # the last used one at the end
+        self._at_hand: dict[int, Tensor] = {}  # the last used one at the end
         self._damaged: set[int] = set()
         self._check()
 
@@ -77,7 +76,7 @@ class Experts:
 
     def done(self) -> int:
         """Epochs that are trained already, all experts together."""
-        return sum(max(0, self._epochs_done(k)) for k in range(self.count))
+        return sum(self._epochs_done(k) for k in range(self.count))
 
     @cached_property
     def seconds(self) -> float:
@@ -86,11 +85,10 @@ class Experts:
 
     def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """An expert's parameters after so many epochs, (P,) each, on the CPU. Raises UserError for a damaged file."""
-        if expert in self._at_hand:
-            self._at_hand.move_to_end(expert)
-        else:
-            self._keep(expert, self._read(expert)["trajectory"])
-        trajectory = self._at_hand[expert]
+        trajectory = self._at_hand.pop(expert, None)
+        if trajectory is None:
+            trajectory = self._read(expert)["trajectory"]
+        self._keep(expert, trajectory)
         return trajectory[start], trajectory[end]
 
     def _file(self, k: int) -> Path:
@@ -133,22 +131,21 @@ class Experts:
         self._damaged.add(k)
 
     def _epochs_done(self, k: int) -> int:
-        """Epochs that an expert is trained already; -1 where even its beginning is missing."""
+        """Epochs that an expert is trained already."""
         if k in self._at_hand:
             return self.epochs
         file = self._read_if_whole(k)
         if file is None:
-            return -1
-        trajectory: Tensor = file["trajectory"]
-        if len(trajectory) == self.epochs + 1:
-            self._keep(k, trajectory)
-        return len(trajectory) - 1
+            return 0
+        if (done := len(file["trajectory"]) - 1) == self.epochs:
+            self._keep(k, file["trajectory"])
+        return done
 
     def _keep(self, k: int, trajectory: Tensor) -> None:
         """Keep a finished expert's trajectory in memory, in place of those that were not used for longest."""
         self._at_hand[k] = trajectory
         while sum(other.nbytes for other in self._at_hand.values()) > MEMORY and len(self._at_hand) > 1:
-            self._at_hand.popitem(last=False)
+            del self._at_hand[next(iter(self._at_hand))]
 
     # --- Training -----------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from data import Dataset
 from utils.files.imagefiles import EXTENSIONS, for_each, inside, is_grey, mode_and_size, read_image
 from utils.files.tensors import is_plain, read_tensors
 from utils.method.images import Normalize, to_unit
-from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, read_card
+from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
 from utils.system.device import free_memory
 from utils.system.errors import UserError, first_line, printable
 
@@ -98,7 +98,7 @@ def _read_pt(file: Path) -> SetFile:
     if not isinstance(content, (list, tuple)) or len(content) != 2 or not all(isinstance(x, Tensor) for x in content):
         raise _refusal(file, "is not a list of two tensors")
     card_file = file.with_name(CARD)
-    return _checked(file, *content, card=read_card(card_file) if card_file.exists() else None)
+    return _checked(file, *content, card=check_card(load_card(card_file), card_file) if card_file.exists() else None)
 
 
 def _refusal(file: Path, what: str) -> UserError:
