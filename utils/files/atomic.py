@@ -52,14 +52,15 @@ def write_atomically(path: Path, content: bytes, *, previous: Path | None = None
             os.close(directory)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, and its parents. Raises UserError when it cannot be made or written into."""
+def make_folder(path: Path) -> Path:
+    """Make a folder, and its parents, and return its path. Raises UserError when it cannot be made or written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # has no name, so that nothing can stay behind
             pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --results_dir") from error
+    return path
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

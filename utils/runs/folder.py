@@ -142,12 +142,9 @@ class RunFolder:
 
     def _finished(self) -> bool:
         """Whether the run is finished. Its damaged files are added to `flaws`."""
-        card = self.path / cards.CARD
-        if not card.exists():
-            return False
-        remedy = "made again from the checkpoint"
+        card, remedy = self.path / cards.CARD, "made again from the checkpoint"
         try:
-            content = atomic.read_json(card)
+            content = atomic.read_json(card) if card.exists() else {}
             if not content.get("finished"):
                 return False
             tensors.read_tensors(self.path / cards.DATA, remedy)
@@ -292,12 +289,10 @@ class RunFolder:
     def say_results(self, before: str = "", after: str = "") -> None:
         """Show the accuracies in a finished run's data.json, with lines before and after them."""
         card = atomic.read_json(self.path / cards.CARD)
-        rows = []
-        for what, key, count in (
-            ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),
-            ("random real images", "random_real", f"{card['ipc']}"),
-        ):
-            rows.append(f"  {what:20}{count:>24}     {Score(tuple(card[key]['accuracies']))}")
+        counts = f"{card['ipc']} stored, {card['decoded_per_class']} decoded", str(card["ipc"])
+        scores = [Score(tuple(card[key]["accuracies"])) for key in ("accuracy", "random_real")]
+        whats = ("distilled set", "random real images")
+        rows = [f"  {w:20}{count:>24}     {score}" for w, count, score in zip(whats, counts, scores, strict=True)]
         net, epochs = NetSpec(**card["network"]).name, card["settings"]["epochs"]
         head = f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {epochs} epochs"
         lines = [before, f"run folder: {self.path}", head, *rows, after]

@@ -55,9 +55,8 @@ def find(file: Path, wanted: Mapping[str, Any], *, repeat: int) -> Record | None
     """
     for record in read_records(file):
         if of_the_same(record, wanted) and len(record["accuracies"]) >= repeat:
-            score = Score(tuple(record["accuracies"][:repeat]))
-            whole = len(record["accuracies"]) == repeat
-            return {**record, **score.as_dict(), **({} if whole else {"confusion": None})}
+            score = Score(tuple(record["accuracies"][:repeat])).as_dict()
+            return {**record, **score, **({} if len(record["accuracies"]) == repeat else {"confusion": None})}
     return None
 
 
@@ -175,8 +174,4 @@ def as_json(records: Sequence[Record], about: Mapping[str, Any]) -> str:
     return json.dumps({**about, "results": list(records)}, indent=2) + "\n"
 
 
-TABLES: dict[str, Callable[[Sequence[Record], Mapping[str, Any]], str]] = {
-    ".md": as_markdown,
-    ".csv": as_csv,
-    ".json": as_json,
-}
+TABLES = {".md": as_markdown, ".csv": as_csv, ".json": as_json}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data import Dataset
-from utils.files.imagefiles import EXTENSIONS, for_each, inside, is_grey, mode_and_size, read_image
+from utils.files.imagefiles import for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.files.tensors import is_plain, read_tensors
 from utils.method.images import Normalize, to_unit
 from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
@@ -173,17 +172,10 @@ def _card_in(header: dict[str, str], file: Path) -> Card | None:
 
 def _read_folder(folder: Path) -> SetFile:
     """A set of image files DIR/CLASS/*; hidden files, and folders without images, do not count."""
-    files: list[str] = []
-    counts: dict[str, int] = {}
-    ignored: list[str] = []
-    for name in inside(str(folder))[0]:
-        place = str(folder / name)
-        paths = [os.path.join(place, file) for file in inside(place)[1]]
-        images = [path for path in paths if path.lower().endswith(EXTENSIONS)]
-        if images:
-            counts[name] = len(images)
-            files += images
-            ignored += sorted({*paths} - {*images})
+    found = {name: image_files(str(folder / name), nested=False) for name in inside(str(folder))[0]}
+    classes = {name: images for name, (images, _) in found.items() if images}
+    files = [path for images in classes.values() for path in images]
+    ignored = [path for name in classes for path in found[name][1]]
     if not files:
         raise UserError(f"{folder / DATA}: no such file, nor are there images in {folder}/CLASS/*; {REMEDY}")
     if ignored:
@@ -199,9 +191,9 @@ def _read_folder(folder: Path) -> SetFile:
             )
     channels = 1 if all(is_grey(mode) for mode, _ in heads) else 3
     must_fit(folder, len(files) * channels * side**2)
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts.values())))
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(list(map(len, classes.values()))))
     pixels = for_each(files, partial(read_image, channels=channels), what=f"reading {shown}")
-    return SetFile(folder, torch.stack(pixels), labels, names=list(counts))
+    return SetFile(folder, torch.stack(pixels), labels, names=list(classes))
 
 
 # --- Interpreting -----------------------------------------------------------------------------------------------------
