@@ -40,11 +40,10 @@ BLOCK = 512  # files read at a time
 _one_large = threading.Lock()
 
 Turn = Image.Transpose
-TURNS = (  # for EXIF's orientations, from 2 on
+UPRIGHT = dict(enumerate((  # how to turn an image of each of EXIF's orientations, from 2 on
     Turn.FLIP_LEFT_RIGHT, Turn.ROTATE_180, Turn.FLIP_TOP_BOTTOM, Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE,
     Turn.ROTATE_90,
-)  # fmt: skip
-UPRIGHT = dict(enumerate(TURNS, start=2))
+), start=2))  # fmt: skip
 
 
 # --- One file ---------------------------------------------------------------------------------------------------------
@@ -75,7 +74,6 @@ def read_image(path: str, *, channels: int, side: int | None = None) -> Tensor:
 
 
 def _tensor(file: Image.Image, channels: int, side: int | None) -> Tensor:
-    """See read_image; of an image of any size."""
     file.load()
     file.info.pop("transparency", None)  # converting would try to keep it
     image: Image.Image = file
@@ -190,19 +188,13 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 def inside(folder: str) -> tuple[list[str], list[str]]:
     """Names of the folders and of the files in a folder, sorted, without hidden ones. Raises OSError."""
-    names: dict[bool, list[str]] = {True: [], False: []}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith("."):
-                names[_is_folder(entry)].append(entry.name)
-    return sorted(names[True]), sorted(names[False])
 
+    def fail(error: OSError) -> None:
+        raise error
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # such as a link to itself
-        return False
+    _, *both = next(os.walk(folder, onerror=fail))
+    folders, files = (sorted(name for name in names if not name.startswith(".")) for names in both)
+    return folders, files
 
 
 # --- Grids of images --------------------------------------------------------------------------------------------------

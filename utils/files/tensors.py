@@ -120,8 +120,7 @@ def read_tensors(path: Path, remedy: str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
     except Refused as error:
-        raise UserError(
-            f"{path}: holds pickled objects other than tensors, which could run code: refused ({error}); {remedy}"
-        ) from error
+        problem = f"holds pickled objects other than tensors, which could run code: refused ({error})"
+        raise UserError(f"{path}: {problem}; {remedy}") from error
     except Exception as error:  # zip, pickle and storage errors of any kind
         raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error

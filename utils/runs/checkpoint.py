@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ REMEDY = "--resume_from takes a run folder, or its checkpoint.pt, checkpoint_pre
 MUST_AGREE = ("dataset", "ipc", "factor", "decode_type")  # without which the pixels would mean something else
 
 
-@dataclass(frozen=True)
-class Earlier:
+class Earlier(NamedTuple):
     """Earlier state of another run; its outer iteration begins anew, since the network is another one here."""
 
     source: str  # path, for messages
@@ -45,10 +43,10 @@ def resumed_from(source: str | None, folder: RunFolder, shape: tuple[int, ...]) 
     if source is None:
         return None
     fields = folder.group.broadcast(lambda: _fields(Path(source), folder, shape))
-    return None if fields is None else Earlier(**fields)
+    return None if fields is None else Earlier(*fields)
 
 
-def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> dict[str, Any] | None:
+def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> list[Any] | None:
     """Fields of the Earlier at a path, as plain values that ranks can send each other."""
     if folder.checkpoints and not folder.restart:
         return None
@@ -56,13 +54,13 @@ def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> dict[str, 
         raise UsageError(f"--resume_from {path}: is in this run's own folder; use --tag NAME for another")
     earlier = read_earlier(path, folder.options)
     if earlier.pixels.shape != shape:
-        raise UsageError(
-            f"--resume_from {path}: holds pixels of {tuple(earlier.pixels.shape)}, this run has {shape} "
-            "(classes, images per class, channels, height, width); use the same -d, --ipc and --size"
+        what = (
+            f"{tuple(earlier.pixels.shape)}, this run has {shape} (classes, images per class, channels, height, width)"
         )
+        raise UsageError(f"--resume_from {path}: holds pixels of {what}; use the same -d, --ipc and --size")
     if (it := earlier.it) >= folder.options["niter"]:
         raise UsageError(f"--resume_from {path}: is after outer iteration {it} already; use --niter {it + 1} or more")
-    return vars(earlier)
+    return list(earlier)
 
 
 def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Sequence
 
@@ -31,8 +32,6 @@ def as_text(matrix: Tensor, names: Sequence[str]) -> str:
 
 def as_csv(matrix: Tensor, names: Sequence[str]) -> str:
     """The matrix of counts as CSV, a row per class, with the class's accuracy in per cent in the last column."""
-    import csv
-
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["class", *names, "accuracy %"])

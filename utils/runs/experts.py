@@ -116,10 +116,8 @@ class Experts:
 
     def _read_if_whole(self, k: int) -> dict[str, Any] | None:
         """The content of an expert's file, or None where there is none or, after a warning, where it is damaged."""
-        if not self._file(k).exists():
-            return None
         try:
-            return self._read(k)
+            return self._read(k) if self._file(k).exists() else None
         except UserError as error:
             self._warn(k, error)
             return None

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,8 @@ def _making(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("outer iterations", f"{card['outer_iterations']}" + ("" if card.get("finished") else ", unfinished")),
     ]  # fmt: skip
     for what, key in (("test accuracy, %", "accuracy"), ("of as many random real images, %", "random_real")):
-        try:
+        # An unfinished run has no scores yet, and a card may say anything.
+        with suppress(KeyError, TypeError, ValueError, ArithmeticError):
             score = Score(tuple(map(float, card[key]["accuracies"])))
             rows.append((what, f"{score}, {NetSpec(**card['network']).name}"))
-        except (KeyError, TypeError, ValueError, ArithmeticError):
-            continue  # an unfinished run has no scores yet, and a card may say anything
     return rows

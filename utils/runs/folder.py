@@ -192,11 +192,10 @@ class RunFolder:
 
         So a process that is killed in between leaves nothing that another could go on from.
         """
-        for name in (CHECKPOINT, PREVIOUS, METRICS, LOG, cards.DATA, cards.CARD, "eval.json"):
-            (self.path / name).unlink(missing_ok=True)
-        for pattern in ("stored_*.png", "decoded_*.png", cards.SNAPSHOTS):
+        files = (CHECKPOINT, PREVIOUS, METRICS, LOG, cards.DATA, cards.CARD, "eval.json")
+        for pattern in (*files, "stored_*.png", "decoded_*.png", cards.SNAPSHOTS):
             for old in self.path.glob(pattern):
-                old.unlink()
+                old.unlink(missing_ok=True)
         shutil.rmtree(self.path / BOARD, ignore_errors=True)
         (self.path / OPTIONS).unlink(missing_ok=True)
 

@@ -87,10 +87,9 @@ def low_accuracies(records: Sequence[Record], ours: str, random: str, *, chance:
         least = mine.get(random, 1.5 * chance)
         if mine[ours] <= least:
             other = "as many random real images" if random in mine else "1.5 times chance"
-            warnings.append(
-                f"{net}: the distilled set gives {mine[ours]:.1f} %, no more than {other} ({least:.1f} %); if that is "
-                "unexpected, check the data set (-d), the factor (-f) and --normalized"
-            )
+            remedy = "if that is unexpected, check the data set (-d), the factor (-f) and --normalized"
+            result = f"the distilled set gives {mine[ours]:.1f} %, no more than {other} ({least:.1f} %)"
+            warnings.append(f"{net}: {result}; {remedy}")
     return warnings
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,10 +102,8 @@ def _read_pt(file: Path) -> SetFile:
 
 
 def _refusal(file: Path, what: str) -> UserError:
-    return UserError(
-        f"{file}: {what}; expected images (N, C, H, W), floats in [0, 1] or bytes, and labels, (N,) whole numbers or "
-        "(N, classes) probabilities"
-    )
+    labels = "labels, (N,) whole numbers or (N, classes) probabilities"
+    return UserError(f"{file}: {what}; expected images (N, C, H, W), floats in [0, 1] or bytes, and {labels}")
 
 
 def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -> SetFile:
@@ -132,10 +131,8 @@ def must_fit(file: Path, numbers: int, why: str = "") -> None:
     """Raise UserError when so many float32 numbers do not fit into memory. why: a reason besides the file's size."""
     need, free = 4 * numbers, free_memory(torch.device("cpu"))
     if need > SPARE_MEMORY * free:
-        raise UserError(
-            f"{file}: needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}; it is damaged, no "
-            "distilled set, or one for a larger machine"
-        )
+        problem = f"needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}"
+        raise UserError(f"{file}: {problem}; it is damaged, no distilled set, or one for a larger machine")
 
 
 def _read_safetensors(file: Path) -> SetFile:
@@ -183,12 +180,10 @@ def _read_folder(folder: Path) -> SetFile:
     shown = printable(str(folder))
     heads = for_each(files, mode_and_size, what=f"looking at {shown}")
     side = heads[0][1][0]
-    for path, (_, size) in zip(files, heads, strict=True):
-        if size != (side, side):
-            raise UserError(
-                f"{path}: is {size[0]} x {size[1]} pixels, the first image of the set is {side} pixels wide; make all "
-                "images squares of one size"
-            )
+    for path, (_, (w, h)) in zip(files, heads, strict=True):
+        if (w, h) != (side, side):
+            problem = f"is {w} x {h} pixels, the first image of the set is {side} pixels wide"
+            raise UserError(f"{path}: {problem}; make all images squares of one size")
     channels = 1 if all(is_grey(mode) for mode, _ in heads) else 3
     must_fit(folder, len(files) * channels * side**2)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(list(map(len, classes.values()))))
@@ -211,18 +206,15 @@ def interpret(source: SetFile, dataset: Dataset, *, normalized: bool = False) ->
         images = _with_channels(images, dataset.channels)
         labels = torch.tensor(class_numbers(source.names, dataset, file))[labels]
     if tuple(images.shape[1:]) != expected:
-        raise UserError(
-            f"{file}: holds images of {tuple(images.shape[1:])}, {dataset.name} has {expected}; name the data set "
-            "with -d, or --size"
-        )
+        problem = f"holds images of {tuple(images.shape[1:])}, {dataset.name} has {expected}"
+        raise UserError(f"{file}: {problem}; name the data set with -d, or --size")
     soft, expects = source.soft, f"{dataset.name} has {dataset.classes} classes, from 0; name the data set with -d"
     if soft is not None and soft.shape[1] != dataset.classes:
         raise UserError(f"{file}: has soft labels of {soft.shape[1]} classes, {expects}")
     for label in (int(labels.min()), int(labels.max())):
         if not 0 <= label < dataset.classes:
             raise UserError(f"{file}: has a label {label}, {expects}")
-    present = len(labels.unique())
-    if present < dataset.classes:
+    if (present := len(labels.unique())) < dataset.classes:
         log.warning("%s: holds %d of the %d classes", file, present, dataset.classes)
     images = _in_range(images, source.normalize or (dataset.normalize if normalized else None), file)
     return DistilledSet(images, labels, None if soft is None else _probabilities(soft, file))
@@ -319,11 +311,9 @@ def class_numbers(names: Sequence[str], dataset: Dataset, file: Path) -> list[in
     It is never the folder's place in the alphabet. Raises UserError listing the folders that fit no class.
     """
     wanted = list(dataset.class_names)
-    numbers: dict[str, set[int]] = {}
-    for c, spellings in enumerate(zip(wanted, map(safe_name, wanted), folder_names(wanted), strict=True)):
-        for spelling in spellings:
-            numbers.setdefault(spelling, set()).add(c)
-    known = {name: classes.pop() for name, classes in numbers.items() if len(classes) == 1}
+    spellings = [{name, safe_name(name), folder} for name, folder in zip(wanted, folder_names(wanted), strict=True)]
+    times = Counter(spelling for own in spellings for spelling in own)
+    known = {spelling: c for c, own in enumerate(spellings) for spelling in own if times[spelling] == 1}
     by_name = [known.get(name) for name in names]
     by_number = [_number(name, known) for name in names]
     chosen = by_number if None in by_name and None not in by_number else by_name
