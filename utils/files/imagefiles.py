@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,10 +81,9 @@ def _tensor(file: Image.Image, channels: int, side: int | None) -> Tensor:
         image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
     if image.mode != (mode := "L" if channels == 1 else "RGB"):
         image = image.convert(mode)
-    try:
+    turn = None
+    with suppress(Exception):  # broken EXIF data are no reason to refuse the image
         turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF data are no reason to refuse the image
-        turn = None
     if turn is not None:
         image = image.transpose(turn)
     if side is not None and image.size != (side, side):

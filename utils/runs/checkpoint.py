@@ -54,10 +54,10 @@ def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> list[Any] 
         raise UsageError(f"--resume_from {path}: is in this run's own folder; use --tag NAME for another")
     earlier = read_earlier(path, folder.options)
     if earlier.pixels.shape != shape:
-        what = (
-            f"{tuple(earlier.pixels.shape)}, this run has {shape} (classes, images per class, channels, height, width)"
+        raise UsageError(
+            f"--resume_from {path}: holds pixels of {tuple(earlier.pixels.shape)}, this run has {shape} "
+            "(classes, images per class, channels, height, width); use the same -d, --ipc and --size"
         )
-        raise UsageError(f"--resume_from {path}: holds pixels of {what}; use the same -d, --ipc and --size")
     if (it := earlier.it) >= folder.options["niter"]:
         raise UsageError(f"--resume_from {path}: is after outer iteration {it} already; use --niter {it + 1} or more")
     return list(earlier)

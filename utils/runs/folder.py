@@ -288,14 +288,16 @@ class RunFolder:
     def say_results(self, before: str = "", after: str = "") -> None:
         """Show the accuracies in a finished run's data.json, with lines before and after them."""
         card = atomic.read_json(self.path / cards.CARD)
-        counts = f"{card['ipc']} stored, {card['decoded_per_class']} decoded", str(card["ipc"])
-        scores = [Score(tuple(card[key]["accuracies"])) for key in ("accuracy", "random_real")]
-        whats = ("distilled set", "random real images")
-        rows = [f"  {w:20}{count:>24}     {score}" for w, count, score in zip(whats, counts, scores, strict=True)]
+        rows = [
+            f"  {what:20}{count:>24}     {Score(tuple(score['accuracies']))}"
+            for what, count, score in (
+                ("distilled set", f"{card['ipc']} stored, {card['decoded_per_class']} decoded", card["accuracy"]),
+                ("random real images", str(card["ipc"]), card["random_real"]),
+            )
+        ]
         net, epochs = NetSpec(**card["network"]).name, card["settings"]["epochs"]
         head = f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {epochs} epochs"
-        lines = [before, f"run folder: {self.path}", head, *rows, after]
-        log.info("%s", "\n".join(filter(None, lines)))
+        log.info("%s", "\n".join(filter(None, [before, f"run folder: {self.path}", head, *rows, after])))
 
     def say_finished(self) -> int:
         """Show that the run is finished, and its accuracies. Returns the exit status."""
