@@ -98,9 +98,8 @@ def verify_program(program: bytes) -> None:
 
 def is_plain(x: object) -> TypeGuard[Tensor]:
     """Whether this is a dense tensor on the CPU whose file really holds its numbers, not a few expanded to many."""
-    if type(x) not in (Tensor, nn.Parameter):
+    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter):
         return False
-    assert isinstance(x, Tensor)
     dense = x.layout == torch.strided and x.device.type == "cpu" and not (x.is_nested or x.is_neg() or x.is_conj())
     return dense and x.nbytes <= max(EXPANDED * x.untyped_storage().nbytes(), SMALL)
 

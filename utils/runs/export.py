@@ -117,8 +117,8 @@ def export_folder(
 
 
 REDUCED = f"""
-The set has soft labels, probabilities of every class for every image, which folders cannot hold: each image lies in the
-folder of its most probable class. A {SAFETENSORS} export keeps them.
+The set has soft labels, probabilities of every class for every image, which folders cannot hold: each image lies in \
+the folder of its most probable class. A {SAFETENSORS} export keeps them.
 """
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}  # Hugging Face's words
 
@@ -132,7 +132,6 @@ def readme(
     mean, std = ([float(f"{v:.7g}") for v in x.flatten().tolist()] for x in (train.normalize.mean, train.normalize.std))
     name = title(card)
     size = next((word for most, word in SIZES.items() if n < most), "n>1M")
-    reduced = "" if train.soft is None else REDUCED
     grey = "    transforms.Grayscale(),\n" if channels == 1 else ""
     whitened = f", and {WHITENING}, which the lines below leave out" if is_whitened(card) else ""
     about = [
@@ -167,7 +166,7 @@ images.
 {rows}
 
 PNG rounds pixels to 8 bits, so that accuracies may differ slightly from those of the stored set.
-{reduced}
+{REDUCED if train.soft is not None else ""}
 ## Training on it
 
 Networks were trained on images normalised with mean {mean} and standard deviation {std}, in units of [0, 1]{whitened}:

@@ -115,8 +115,7 @@ def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -
     images, labels = images.detach(), labels.detach()
     if images.dim() != 4 or images.dtype not in (*FLOATS, torch.uint8) or not images.numel():
         raise _refusal(file, f"images are {images.dtype} of shape {tuple(images.shape)}")
-    if images.dtype != torch.uint8:
-        images = images.float()
+    images = images if images.dtype == torch.uint8 else images.float()
     if labels.shape == images.shape[:1] and labels.dtype in INTEGERS:
         return SetFile(file, images, labels.long(), card=card)
     if not (labels.dim() == 2 and len(labels) == len(images) and labels.shape[1] and labels.dtype in FLOATS):
