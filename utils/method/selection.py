@@ -24,7 +24,7 @@ EMBEDDING_BYTES = 2**28  # embeddings of the classes that are clustered together
 
 @dataclass(frozen=True)
 class Context:
-    """What a selection strategy may look at; all its random numbers come from `draws`."""
+    """Input of a selection strategy, whose random numbers all come from `draws`."""
 
     net: Network
     real: ImageSet
