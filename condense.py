@@ -104,8 +104,8 @@ class Run:
         self.folder.save_pictures(when, self.state.it, stored, self.parts.formation.decode(stored))
 
     def card(self, *, finished: bool) -> dict[str, Any]:
-        """Content of data.json."""
-        return derived.card(self.o, *self.parts.problem, self.state, self.parts.experts, finished=finished)
+        """The content of data.json."""
+        return derived.run_card(self.o, *self.parts.problem, self.state, self.parts.experts, finished=finished)
 
     # --- Around the steps ---------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from utils.method.images import to_unit
 from utils.numerics.compilation import computing
 from utils.runs import confusion, export, results, sets
 from utils.runs.board import Board, check_board
-from utils.runs.card import CARD, Card, card_without_run, newest_distilled
+from utils.runs.card import CARD, newest_distilled
 from utils.runs.layout import factor_warning
 from utils.runs.results import ALL_REAL, EVALUATIONS, Record
 from utils.runs.sets import DistilledSet, SetFile
@@ -253,24 +253,6 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
     return content
 
 
-def card_of(source: SetFile, o: TrainOptions, data: Dataset, ipc: int) -> Card:
-    """Content of the set's data.json, or for a set without one what the flags say."""
-    if source.card is not None:
-        return source.card
-    mean, std = data.statistics
-    return card_without_run(
-        dataset=o.dataset,
-        image_folder=o.image_folder,
-        class_names=data.class_names,
-        ipc=ipc,
-        factor=o.factor or 1,
-        decode_type=o.decode_type or "single",
-        mean=mean,
-        std=std,
-        settings={} if o.whiten == "none" else {"whiten": o.whiten},
-    )
-
-
 # --- The program ------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +283,8 @@ def records_of(argv: Sequence[str]) -> list[Record]:
             content = interpret(o, source, data)
             distilled = rows.distilled(source, content, Formation(o.factor or 1, o.decode_type or "single"))
             if o.export is not None:
-                card = card_of(source, o, data, round(distilled.images_per_class))
+                settings = {} if o.whiten == "none" else {"whiten": o.whiten}
+                card = card or derived.set_card(o, data, ipc=round(distilled.images_per_class), settings=settings)
                 decoded, write = distilled.training_set(specs[0], 0), rank_zero_only(export.export_set)
                 write(Path(o.export), stored=content, decoded=decoded, class_names=data.class_names, card=card)
                 return []

@@ -27,7 +27,7 @@ from utils.method.pixels import PixelSGD
 from utils.method.training import fresh_network, update_network
 from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Captured
-from utils.numerics.vectors import flattened
+from utils.numerics.derivatives import flattened
 from utils.system.device import set_precision
 from utils.system.draws import Draws
 
@@ -80,7 +80,7 @@ def naive(step: Step) -> Callable[[], None]:
     pixels, update = start.requires_grad_(), derived.update_recipe(o)
     sgd = torch.optim.SGD([pixels], 1e-4, momentum=0.5)
     if o.match == TRAJECTORY:
-        ends, size = near(flattened(net)), torch.tensor(0.01, device=real.device, requires_grad=True)
+        ends, size = near(flattened(net.parameters())), torch.tensor(0.01, device=real.device, requires_grad=True)
         sgds = (sgd, torch.optim.SGD([size], 1e-5, momentum=0.5))
         return lambda: published.trajectory(
             net, pixels, size, sgds, ends, real, o.factor, steps=o.student_steps, names=o.aug_type
@@ -110,7 +110,7 @@ def ours(step: Step, precision: str) -> Callable[[], None]:
     o, real, (net, start) = step.o, step.real, step.start()
     device = real.device
     set_precision(device, precision)
-    ends = near(flattened(net))
+    ends = near(flattened(net.parameters()))
     experts: Any = SimpleNamespace(count=1, pair=lambda expert, start, end: ends) if o.match == TRAJECTORY else None
     about: Any = SimpleNamespace(
         device=device, train=real, test=real, counts=real.counts, classes=10, channels=3, side=32, base_side=32,

@@ -120,7 +120,7 @@ def measured(work: Work, device: torch.device, repeats: int, precision: str) -> 
     flop, all_flop = (derived.class_work(each, [0])[0] for each in (o, whole))
     matching, selection, update = [], [], []
     parts = parts_of(work, SINGLE, device, precision, compile, held=1)
-    together = parts.compute.group(o.batch_real + images, sizes.side)
+    together = parts.compute.classes_at_once(o.batch_real + images, sizes.side)
     for count in sorted({1, min(sizes.classes, together)}):
         parts = parts_of(work, SINGLE, device, precision, compile, held=count)
         found = {name: statistics.median(timed.seconds) for name, timed in measure(parts, repeats).items()}

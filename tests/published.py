@@ -18,7 +18,7 @@ from tests.oracle import class_distance
 from utils.method.augment import Augment
 from utils.method.formation import Formation
 from utils.method.images import ImageSet
-from utils.method.trajectory import separated
+from utils.numerics.derivatives import separated
 from utils.system.draws import Draws
 
 

@@ -16,9 +16,7 @@ from models import Network
 from tests.oracle import class_distance
 from utils.method.objectives import METRICS, Comparison
 from utils.method.training import fresh_network
-from utils.numerics import analytic
-from utils.numerics import block as stages
-from utils.numerics import derivatives as forms
+from utils.numerics import analytic, block, derivatives
 from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
@@ -83,8 +81,8 @@ def test_distances_and_their_gradients_are_those_of_autograd(
     net, (real, syn, labels) = network(norm, side=side, depth=depth, width=width), classes(side)
     how = Comparison(metric=metric)
     limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]  # a piece is one image, five, or as many as there are
-    losses, gradients = forms.match(net, real, syn, labels, how, compute(limit))
-    expected, exact = forms.match_by_autograd(net, real, syn, labels, how, compute())
+    losses, gradients = derivatives.match(net, real, syn, labels, how.distance, compute(limit))
+    expected, exact = derivatives.match_by_autograd(net, real, syn, labels, how.distance, compute())
     assert close(losses, expected, 1e-10) and close(gradients, exact, 1e-10)
 
 
@@ -96,13 +94,13 @@ def test_so_are_those_of_other_objectives(norm: str, side: int, matched: str, me
     net, (real, syn, labels) = network(norm, side=side), classes(side)
     how = comparison(matched, metric)
     limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]
-    losses, gradients = forms.match(net, real, syn, labels, how, compute(limit))
-    expected, exact = forms.match_by_autograd(net, real, syn, labels, how, compute())
+    losses, gradients = derivatives.match(net, real, syn, labels, how.distance, compute(limit))
+    expected, exact = derivatives.match_by_autograd(net, real, syn, labels, how.distance, compute())
     assert close(losses, expected, 1e-10) and close(gradients, exact, 1e-10)
 
 
 @pytest.mark.parametrize(
-    ("norm", "how", "form"),
+    ("norm", "how", "way"),
     [
         *(("group", comparison(matched), "written out") for matched in MATCHED),
         ("instance", Comparison("embed", bias=True), "written out"),  # which is about gradients
@@ -113,14 +111,14 @@ def test_so_are_those_of_other_objectives(norm: str, side: int, matched: str, me
         *(("batch", comparison(matched), "autograd") for matched in MATCHED),
     ],
 )
-def test_the_form_is_chosen_by_the_network_and_by_what_is_matched(
-    monkeypatch: pytest.MonkeyPatch, norm: str, how: Comparison, form: str
+def test_the_way_is_chosen_by_the_network_and_by_what_is_matched(
+    monkeypatch: pytest.MonkeyPatch, norm: str, how: Comparison, way: str
 ) -> None:
     taken: list[str] = []
     monkeypatch.setattr(analytic.Analytic, "match", lambda *rest: taken.append("written out"))
-    monkeypatch.setattr(forms, "match_by_autograd", lambda *rest: taken.append("autograd"))
-    forms.match(network(norm), *classes(8), how, compute())
-    assert taken == [form]
+    monkeypatch.setattr(derivatives, "match_by_autograd", lambda *rest: taken.append("autograd"))
+    derivatives.match(network(norm), *classes(8), how.distance, compute())
+    assert taken == [way]
 
 
 def mixed(k: int, n: int) -> Tensor:
@@ -138,7 +136,7 @@ def test_parameter_gradients_of_networks_side_by_side_are_those_of_autograd(
     group = [network(norm, side=side, depth=depth, width=width, key=k) for k in range(nets)]
     x, target = noise(nets, REAL, 3, side, side), mixed(nets, REAL)
     limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]
-    found = forms.gradients(group, x, target, compute(limit))
+    found = derivatives.gradients(group, x, target, compute(limit))
     for net, images, wanted, ours in zip(group, x, target, found, strict=True):
         exact = torch.autograd.grad(F.cross_entropy(net(images), wanted), list(net.parameters()))
         for g, e in zip(ours, exact, strict=True):
@@ -149,7 +147,9 @@ def test_parameter_gradients_of_networks_side_by_side_are_those_of_autograd(
 def test_parameter_gradients_of_other_networks_are_those_of_autograd(norm: str) -> None:
     group = [network(norm, key=k) for k in range(2)]
     x, target = noise(2, REAL, 3, 8, 8), mixed(2, REAL)
-    for net, images, wanted, ours in zip(group, x, target, forms.gradients(group, x, target, compute()), strict=True):
+    for net, images, wanted, ours in zip(
+        group, x, target, derivatives.gradients(group, x, target, compute()), strict=True
+    ):
         exact = torch.autograd.grad(F.cross_entropy(net(images), wanted), list(net.parameters()))
         for g, e in zip(ours, exact, strict=True):
             torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-14)
@@ -173,9 +173,9 @@ def test_slopes_in_a_direction_and_their_derivatives_are_those_of_autograd(
     net = network(norm, side=side, depth=depth, width=width)
     x, target, direction = batch_and_direction(net, side)
     c, parameters = compute({"one": 1, "five": 5 * side**2, "all": 0}[pixels]), list(net.parameters())
-    batch = list(forms.pieces(net, parameters, x, target, c, gradients=True))
+    batch = list(derivatives.pieces(net, parameters, x, target, c, gradients=True))
     assert all(isinstance(piece, analytic.Traced) for piece in batch)
-    slope, by_parameters, by_x = forms.along(batch, direction)
+    slope, by_parameters, by_x = derivatives.slope(batch, direction)
     gradients = torch.autograd.grad(F.cross_entropy(net(x.requires_grad_()), target), parameters, create_graph=True)
     expected = torch.stack([(g * d).sum() for g, d in zip(gradients, direction, strict=True)]).sum()
     *exact, exact_x = torch.autograd.grad(expected, [*parameters, x])
@@ -185,15 +185,15 @@ def test_slopes_in_a_direction_and_their_derivatives_are_those_of_autograd(
     for ours, wanted in zip([*by_parameters, *sums], [*exact, *gradients], strict=True):
         torch.testing.assert_close(ours, wanted.detach(), rtol=1e-9, atol=1e-12)  # zeros up to rounding, as above
 
-    lazily = forms.along(forms.pieces(net, parameters, x.detach(), target, c, gradients=False), direction)
+    lazily = derivatives.slope(derivatives.pieces(net, parameters, x.detach(), target, c, gradients=False), direction)
     assert torch.equal(lazily[0], slope) and torch.equal(lazily[2], by_x)
     assert all(torch.equal(*pair) for pair in zip(lazily[1], by_parameters, strict=True))
 
 
-def slopes(form: analytic.Analytic, x: Tensor, target: Tensor, direction: list[Tensor]) -> list[Tensor]:
+def slopes(net: analytic.Analytic, x: Tensor, target: Tensor, direction: list[Tensor]) -> list[Tensor]:
     """The slope, its derivatives by parameters and by images, and the gradient."""
-    batch = list(form.traced(x, target, gradients=True))
-    slope, by_parameters, by_x = forms.along(batch, direction)
+    batch = list(net.traced(x, target, gradients=True))
+    slope, by_parameters, by_x = derivatives.slope(batch, direction)
     gradients = torch.stack([torch.cat([g.flatten() for g in piece.gradients]) for piece in batch]).sum(0)
     return [slope, torch.cat([g.flatten() for g in by_parameters]), by_x, gradients]
 
@@ -204,12 +204,12 @@ def slopes(form: analytic.Analytic, x: Tensor, target: Tensor, direction: list[T
 def test_embeddings_are_those_of_the_network(side: int, norm: str, pixels: int) -> None:
     net = network(norm, side=side, width=4).eval()
     x = noise(9, 3, side, side)
-    torch.testing.assert_close(forms.embed(net, x, compute(pixels)), net.embed(x), rtol=1e-10, atol=1e-12)
-    assert torch.equal(forms.predict(net, x, compute(pixels)), net(x).argmax(1))
+    torch.testing.assert_close(derivatives.embed(net, x, compute(pixels)), net.embed(x), rtol=1e-10, atol=1e-12)
+    assert torch.equal(derivatives.predict(net, x, compute(pixels)), net(x).argmax(1))
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "suits"),
+    ("name", "norm", "expected"),
     [
         *(("convnet", norm, True) for norm in NORMS),
         *(("convnet", norm, False) for norm in ("batch", "none")),
@@ -217,9 +217,9 @@ def test_embeddings_are_those_of_the_network(side: int, norm: str, pixels: int) 
         ("densenet", "instance", False),
     ],
 )
-def test_a_convnet_whose_norm_sees_one_image_is_written_out(name: str, norm: str, suits: bool) -> None:
+def test_a_convnet_whose_norm_sees_one_image_is_written_out(name: str, norm: str, expected: bool) -> None:
     net = models.build(models.resolve(name, channels=3, classes=5, side=32, width=8, norm=norm))
-    assert analytic.suits(net) is suits
+    assert analytic.is_supported(net) is expected
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 12, 100])
@@ -227,7 +227,7 @@ def test_a_convnet_whose_norm_sees_one_image_is_written_out(name: str, norm: str
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_pieces_cover_every_image_once_and_stay_within_the_limit(k: int, n: int, limit: int) -> None:
     seen = torch.zeros(k, n, dtype=torch.int64)
-    for span in analytic.pieces(k, n, limit):
+    for span in analytic.spans(k, n, limit):
         assert seen[span].numel() <= limit
         seen[span] += 1
     assert (seen == 1).all()
@@ -241,13 +241,13 @@ def test_parts_are_as_few_and_as_even_as_can_be(n: int, limit: int, expected: li
     assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
 
 
-# --- utils/numerics/block.py --------------------------------------------------------------------------------------------------
+# --- utils/numerics/block.py -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("size", [(6, 6), (7, 7), (2, 2), (5, 4)])
 @pytest.mark.parametrize("groups", [8, 4, 1])
-class TestStages:
+class TestBlock:
     """Each function against autograd of `forward`, whose own value is that of PyTorch's layers."""
 
     def inputs(self, size: tuple[int, int], per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +261,7 @@ class TestStages:
 
     def test_forward(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
         a, gamma, beta = self.inputs(size, per_image)
-        h, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
+        h, (_, m, r, *_) = block.forward(a, gamma, beta, groups, 1e-5)
         torch.testing.assert_close(h, self.h(a, gamma, beta, groups), rtol=1e-10, atol=1e-12)
         grouped = a.unflatten(1, (groups, -1)).flatten(2)
         torch.testing.assert_close(m.flatten(1), grouped.mean(2), rtol=1e-10, atol=1e-12)
@@ -270,10 +270,10 @@ class TestStages:
     def test_backward(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
         a, gamma, beta = (x.requires_grad_() for x in self.inputs(size, per_image))
         dh = noise(3, 8, size[0] // 2, size[1] // 2, key=3)
-        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
+        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
         expected = torch.autograd.grad(self.h(a, gamma, beta, groups), (a, gamma, beta), dh)
         with torch.no_grad():
-            da, s0, s1 = stages.backward(a, m, r, gamma, beta, dh)
+            da, (_, s0, s1) = block.backward(norm, dh)
         pixels = size[0] * size[1]
         torch.testing.assert_close(da, expected[0], rtol=1e-9, atol=1e-12)
         for sums, exact in ((s1, expected[1]), (s0, expected[2])):
@@ -283,8 +283,8 @@ class TestStages:
     def test_tangent(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
         a, gamma, beta = self.inputs(size, per_image)
         a_dot = noise(*a.shape, key=4)
-        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
-        h_dot, t0, t1 = stages.tangent(a, m, r, gamma, beta, a_dot)
+        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
+        h_dot, (_, t0, t1) = block.tangent(norm, a_dot)
         _, expected = jvp(lambda a: self.h(a, gamma, beta, groups), a, a_dot)
         torch.testing.assert_close(h_dot, expected, rtol=1e-9, atol=1e-12)
         x, t = (v.unflatten(1, (groups, -1)).flatten(2) for v in (F.group_norm(a, groups, eps=1e-5), a_dot))
@@ -292,14 +292,15 @@ class TestStages:
         torch.testing.assert_close(t1.flatten(1), (x * t).mean(2), rtol=1e-9, atol=1e-12)
 
     def test_adjoint(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
-        """Of <dh, h.> + <hbar, h> with respect to a: what reaches `a` through the tangent, and through h itself."""
+        """The gradient of <dh, h_dot> + <h_bar, h>: what reaches a through the tangent, and through h itself."""
         a, gamma, beta = self.inputs(size, per_image)
         a_dot = noise(*a.shape, key=4)
         dh, h_bar = (noise(3, 8, size[0] // 2, size[1] // 2, key=k) for k in (5, 6))
-        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
-        _, s0, s1 = stages.backward(a, m, r, gamma, beta, dh)
-        _, t0, t1 = stages.tangent(a, m, r, gamma, beta, a_dot)
-        ours = stages.adjoint(a, m, r, gamma, beta, dh, s0, s1, a_dot, t0, t1, h_bar)
+        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
+        _, gradient = block.backward(norm, dh)
+        _, tangent = block.tangent(norm, a_dot)
+        ours, means = block.adjoint(norm, gradient, tangent, h_bar)
+        assert not means
 
         a.requires_grad_()
         h, h_dot = jvp(lambda a: self.h(a, gamma, beta, groups), a, a_dot, create_graph=True)
@@ -312,12 +313,10 @@ class TestStages:
         a, gamma, beta = inputs = self.inputs(size, per_image)
         dots = noise(*a.shape, key=4), noise(*gamma.shape, key=7), noise(*beta.shape, key=8)
         dh, h_bar = (noise(3, 8, size[0] // 2, size[1] // 2, key=k) for k in (5, 6))
-        _, m, r = stages.forward(a, gamma, beta, groups, 1e-5)
-        _, s0, s1 = stages.backward(a, m, r, gamma, beta, dh)
-        h_dot, t0, t1 = stages.tangent(a, m, r, gamma, beta, *dots)
-        a_bar, u0, u1 = stages.whole_adjoint(
-            a, m, r, gamma, beta, dh, s0, s1, dots[0], t0, t1, h_bar, gamma_dot=dots[1]
-        )
+        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
+        _, gradient = block.backward(norm, dh)
+        h_dot, tangent = block.tangent(norm, *dots)
+        a_bar, (u0, u1) = block.adjoint(norm, gradient, tangent, h_bar, dots[1])
 
         for x in inputs:
             x.requires_grad_()
@@ -350,7 +349,7 @@ def test_the_error_in_float32_is_of_autograd_s_size(norm: str, metric: str) -> N
     net, real, syn = net.float(), real.float(), syn.float()
     theirs = per_class(net, real, syn, labels, metric)
     for pixels in (0, 3 * 16**2):
-        _, ours = forms.match(net, real, syn, labels, Comparison(metric=metric), compute(pixels))
+        _, ours = derivatives.match(net, real, syn, labels, Comparison(metric=metric).distance, compute(pixels))
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() <= 10 * (theirs - exact).norm()
 
@@ -359,7 +358,7 @@ def test_the_error_in_float32_is_of_autograd_s_size(norm: str, metric: str) -> N
 @pytest.mark.parametrize("norm", NORMS)
 def test_bfloat16_is_float32_up_to_its_own_rounding(norm: str, matched: str) -> None:
     net, (real, syn, labels) = network(norm, side=16, depth=2, width=32).float(), classes(16)
-    match = partial(forms.match, net, real.float(), syn.float(), labels, comparison(matched))
+    match = partial(derivatives.match, net, real.float(), syn.float(), labels, comparison(matched).distance)
     expected, exact = match(compute())
     losses, gradients = match(compute(precision="bf16"))
     assert losses.dtype == gradients.dtype == torch.float32
@@ -371,7 +370,9 @@ def test_bfloat16_is_float32_up_to_its_own_rounding(norm: str, matched: str) -> 
 @pytest.mark.parametrize("norm", ["instance", "batch", "none"])
 def test_autograd_computes_in_bfloat16_too(norm: str, objective: str) -> None:
     net, (real, syn, labels) = network(norm, side=16, depth=2, width=32).float(), classes(16)
-    match = partial(forms.match_by_autograd, net, real.float(), syn.float(), labels, Comparison(objective, fc=True))
+    match = partial(
+        derivatives.match_by_autograd, net, real.float(), syn.float(), labels, Comparison(objective, fc=True).distance
+    )
     expected, exact = match(compute())
     losses, gradients = match(compute(precision="bf16"))
     assert losses.dtype == gradients.dtype == torch.float32
@@ -382,21 +383,21 @@ def test_autograd_computes_in_bfloat16_too(norm: str, objective: str) -> None:
 def test_bfloat16_gradients_and_embeddings_are_float32_up_to_their_own_rounding() -> None:
     nets = [network("instance", side=16, width=32, key=k).float() for k in range(2)]
     x, target = noise(2, REAL, 3, 16, 16).float(), mixed(2, REAL).float()
-    ours, exact = (forms.gradients(nets, x, target, compute(precision=p)) for p in ("bf16", "fp32"))
+    ours, exact = (derivatives.gradients(nets, x, target, compute(precision=p)) for p in ("bf16", "fp32"))
     for mine, theirs in zip(ours, exact, strict=True):
         flat, flat_exact = (torch.cat([g.flatten() for g in found]) for found in (mine, theirs))
         assert flat.dtype == torch.float32 and close(flat, flat_exact, 0.2)
-    assert close(forms.embed(nets[0], x[0], compute(precision="bf16")), nets[0].embed(x[0]), 0.05)
+    assert close(derivatives.embed(nets[0], x[0], compute(precision="bf16")), nets[0].embed(x[0]), 0.05)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_bfloat16_slopes_are_float32_up_to_their_own_rounding(norm: str) -> None:
     net = network(norm, side=16, width=32).float()
-    assert analytic.suits(net)
+    assert analytic.is_supported(net)
     x, target, direction = batch_and_direction(net, 16)
 
     written_out = [analytic.Analytic([net], compute(precision=p), torch.float32) for p in ("bf16", "fp32")]
-    for ours, exact in zip(*(slopes(form, x, target, direction) for form in written_out), strict=True):
+    for ours, exact in zip(*(slopes(net, x, target, direction) for net in written_out), strict=True):
         assert ours.dtype == torch.float32 and close(ours, exact, 0.2)
 
 
@@ -407,7 +408,7 @@ def test_compiled_passes_give_the_same_numbers(norm: str, how: str) -> None:
         pytest.skip(problem)
     side = 11
     made = [network(norm, side=side, width=16, key=k).float() for k in range(2)]
-    nets = [net for net in made if analytic.suits(net)]
+    nets = [net for net in made if analytic.is_supported(net)]
     real, syn, labels = (x.float() if x.is_floating_point() else x for x in classes(side))
     x, target = noise(2, REAL, 3, side, side).float(), mixed(2, REAL).float()
     _, _, direction = batch_and_direction(made[0], side)
@@ -417,15 +418,30 @@ def test_compiled_passes_give_the_same_numbers(norm: str, how: str) -> None:
             for c in (compute(pixels), compute(pixels, compile=how == "for a CPU"))
         )
         if how == "by torch.compile":
-            for form in quick:
-                form.passes = analytic.compiled_passes()
+            for each in quick:
+                each.passes = analytic.compiled_passes()
         for matched, metric in itertools.product(("gradients", "embeddings", "all"), ("mse", "cos")):
-            found = (form[0].match(real, syn, labels, comparison(matched, metric)) for form in (quick, plain))
+            distance = comparison(matched, metric).distance
+            assert distance.compared is not None
+            found = (each[0].match(real, syn, labels, distance.compared, distance.metric) for each in (quick, plain))
             for ours, exact in zip(*found, strict=True):
                 cancels = (matched, metric) == ("embeddings", "cos")  # 1 - the cosine of two almost equal means
                 assert close(ours, exact, 1e-4 if cancels else 1e-5), (matched, metric)
-        for ours, exact in zip(*(form[1].gradients(x, target) for form in (quick, plain)), strict=True):
+        for ours, exact in zip(*(each[1].gradients(x, target) for each in (quick, plain)), strict=True):
             assert close(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in exact]), 1e-5)
         assert close(quick[0].embed(x[0]), plain[0].embed(x[0]), 1e-5)
-        for ours, exact in zip(*(slopes(form[0], x[0], target[0], direction) for form in (quick, plain)), strict=True):
+        for ours, exact in zip(*(slopes(each[0], x[0], target[0], direction) for each in (quick, plain)), strict=True):
             assert close(ours, exact, 1e-5)
+
+
+def test_what_cpu_functions_do_not_support_is_computed_without_them() -> None:
+    if problem := compiler_error(CPU):
+        pytest.skip(problem)
+    real, syn, labels = classes(8)
+    for width, dtype, precision in ((12, torch.float64, "fp32"), (16, torch.float64, "bf16")):
+        net = network("instance", width=width)
+        plain, quick = (
+            derivatives.match(net, real, syn, labels, Comparison().distance, compute(precision=precision, compile=c))
+            for c in (False, True)
+        )
+        assert plain[1].dtype == dtype and all(torch.equal(*pair) for pair in zip(plain, quick, strict=True))

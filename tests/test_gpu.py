@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 import models
+from tests.oracle import trained_networks
 from utils.method.augment import Augment
-from utils.method.images import ImageSet, Normalize
+from utils.method.formation import Formation
+from utils.method.images import ImageSet, Normalize, RealImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
 from utils.method.selection import KMEANS, Context, embed, select
 from utils.method.state import State
-from utils.method.training import Recipe, Trainer, confusion_matrix, fresh_network, train_networks, update_network
+from utils.method.training import Recipe, Trainer, confusion_matrix, fresh_network, update_network
 from utils.numerics.compute import Captured, Compute
 from utils.system.device import set_precision
+from utils.system.distributed import SINGLE
 from utils.system.draws import Draws
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -57,28 +60,30 @@ def new_state(
     start = torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
     pixels = PixelSGD(start, lr=1e-3, momentum=0.5, joint=real.normalize if joint else None)
     return State(
-        pixels=pixels,
+        optimizer=pixels,
         trainer=Trainer([net], [real], UPDATE, how),
-        match=MatchingStep(Matcher(matched, 2, "single", 5, Augment(names), how), net, pixels, real),
+        matching_step=MatchingStep(Matcher(matched, Formation(2), 5, Augment(names), how), net, pixels, real),
         picks=torch.zeros(3, 8, dtype=torch.int64, device=device),
         losses=torch.zeros(3, device=device),
+        shard=SINGLE.shard([1.0] * 3),
+        real_images=RealImages(real, real.counts),
     )
 
 
 def captured_step(state: State) -> Captured:
-    assert isinstance(state.match, MatchingStep)
-    return state.match._captured
+    assert isinstance(state.matching_step, MatchingStep)
+    return state.matching_step._captured
 
 
 def inner_step(state: State, device: str, step: int, strategy: str = "random") -> None:
     context = Context(state.net, real_set(device), Draws(device, "select", step), compute(device).cheapest())
     state.picks.copy_(select(context, 8, strategy=strategy))
-    state.losses += state.match(state.picks, Draws(device, "match", step))
+    state.losses += state.matching_step(state.picks, Draws(device, "match", step))
     update_network(state.trainer, n_data=40, draws=Draws(device, "update", step))
 
 
 def everything(state: State) -> list[Tensor]:
-    return [state.pixels.pixels, state.pixels.velocity, state.losses, *state.net.state_dict().values()]
+    return [state.optimizer.pixels, state.optimizer.velocity, state.losses, *state.net.state_dict().values()]
 
 
 @contextmanager
@@ -100,14 +105,14 @@ def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool,
     real, state = real_set(device), new_state(device)
     if not captured:
         captured_step(state).off = state.trainer.step.off = True
-    start = state.pixels.pixels.clone()
+    start = state.optimizer.pixels.clone()
     for step in range(STEPS):  # the first steps may wait: libraries start and choose their kernels
         with no_host_sync(device if step == STEPS - 1 else "cpu"):
             context = Context(state.net, real, Draws(device, "select", step), compute(device).cheapest())
             state.picks.copy_(select(context, 8, strategy=strategy))
-            state.losses += state.match(state.picks, Draws(device, "match", step))
+            state.losses += state.matching_step(state.picks, Draws(device, "match", step))
             update_network(state.trainer, n_data=40, draws=Draws(device, "update", step))
-    assert torch.isfinite(state.pixels.pixels).all() and not torch.equal(state.pixels.pixels, start)
+    assert torch.isfinite(state.optimizer.pixels).all() and not torch.equal(state.optimizer.pixels, start)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -145,9 +150,9 @@ def test_a_state_that_was_saved_and_restored_goes_on_as_before(device: str) -> N
     for step in range(3):
         inner_step(state, device, step)
     file = io.BytesIO()
-    torch.save(state.save(), file)
+    torch.save(state.state_dict(), file)
     file.seek(0)
-    restored.restore(torch.load(file, weights_only=True, map_location="cpu"))
+    restored.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
     for step in range(3, 3 + STEPS):
         for each in (state, restored):
             inner_step(each, device, step)
@@ -166,7 +171,7 @@ def test_the_matching_gradient_is_that_of_float64_on_a_cpu(precision: str, toler
     exact_set = ImageSet(cpu.images.double() / 255, cpu.labels, classes=3, normalize=cpu.normalize)
     net = fresh_network(SPEC, Draws("cpu", 0))
     match, exactly = (
-        Matcher(Comparison(), 2, "single", 128, Augment("none"), how)
+        Matcher(Comparison(), Formation(2), 128, Augment("none"), how)
         for how in (compute(device, precision), compute("cpu"))
     )
     shared = torch.zeros(3, 9)  # without augmentation it has no part in it
@@ -183,7 +188,7 @@ def test_the_matching_gradient_is_that_of_float64_on_a_cpu(precision: str, toler
 def test_embedding_and_evaluation_work_on_the_device(device: str) -> None:
     real = real_set(device)
     recipe = Recipe(batch_size=8, augment=Augment("color_crop_cutout_flip_scale_rotate"), mixup="cut", epochs=2)
-    nets = train_networks(SPEC, [real] * 2, recipe, [Draws(device, r) for r in range(2)], compute(device))
+    nets = trained_networks(SPEC, [real] * 2, recipe, [Draws(device, r) for r in range(2)], compute(device))
     assert all(confusion_matrix(net, real, compute(device)).sum() == len(real) for net in nets)
     assert embed(nets[0], real.images, real.normalize, compute(device)).device.type == device
 

@@ -156,7 +156,7 @@ def test_inner_steps_on_odd_and_padded_images_equal_the_published_loop(
 def test_inner_steps_in_small_pieces_and_groups_equal_the_published_loop(
     monkeypatch: pytest.MonkeyPatch, norm: str, pixels: int
 ) -> None:
-    monkeypatch.setattr(Compute, "group", lambda *sizes: 2)
+    monkeypatch.setattr(Compute, "classes_at_once", lambda *sizes: 2)
     check_inner_steps(matcher(2, compute=Compute(torch.device("cpu"), pixels=pixels)), network(norm))
 
 

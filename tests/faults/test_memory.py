@@ -18,7 +18,7 @@ import condense
 from tests.files import quick
 from tests.tally import injected
 from utils.files import tensors
-from utils.numerics import derivatives as forms
+from utils.numerics import derivatives
 from utils.numerics.compute import LEAST_PIXELS, Compute
 from utils.runs.folder import valid_checkpoint
 from utils.system.device import out_of_memory
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def scarce(function: Callable[..., Any], most: int, failures: list[int]) -> Callable[..., Any]:
-    """`forms.match` or `forms.gradients` on a device whose memory suffices for pieces of `most` pixels."""
+    """`derivatives.match` or `derivatives.gradients` on a device whose memory suffices for pieces of `most` pixels."""
 
     def limited(*words: Any) -> Any:
         compute = words[-1]
@@ -47,7 +47,7 @@ def test_a_step_that_does_not_fit_is_made_in_smaller_pieces(
     assert condense.main(quick(tmp_path / "ample", "--inner_loop", "2")) == 0
     failures: list[int] = []
     with injected("the memory does not suffice for a step") as fault, monkeypatch.context() as patch:
-        patch.setattr(forms, name, scarce(getattr(forms, name), LEAST_PIXELS, failures))
+        patch.setattr(derivatives, name, scarce(getattr(derivatives, name), LEAST_PIXELS, failures))
         assert condense.main(quick(tmp_path / "scarce", "--inner_loop", "2")) == 0
         assert (
             failures and "the memory of the CPU is full: going on with pieces half as large" in capsys.readouterr().out
@@ -76,12 +76,12 @@ def test_pieces_are_halved_until_they_fit_and_not_without_end() -> None:
 
 
 def test_smaller_pieces_mean_fewer_classes_at_once() -> None:
-    groups = [Compute(torch.device("cuda"), pixels=2**n).group(images=64, side=16) for n in (14, 16, 18)]
+    groups = [Compute(torch.device("cuda"), pixels=2**n).classes_at_once(images=64, side=16) for n in (14, 16, 18)]
     assert groups == [1, 4, 16]
 
 
 def test_a_cpu_computes_class_by_class_whoever_owns_the_others() -> None:
-    assert Compute(torch.device("cpu")).group(images=1, side=8) == 1
+    assert Compute(torch.device("cpu")).classes_at_once(images=1, side=8) == 1
 
 
 @pytest.mark.parametrize(

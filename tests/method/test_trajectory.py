@@ -22,7 +22,7 @@ from utils.method.pixels import PixelSGD
 from utils.method.training import fresh_network
 from utils.method.trajectory import LEAST_STEP, TrajectoryStep, unrolled
 from utils.numerics.compute import Compute
-from utils.numerics.vectors import flattened, load, separated
+from utils.numerics.derivatives import flattened, load, separated
 from utils.system.draws import Draws
 
 CLASSES, SIDE, STEPS = 3, 8, 4
@@ -47,7 +47,7 @@ def batches(n: int = 6, steps: int = STEPS) -> tuple[list[Tensor], list[Tensor]]
 
 
 def ends(net: Network, distance: float = 0.1) -> tuple[Tensor, Tensor]:
-    start = flattened(net)
+    start = flattened(net.parameters())
     return start, start + distance * torch.randn(start.shape, dtype=torch.float64, generator=generator(5))
 
 
@@ -125,12 +125,12 @@ def test_the_distance_is_one_without_a_step_and_none_where_the_student_arrives()
 def test_parameters_go_into_a_vector_and_back() -> None:
     net, other = network(key=3), network(key=4)
     places = [p.data_ptr() for p in other.parameters()]
-    load(other, flattened(net))
+    load(other, flattened(net.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert places == [p.data_ptr() for p in other.parameters()]
-    copy = flattened(net)
+    copy = flattened(net.parameters())
     copy.zero_()
-    assert flattened(net).abs().sum() > 0
+    assert flattened(net.parameters()).abs().sum() > 0
 
 
 # --- The step of the pixels -------------------------------------------------------------------------------------------
@@ -141,8 +141,10 @@ class Invented:
 
     def __init__(self, net: Network, *, count: int = 2, epochs: int = 5) -> None:
         self.count = count
-        walk = 0.05 * torch.randn(count, epochs + 1, len(flattened(net)), dtype=torch.float64, generator=generator(7))
-        self.rows = flattened(net) + walk.cumsum(1)
+        walk = 0.05 * torch.randn(
+            count, epochs + 1, len(flattened(net.parameters())), dtype=torch.float64, generator=generator(7)
+        )
+        self.rows = flattened(net.parameters()) + walk.cumsum(1)
 
     def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         return self.rows[expert, start], self.rows[expert, end]

@@ -14,7 +14,7 @@ from data import WHITENED, Dataset
 from tests.files import image_folder
 from utils.method.images import EPS, EXACT, ImageSet, Normalize, Whiten, moments, to_unit
 from utils.method.pixels import PixelSGD
-from utils.runs.card import WHITENING, card_without_run, how_to_use
+from utils.runs.card import WHITENING, card_of_set, how_to_use
 from utils.runs.export import export_safetensors, readme
 from utils.runs.sets import DistilledSet, read
 from utils.system.errors import UsageError
@@ -210,7 +210,7 @@ def test_images_of_too_many_numbers_are_refused_before_they_are_read(tmp_path: P
 def test_an_export_says_that_images_were_whitened(whiten: bool, tmp_path: Path) -> None:
     normalize = exact() if whiten else Normalize(MEAN, STD)
     images, labels = to_unit(photos(2)), torch.arange(2)
-    card = card_without_run(
+    card = card_of_set(
         dataset="folder", image_folder=None, class_names=["a", "b"], ipc=1, factor=1, decode_type="single",
         mean=MEAN, std=STD, settings={"whiten": "zca"} if whiten else {},
     )  # fmt: skip

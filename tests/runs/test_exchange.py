@@ -26,7 +26,7 @@ from tests.files import save as save_image
 from utils.method.formation import pack, training_images
 from utils.method.images import ImageSet, Normalize
 from utils.runs import export
-from utils.runs.card import card_without_run
+from utils.runs.card import card_of_set
 from utils.runs.export import check_target, export_folder, export_safetensors
 from utils.runs.layout import factor_warning, layout_of, other_factor
 from utils.runs.sets import DistilledSet, SetFile, folder_names, interpret, load_distilled, read
@@ -48,7 +48,7 @@ class Real(Dataset):
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([2, 0, 1, 1, 0, 2])
 SOFT = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
-CARD: dict[str, Any] = card_without_run(
+CARD: dict[str, Any] = card_of_set(
     dataset="digits", image_folder=None, class_names=["cat", "dog", "cow"], ipc=2, factor=2, decode_type="single",
     mean=[0.5], std=[0.25], settings={},
 )  # fmt: skip

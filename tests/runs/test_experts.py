@@ -19,7 +19,7 @@ from utils.method.images import ImageSet, Normalize
 from utils.method.selection import Context
 from utils.method.training import Recipe, Trainer, batches, fresh_network
 from utils.numerics.compute import Compute
-from utils.numerics.vectors import flattened
+from utils.numerics.derivatives import flattened
 from utils.runs import experts
 from utils.runs.experts import Experts, portions, selected
 from utils.system.draws import Draws
@@ -109,7 +109,7 @@ def test_a_trajectory_is_what_a_plain_training_goes_through(whole: Experts) -> N
     for k in range(COUNT):
         trainer = make(k)
         for e in range(EPOCHS + 1):
-            assert torch.equal(whole.pair(k, e, 0)[0], flattened(trainer.nets[0]))
+            assert torch.equal(whole.pair(k, e, 0)[0], flattened(trainer.nets[0].parameters()))
             trainer.epoch(torch.arange(CLASSES * PER_CLASS), [Draws("cpu", "epoch", k, e)])
     assert (whole.missing(), whole.done()) == ([], COUNT * EPOCHS)
     assert not torch.equal(*(whole.pair(k, 0, 0)[0] for k in range(COUNT)))

@@ -37,7 +37,7 @@ from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize, RealImages, SyntheticImages
 from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
-from utils.numerics.vectors import flattened
+from utils.numerics.derivatives import flattened
 from utils.system import distributed
 from utils.system.distributed import SINGLE, Shard, balanced
 from utils.system.draws import Draws
@@ -297,7 +297,7 @@ def test_the_tolerance_of_shared_updates_after_many_inner_steps(dtype: torch.dty
     for step in range(100 if width > 8 else 25):
         for trainer in trainers:
             update_network(trainer, n_data=128, draws=Draws("cpu", step))
-    whole, *others = (flattened(net) for net in nets)
+    whole, *others = (flattened(net.parameters()) for net in nets)
     off, changed = (float((other - whole).abs().max()) for other in others)
     print(f"{dtype}, weights up to {whole.abs().max():.2f}: shared out {off:.1e}, last digits changed {changed:.1e}")
     assert 0 < off < (1e-13 if dtype == torch.float64 else 3 * changed)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data import Dataset
 from models import NetSpec, forward_flop
 from utils.config import resolve
-from utils.config.options import CondenseOptions, Options
+from utils.config.options import CondenseOptions, Options, TrainOptions
 from utils.config.presets import EVALUATION_AUGMENTATION, TRAJECTORY
 from utils.method.augment import Augment, without
 from utils.method.formation import Formation
 from utils.method.state import NotFinite, State
 from utils.method.training import Recipe
-from utils.runs.card import Card, card_of_run
+from utils.runs.card import Card, card_of_run, card_of_set
 from utils.runs.experts import Experts
 from utils.system.errors import printable
 
@@ -161,22 +162,29 @@ def update_summary(o: CondenseOptions) -> str:
     return f"{images}, {o.net_epoch} x, {update_augmentation(o)}"
 
 
-def card(
-    o: CondenseOptions, dataset: Dataset, spec: NetSpec, state: State, experts: Experts | None, *, finished: bool
-) -> Card:
-    """Content of a run's data.json: what the set is and how to use it."""
-    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: experts.seconds)
-    mean, std = dataset.statistics
-    return card_of_run(
+def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, settings: dict[str, Any]) -> Card:
+    """A card that says what a set is and how to use it, but not how it was made."""
+    mean, std = data.statistics
+    return card_of_set(
         dataset=o.dataset,
-        image_folder=resolve.as_saved(o)["image_folder"],
-        class_names=dataset.class_names,
-        ipc=o.ipc,
-        factor=o.factor,
-        decode_type=o.decode_type,
+        image_folder=None if o.image_folder is None else str(Path(o.image_folder).resolve()),
+        class_names=data.class_names,
+        ipc=ipc,
+        factor=o.factor or 1,
+        decode_type=o.decode_type or "single",
         mean=mean,
         std=std,
-        settings=resolve.saved_settings(o),
+        settings=settings,
+    )
+
+
+def run_card(
+    o: CondenseOptions, data: Dataset, spec: NetSpec, state: State, experts: Experts | None, *, finished: bool
+) -> Card:
+    """The card of a run's set, the content of data.json."""
+    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: experts.seconds)
+    return card_of_run(
+        set_card(o, data, ipc=o.ipc, settings=resolve.saved_settings(o)),
         shape=state.optimizer.pixels.shape[2:],
         network=dataclasses.asdict(spec),
         learned={name: value[0].item() for name, value in state.matching_step.learned.items()},

@@ -1,5 +1,5 @@
-"""The matching update of all classes: how far the synthetic images' effect on a network is from the representatives'
-(Sec. 3.1), and the pixels' gradient of that distance.
+"""The matching update: how far the effect of synthetic images on a network is from that of real ones (Sec. 3.1), class
+by class, and the gradient of that distance with respect to the pixels.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from utils.method.formation import Formation
 from utils.method.images import ImageSet
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
-from utils.numerics import derivatives as forms
+from utils.numerics import derivatives
 from utils.numerics.compute import Captured, Compute
 from utils.system.draws import Draws
 
 
 @dataclass(frozen=True)
 class Matcher:
-    """How all classes' synthetic images are compared: decode, thin out, normalise, augment, compare, differentiate."""
+    """The matching of all classes: decode, thin out, normalise, augment, compare, differentiate."""
 
     how: Comparison
     formation: Formation
@@ -31,7 +31,8 @@ class Matcher:
     compute: Compute
 
     def draw(self, classes: int, ipc: int, draws: Draws) -> tuple[Tensor, ...]:
-        """One siamese draw per class, and which images take part where more are decoded than may."""
+        """The random numbers of one update: one siamese augmentation per class, (classes, 9), and, where more images
+        are decoded than `batch_syn_max`, which of each class take part, (classes, batch_syn_max)."""
         shared = self.augment.draw_shared(classes, draws)
         count = self.formation.decoded_count(ipc)
         if count <= self.batch_syn_max:
@@ -41,45 +42,52 @@ class Matcher:
     def __call__(
         self, net: Network, pixels: Tensor, real: ImageSet, picks: Tensor, shared: Tensor, chosen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Distances per class (classes,) and their gradients, like pixels; both stay on the device.
+        """Distances of the classes, (classes,), and their gradients, like pixels; both stay on the device.
 
-        pixels: (classes, ipc, C, H, W) stored images. picks: (classes, B) positions in `real`, which say what classes
-        they are; the rest as drawn. The network is fixed meanwhile, so the classes are independent of each other.
+        pixels: (classes, ipc, C, H, W) stored images. picks: (classes, B) positions in `real`, whose labels say which
+        classes these are. shared, chosen: from `draw`. The network is fixed meanwhile, so that classes are independent
+        of each other and can be computed in groups of any size.
         """
         classes = real.labels[picks[:, 0]]
         each = picks.shape[1] + self.formation.decoded_count(pixels.shape[1])
         distances, gradients = [], []
-        for group in torch.arange(len(pixels), device=pixels.device).split(self.compute.group(each, real.side)):
+        count = self.compute.classes_at_once(each, real.side)
+        for group in torch.arange(len(pixels), device=pixels.device).split(count):
             stored = pixels[group].detach().requires_grad_()
             syn = self.formation.decode(stored)  # (k, S, C, H, W)
             if chosen is not None:
                 syn = syn[torch.arange(len(group), device=pixels.device)[:, None], chosen[group]]
             syn = self._prepared(syn, real, shared[group])
             wanted = self._prepared(real.images[picks[group]], real, shared[group])
-            distance, gradient = forms.match(net, wanted, syn.detach(), classes[group], self.how, self.compute)
+            distance, gradient = derivatives.match(
+                net, wanted, syn.detach(), classes[group], self.how.distance, self.compute
+            )
+            # From the augmented images back through augmentation and decoding, which autograd differentiates.
             gradients.append(torch.autograd.grad(syn, stored, gradient)[0])
             distances.append(distance)
         return torch.cat(distances), torch.cat(gradients)
 
     def _prepared(self, images: Tensor, real: ImageSet, shared: Tensor) -> Tensor:
-        """Normalised, and augmented with one draw per class; images: (k, n, C, H, W)."""
+        """Images (k, n, C, H, W) normalised, and augmented with one draw per class."""
         u = shared.repeat_interleave(images.shape[1], 0)
         return self.augment(real.normalize(images.flatten(0, 1)), u).unflatten(0, images.shape[:2])
 
 
 class MatchingStep:
-    """One step of one run's pixels, against one network that stays at its place; on a GPU it is captured as a whole."""
+    """One step of a run's pixels against one network; a GPU captures it as a whole, so network and pixels must stay at
+    their addresses."""
 
     def __init__(self, matcher: Matcher, net: Network, pixels: PixelSGD, real: ImageSet) -> None:
-        """real: images of the classes that the pixels are of, which may be some of all."""
+        """real: images of the classes that the pixels are of; they may be some of all classes."""
         self.matcher, self.net, self.pixels, self.real = matcher, net, pixels, real
-        self.learned: dict[str, Tensor] = {}  # nothing but pixels
+        self.learned: dict[str, Tensor] = {}  # nothing besides the pixels; see TrajectoryStep
         self.held = torch.tensor(real.held, device=real.device)
         self._captured = Captured(self._step, matcher.compute.device)
 
     def __call__(self, picks: Tensor, draws: Draws) -> Tensor:
-        """Moves the pixels; returns the distances, (classes,), valid until the next call."""
-        drawn = self.matcher.draw(self.real.classes, self.pixels.pixels.shape[1], draws)  # for all there are
+        """Move the pixels; return the distances, (classes,), which the next call overwrites."""
+        # For all classes, held here or not: what a class gets does not depend on how classes are shared out.
+        drawn = self.matcher.draw(self.real.classes, self.pixels.pixels.shape[1], draws)
         return self._captured(picks, *(d[self.held] for d in drawn))
 
     def _step(self, picks: Tensor, *drawn: Tensor) -> Tensor:

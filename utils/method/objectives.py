@@ -1,9 +1,10 @@
-"""What is matched and how far apart it is: METRICS and OBJECTIVES (Sec. 3.1)."""
+"""What is compared of real and synthetic images, and by which distance: OBJECTIVES and METRICS (Sec. 3.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,12 @@ from torch import Tensor
 from torch.func import functional_call, grad
 
 from models import Network
+from utils.numerics.derivatives import Distance
+from utils.numerics.passes import Compared
 
 
 def cosine_distance(real: Tensor, syn: Tensor) -> Tensor:
-    """Sum over output channels of 1 - cosine; a vector counts as one channel."""
+    """The sum over output channels of 1 - cosine, (); a vector counts as one channel."""
     rows_real = real.flatten(1) if real.dim() > 1 else real[None]
     rows_syn = syn.flatten(1) if syn.dim() > 1 else syn[None]
     return (1 - F.cosine_similarity(rows_real, rows_syn, dim=1, eps=1e-6)).sum()
@@ -39,17 +42,28 @@ class Comparison:
 
     objective: str = "grad"  # one of OBJECTIVES, or several joined by +
     metric: str = "mse"
-    bias: bool = False
-    fc: bool = False
+    bias: bool = False  # gradients of biases and of norms' parameters as well
+    fc: bool = False  # gradients of the classifier as well
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The objectives whose distances are summed."""
         return parse(self.objective)
 
+    @property
+    def distance(self) -> Distance:
+        """The distance as utils/numerics takes it: as a function, and by what is compared where that has a fast way.
+
+        The fast way knows gradients of weights and mean embeddings, but no gradients of biases and norms, no features.
+        """
+        gradients, embedding = "grad" in self.parts, "embed" in self.parts
+        fast = {*self.parts} <= {"grad", "embed"} and not (gradients and self.bias)
+        compared = Compared(gradients, gradients and self.fc, embedding) if fast else None
+        return Distance(partial(distance, how=self), compared, partial(total, self.metric))
+
 
 def gradient_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
-    """Distance between the gradients of the mean cross-entropy. real, syn: (N, C, H, W) augmented, one class."""
+    """Distance between the gradients of the mean cross-entropy, (). real, syn: (N, C, H, W) augmented, one class."""
     params = matched_parameters(net, bias=how.bias, fc=how.fc)
 
     def loss(params: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -60,14 +74,14 @@ def gradient_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, ho
 
 
 def feature_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
-    """Distance between the mean features of every block. real, syn: (N, C, H, W) augmented, one class."""
+    """Distance between the mean features of every block, (). real, syn: (N, C, H, W) augmented, one class."""
     wanted = [features.mean(0).to(real.dtype).detach() for features in net.features(real)]
     given = [features.mean(0).to(syn.dtype) for features in net.features(syn)]
     return total(how.metric, wanted, given)
 
 
 def embedding_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
-    """Distance between the mean embeddings. real, syn: (N, C, H, W) augmented, one class."""
+    """Distance between the mean embeddings, (). real, syn: (N, C, H, W) augmented, one class."""
     wanted, given = (net.embed(images).to(images.dtype).mean(0) for images in (real, syn))
     return total(how.metric, [wanted.detach()], [given])
 
@@ -82,7 +96,10 @@ OBJECTIVES: dict[str, Callable[[Network, Tensor, Tensor, Tensor, Comparison], Te
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """`grad+embed` -> ("grad", "embed"). Raises ValueError for an objective that is unknown or named twice."""
+    """The objectives that a text names, `grad+embed` -> ("grad", "embed").
+
+    Raises ValueError for an objective that is unknown or named twice.
+    """
     parts = tuple(text.split("+"))
     if len(set(parts)) < len(parts) or not OBJECTIVES.keys() >= set(parts):
         raise ValueError(f"{text!r} is not one of {', '.join(OBJECTIVES)}, or several of them joined by +")
@@ -90,18 +107,21 @@ def parse(text: str) -> tuple[str, ...]:
 
 
 def distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
-    """The sum over the objectives that `how` names. real, syn: (N, C, H, W) augmented, one class."""
+    """The sum of the distances that `how` names, (). real, syn: (N, C, H, W) augmented, one class."""
     return torch.stack([OBJECTIVES[part](net, real, syn, label, how) for part in how.parts]).sum()
 
 
 def total(metric: str, wanted: list[Tensor], given: list[Tensor]) -> Tensor:
-    """The metric summed over layers."""
+    """The metric summed over layers, (). wanted: of real images, given: of synthetic ones."""
     return torch.stack([METRICS[metric](w, g) for w, g in zip(wanted, given, strict=True)]).sum()
 
 
 def matched_parameters(net: Network, *, bias: bool, fc: bool) -> dict[str, Tensor]:
-    """The weights of all convolutions; with `bias` also their biases and the norm layers' parameters; with `fc` the
-    classifier's weight, and its bias if both."""
+    """The parameters whose gradients are compared, by name, detached.
+
+    The weights of all convolutions; with `bias` also their biases and the norm layers' parameters; with `fc` the
+    classifier's weight, and its bias if both.
+    """
     return {
         name: p.detach()
         for name, p in net.named_parameters()

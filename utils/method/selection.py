@@ -14,7 +14,7 @@ from torch import Tensor
 from models import Network
 from utils.method.formation import pack
 from utils.method.images import ImageSet, to_unit
-from utils.numerics import derivatives as forms
+from utils.numerics import derivatives
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 
@@ -161,8 +161,8 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
     """
     training = net.training
     net.eval()
-    pieces = images.split(max(512, compute.images(images.shape[-1])))
-    found = compute.retry(lambda: torch.cat([forms.embed(net, prepare(piece), compute) for piece in pieces]))
+    pieces = images.split(max(512, compute.images_at_once(images.shape[-1])))
+    found = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
     net.train(training)
     return found
 

@@ -15,9 +15,9 @@ import models
 from models import NetSpec, Network
 from utils.method.augment import GEOMETRY, Augment
 from utils.method.images import ImageSet, RealImages, SyntheticImages
-from utils.numerics import derivatives as forms
+from utils.numerics import derivatives
 from utils.numerics.compute import Captured, Compute
-from utils.numerics.vectors import joined, separated
+from utils.numerics.derivatives import flattened, separated
 from utils.system.draws import Draws
 
 MIXUPS = ("cut", "vanilla")  # CutMix, or images as they are
@@ -193,10 +193,11 @@ class Trainer:
         for k, net in enumerate(self.nets):
             net.eval()
             row = min(k, len(self.images) - 1)
-            for index in torch.arange(n, device=self.images.device).split(self.compute.images(self.images.shape[-1])):
+            size = self.compute.images_at_once(self.images.shape[-1])
+            for index in torch.arange(n, device=self.images.device).split(size):
                 x = self.normalize(self.images[row, index])
                 target = self.labels[row, index] if self.soft is None else self.soft[row, index].to(x.dtype)
-                total[k] += F.cross_entropy(forms.logits(net, x, self.compute), target, reduction="sum")
+                total[k] += F.cross_entropy(derivatives.logits(net, x, self.compute), target, reduction="sum")
         return total / n
 
     def _step(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
@@ -218,14 +219,14 @@ class Trainer:
         self.sgd.step()
 
     def _gradients(self, x: Tensor, target: Tensor) -> list[list[Tensor]]:
-        return self.compute.retry(lambda: forms.gradients(self.nets, x, target, self.compute))
+        return self.compute.retry(lambda: derivatives.gradients(self.nets, x, target, self.compute))
 
     def _gradients_together(self, x: Tensor, target: Tensor, together: Together, labels: Tensor) -> list[Tensor]:
         """Gradients of a batch's mean loss, summed over ranks; each rank computes those of its own images."""
         rows = together.is_own[labels].nonzero().flatten()
         total = torch.zeros(sum(p.numel() for p in self.parameters), dtype=x.dtype, device=x.device)
         if len(rows):
-            total += joined(self._gradients(x[:, rows], target[:, rows])[0]) * (len(rows) / len(labels))
+            total += flattened(self._gradients(x[:, rows], target[:, rows])[0]) * (len(rows) / len(labels))
         return separated(self.nets[0], together.all_reduce_sum(total))
 
 
@@ -292,8 +293,8 @@ def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
     """Confusion matrix of a network, (classes, classes) int64: test images by class (row) and prediction (column)."""
     net.eval()
     counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
-    for index in torch.arange(len(test), device=test.device).split(max(512, compute.images(test.side))):
+    for index in torch.arange(len(test), device=test.device).split(max(512, compute.images_at_once(test.side))):
         x, y = test.batch(index)
-        found = compute.retry(partial(forms.predict, net, x, compute))
+        found = compute.retry(partial(derivatives.predict, net, x, compute))
         counts += torch.bincount(y * test.classes + found, minlength=test.classes**2)
     return counts.view(test.classes, test.classes)

@@ -27,9 +27,9 @@ from models import Network
 from utils.method.images import ImageSet
 from utils.method.matching import Matcher
 from utils.method.pixels import PixelSGD
-from utils.numerics import derivatives as forms
+from utils.numerics import derivatives
 from utils.numerics.compute import Captured, Compute
-from utils.numerics.vectors import joined, load, separated
+from utils.numerics.derivatives import flattened, load, separated
 from utils.system.distributed import SINGLE, Group
 from utils.system.draws import Draws
 
@@ -79,27 +79,28 @@ def unrolled(
     targets = [F.one_hot(y, net.classifier.out_features).to(start.dtype) for y in labels]
     # Keeping every step's graph for the way back takes 2 to 12 times the memory, computing it again 1.2 to 1.6 times
     # the time.
-    keep = sum(map(len, batches)) <= compute.kept(batches[0].shape[-1])
+    keep = sum(map(len, batches)) <= compute.images_kept(batches[0].shape[-1])
     path, kept = [start], []
-    with forms.frozen_statistics(net):
+    with derivatives.frozen_statistics(net):
         for x, y in zip(batches, targets, strict=True):
             if keep:
-                kept.append(list(forms.pieces(net, separated(net, path[-1]), x, y, compute, gradients=True)))
-                gradient = torch.stack([joined(piece.gradients).detach() for piece in kept[-1]]).sum(0)
+                parameters = separated(net, path[-1])
+                kept.append(list(derivatives.pieces(net, parameters, x, y, compute, gradients=True)))
+                gradient = torch.stack([flattened(piece.gradients) for piece in kept[-1]]).sum(0)
             else:
                 load(net, path[-1])
-                gradient = joined(forms.gradients([net], x[None], y[None], compute)[0])
+                gradient = flattened(derivatives.gradients([net], x[None], y[None], compute)[0])
             path.append(path[-1] - step_size * all_reduce_sum(share * gradient))
         error, norm = path.pop() - target, (start - target).square().sum()
         adjoint = 2 * error / norm  # lambda_N
         images, by_size = [], torch.zeros_like(step_size)
         for x, y in zip(reversed(batches), reversed(targets), strict=True):
             parameters = separated(net, path.pop())
-            batch = kept.pop() if keep else forms.pieces(net, parameters, x, y, compute, gradients=False)
-            slope, by_theta, by_x = forms.along(batch, separated(net, adjoint))
+            batch = kept.pop() if keep else derivatives.pieces(net, parameters, x, y, compute, gradients=False)
+            slope, by_theta, by_x = derivatives.slope(batch, separated(net, adjoint))
             by_size -= share * slope  # s_t
             images.append(-step_size * share * by_x)
-            adjoint = adjoint - step_size * all_reduce_sum(share * joined(by_theta))
+            adjoint = adjoint - step_size * all_reduce_sum(share * flattened(by_theta))
     return Unrolled(error.square().sum() / norm, images[::-1], all_reduce_sum(by_size))
 
 

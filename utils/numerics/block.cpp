@@ -1,5 +1,6 @@
-// The stages of utils/numerics/block.py for a CPU, with its names and formulas: two or three sweeps over an image that stays in
-// the processor's cache. Images are channels-last, of 16 n channels.
+// The functions of utils/numerics/block.py for a CPU, with its notation and formulas. Each sweeps two or three times
+// over an image that stays in the processor's cache, for the sums and then for the pixels. Images are channels-last, of
+// 16 n channels.
 //
 // One thread takes one image and sums in a fixed order, so that results do not depend on the number of threads.
 
@@ -26,7 +27,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// What is computed in for images of type T.
+// The type of the arithmetic, and of numbers per channel or norm group, for images of type T.
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, BFloat16>, float, T>;
 
@@ -45,7 +46,7 @@ inline Lanes<Wide<T>> load(const T* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 #else
     Lanes<uint16_t> halves;
-    std::memcpy(&halves, from, sizeof halves);
+    std::memcpy(&halves, from, sizeof halves);  // a single load; the memory need not be aligned
     return reinterpret_cast<Lanes<float>>(__builtin_convertvector(halves, Lanes<uint32_t>) << 16);
 #endif
   } else {
@@ -80,10 +81,10 @@ struct Shape {
 
 struct Tensor {
   char* data;
-  int64_t stride;  // bytes from one image to the next
+  int64_t stride;  // bytes from one image to the next; 0 for what all images share
 };
 
-// The parts of all tensors that belong to one image, in the order of the Python functions' arguments and results.
+// One image's part of every tensor, handed out in the order in which compilation.py lists arguments and results.
 class Image {
  public:
   Image(const Tensor* tensors, int64_t index) : tensor_(tensors), index_(index) {}
@@ -102,8 +103,8 @@ class Image {
 
 constexpr int64_t NONE = -1;
 
-// visit(pixel, cell): the offset of every pixel of rows y and y + 1, and of the pooled one that it is part of; the
-// pixels of a last odd row or column are part of NONE.
+// Calls visit(pixel, cell) with the offset of every pixel of rows y and y + 1, and that of its cell, the pooled pixel
+// that it is part of. The pixels of a last odd row or column have no cell.
 template <class Visit>
 inline void visit_rows(const Shape& s, int64_t y, Visit visit) {
   const int64_t C = s.channels, row = s.width * C, top = y * row, cells = y / 2 * (s.width / 2) * C;
@@ -119,7 +120,8 @@ inline void visit_rows(const Shape& s, int64_t y, Visit visit) {
   if (s.width % 2 && pair) visit(top + 2 * row - C, NONE);
 }
 
-// Two rows of pixels, sixteen channels at a time: with(c) gives the function for the channels from c on.
+// Visits all pixels, two rows after two rows and in them sixteen channels after sixteen, so that what with(c) loads for
+// its channels stays in registers. with(c) returns the function (pixel, cell) for the channels from c on.
 template <class With>
 inline void for_every_pixel(const Shape& s, With with) {
   for (int64_t y = 0; y < s.height; y += 2)
@@ -129,7 +131,7 @@ inline void for_every_pixel(const Shape& s, With with) {
     }
 }
 
-// The same with the top left pixel of every 2 x 2 that is pooled.
+// Visits all cells in this order, each with its top left pixel.
 template <class With>
 inline void for_every_cell(const Shape& s, With with) {
   const int64_t C = s.channels, row = s.width * C;
@@ -159,8 +161,8 @@ PerChannel<N> per_channel(const Shape& s, Value value) {
   return found;
 }
 
-// K sums over the pixels, two rows at a time, which keeps rounding errors small. with(c) gives a function
-// (pixel, cell, sums) that adds one pixel.
+// K sums over the pixels of each channel. Two rows are added up on their own first, which keeps rounding errors small.
+// with(c) returns a function (pixel, cell, sums) that adds one pixel.
 template <size_t K, class N, class With>
 std::array<PerChannel<N>, K> sums(const Shape& s, With with) {
   std::array<PerChannel<N>, K> found;
@@ -175,7 +177,7 @@ std::array<PerChannel<N>, K> sums(const Shape& s, With with) {
   return found;
 }
 
-// Sums over pixels, to the mean over every norm group, which all its channels get.
+// From sums over the pixels of each channel, the mean over every norm group, repeated for all channels of the group.
 template <class N>
 PerChannel<N> group_mean(const Shape& s, PerChannel<N> values) {
   const int64_t size = s.channels / s.groups;
@@ -187,17 +189,20 @@ PerChannel<N> group_mean(const Shape& s, PerChannel<N> values) {
   return values;
 }
 
+// One number per norm group, repeated for all its channels.
 template <class N>
 PerChannel<N> spread(const Shape& s, const N* groups) {
   return per_channel<N>(s, [&](int64_t c) { return groups[c / (s.channels / s.groups)]; });
 }
 
+// From a number that all channels of a group have, one per group: undoes `spread`.
 template <class N>
 void gather(const Shape& s, const PerChannel<N>& values, N* groups) {
   for (int64_t g = 0; g < s.groups; ++g) groups[g] = values[g * (s.channels / s.groups)];
 }
 
-// The norm of one image: x = r t with t = a - m, and gamma x + beta = slope t + beta.
+// The norm of one image, in terms of t = a - m, which saves a product per pixel: x = r t, and
+// y = gamma x + beta = slope t + beta with slope = gamma r.
 template <class T, class N = Wide<T>>
 struct Norm {
   const T* a;
@@ -225,7 +230,7 @@ inline Lanes<Wide<T>> unpool(const T* h, int64_t cell) {
   return cell == NONE ? Lanes<Wide<T>>{} : load(h + cell) / 4;
 }
 
-// --- The stages, of one image ----------------------------------------------------------------------------------------
+// --- The functions, for one image ------------------------------------------------------------------------------------
 
 template <class T, class N = Wide<T>>
 void forward(const Shape& s, Image image) {
@@ -261,6 +266,7 @@ void forward(const Shape& s, Image image) {
   });
 }
 
+// da may be a: a pixel of a is read before the same pixel of da is written, and not again.
 template <class T, class N = Wide<T>>
 void backward(const Shape& s, Image image) {
   const auto a = image.next<const T>();
@@ -278,6 +284,7 @@ void backward(const Shape& s, Image image) {
       sum[1] += d * t;
     };
   });
+  // da = slope mask up(dh) - r mean(g) - r^2 mean(x g) t: the last two are one number per channel each.
   const N pixels = s.height * s.width;
   for (int64_t c = 0; c < s.channels; ++c) {
     s0[c] = up[c] / pixels;
@@ -295,7 +302,8 @@ void backward(const Shape& s, Image image) {
   });
 }
 
-// WHOLE: gamma and beta move as well.
+// WHOLE: gamma and beta move as well. The formula of y_dot is a_dot, t and 1 times numbers per channel; without WHOLE
+// all of it is a multiple of slope, which then is left out until the four pixels of a cell have been added.
 template <class T, bool WHOLE = false, class N = Wide<T>>
 void tangent(const Shape& s, Image image) {
   const auto a = image.next<const T>();
@@ -388,9 +396,9 @@ void adjoint(const Shape& s, Image image) {
   const auto p = mean([&](int64_t c) { return gamma[c] * s1[c] * pixels; });
   const auto ga = mean([&, &up_dot = up_dot](int64_t c) { return gamma[c] * up_dot[c]; });
 
-  // abar = slope mask up(hbar) - r Q slope mask up(dh) + (all that is the same for a whole channel, times 1, t and a.)
+  // a_bar = slope mask up(h_bar) - r Q slope mask up(dh) + numbers per channel times t, a_dot and 1
   const auto of_g = per_channel<N>(s, [&](int64_t c) {
-    if constexpr (WHOLE) return r[c] * (norm.slope[c] * t1[c] - gamma_dot[c]);  // with gamma. s, which is part of q
+    if constexpr (WHOLE) return r[c] * (norm.slope[c] * t1[c] - gamma_dot[c]);  // with gamma_dot s, a part of q
     return r[c] * t1[c];
   });
   const auto of_dot = per_channel<N>(s, [&](int64_t c) { return -r[c] * r[c] * p[c]; });
@@ -425,15 +433,16 @@ void whole_adjoint(const Shape& s, Image image) {
   adjoint<T, true>(s, image);
 }
 
-void for_every_image(const Shape& s, const Tensor* tensors, void (*stage)(const Shape&, Image)) {
+void for_every_image(const Shape& s, const Tensor* tensors, void (*function)(const Shape&, Image)) {
 #pragma omp parallel for
-  for (int64_t i = 0; i < s.images; ++i) stage(s, Image(tensors, i));
+  for (int64_t i = 0; i < s.images; ++i) function(s, Image(tensors, i));
 }
 
 }  // namespace
 
-#define EXPORT(STAGE, TYPE, T) \
-  extern "C" void STAGE##_##TYPE(const Shape* s, const Tensor* tensors) { for_every_image(*s, tensors, STAGE<T>); }
+// C symbols such as backward_float32, which compilation.py looks up by name.
+#define EXPORT(NAME, TYPE, T) \
+  extern "C" void NAME##_##TYPE(const Shape* s, const Tensor* tensors) { for_every_image(*s, tensors, NAME<T>); }
 #define EXPORT_FOR(TYPE, T) \
   EXPORT(forward, TYPE, T) EXPORT(backward, TYPE, T) \
   EXPORT(tangent, TYPE, T) EXPORT(whole_tangent, TYPE, T) EXPORT(adjoint, TYPE, T) EXPORT(whole_adjoint, TYPE, T)

@@ -1,4 +1,8 @@
-"""Compiled code: the passes by torch.compile on a GPU; on a CPU, whose cache asks for more, utils/numerics/block.cpp."""
+"""Compiled code: whole passes by torch.compile on a GPU, the block functions in C++ on a CPU.
+
+On a CPU what counts is that an image stays in the cache while it is swept over several times, which torch.compile does
+not arrange and utils/numerics/block.cpp does.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,15 @@ import logging
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from utils.numerics import block as stages
-from utils.numerics.block import Stages
+from utils.numerics.block import BlockFunctions, Gradient, Norm, Tangent
 from utils.numerics.compute import Compute
 from utils.system.errors import UsageError, first_line
 
@@ -26,9 +29,9 @@ T = TypeVar("T")
 
 def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """The function, compiled for every new combination of shapes at its first call (a few seconds each)."""
-    import torch._dynamo
+    import torch._dynamo  # not at the top, as importing it is slow
 
-    torch._dynamo.config.recompile_limit = 256  # every block, chunk and remainder has its own shapes
+    torch._dynamo.config.recompile_limit = 256  # every block, piece and remainder has its own shapes
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -38,7 +41,7 @@ def compiler_error(device: torch.device) -> str | None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         if device.type == "cpu":
-            cpu_stages()
+            cpu_functions()
         else:
             compiled(_probe)(torch.ones(4, device=device))
     except Exception as error:  # whatever the compiler's parts raise: there is no common base
@@ -50,75 +53,78 @@ def _probe(x: Tensor) -> Tensor:
     return x * 2 + 1
 
 
-# --- utils/numerics/block.cpp -------------------------------------------------------------------------------------------------
+# --- utils/numerics/block.cpp ----------------------------------------------------------------------------------------
 
-LANES = 16  # channels come in as many, or in several times as many
+LANES = 16  # channels that block.cpp handles at a time; their number must be a multiple of it
 COMPUTED_IN = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
+
+# What each function of block.cpp writes, in order: tensors like the block's input (N, C, H, W) or its output
+# (N, C, H // 2, W // 2), or numbers per norm group (N, groups, 1, 1, 1) or channel (N, C, 1, 1).
+RESULTS = {
+    "forward": ("output", "group", "group"),
+    "backward": ("input", "channel", "channel"),
+    "tangent": ("output", "group", "group"),
+    "whole_tangent": ("output", "group", "group"),
+    "adjoint": ("input",),
+    "whole_adjoint": ("input", "channel", "channel"),
+}
+
+
+def cpu_supports(channels: int, activations: torch.dtype, parameters: torch.dtype) -> bool:
+    """Whether `cpu_functions` can compute a block of these channels, whose gamma and beta have the second dtype."""
+    return channels % LANES == 0 and COMPUTED_IN.get(activations) == parameters
 
 
 @cache
-def cpu_stages() -> Stages:
-    """The stages as compiled functions, made once per process in a few seconds.
+def cpu_functions() -> BlockFunctions:
+    """The functions of utils/numerics/block.py in C++, for blocks that are supported; a few seconds once per process.
 
-    What they are not made for, such as a number of channels that 16 does not divide, takes those of utils/numerics/block.py.
     Raises OSError or subprocess.SubprocessError where there is no compiler, or none that can make them.
     """
     library = _library(Path(__file__).with_name("block.cpp"))
 
-    def run(stage: str, groups: int, eps: float, a: Tensor, *rest: Tensor) -> None:
-        """rest: all other tensors, arguments and results, dense along every image, one number for all or one each."""
-        tensors = [_Tensor(x.data_ptr(), x.stride(0) * x.element_size() if len(x) > 1 else 0) for x in (a, *rest)]
-        n, c, h, w = a.shape
-        function = getattr(library, f"{stage}_{str(a.dtype).removeprefix('torch.')}")
-        function(ctypes.byref(_Shape(n, h, w, c, groups, eps)), (_Tensor * len(tensors))(*tensors))
+    def call(
+        name: str, tensors: Iterable[Tensor], groups: int, eps: float = 0, overwrite: bool = False
+    ) -> list[Tensor]:
+        """The results of one function. overwrite: write the first over the activation, the first of `tensors`."""
+        given = [_dense(x) for x in tensors]
+        a, wide = given[0], given[1].dtype
+        assert cpu_supports(a.shape[1], a.dtype, wide)
+        (n, c, h, w), empty = a.shape, partial(torch.empty, memory_format=torch.channels_last, dtype=a.dtype)
+        make: dict[str, Callable[[], Tensor]] = {
+            "input": lambda: a if overwrite else empty((n, c, h, w)),
+            "output": lambda: empty((n, c, h // 2, w // 2)),
+            "group": lambda: torch.empty((n, groups, 1, 1, 1), dtype=wide),
+            "channel": lambda: torch.empty((n, c, 1, 1), dtype=wide),
+        }
+        results = [make[kind]() for kind in RESULTS[name]]
+        # Every image's numbers are dense; a stride of 0 has all images share the only one, such as one network's gamma.
+        views = [_Tensor(x.data_ptr(), x.stride(0) * x.element_size() if len(x) > 1 else 0) for x in (*given, *results)]
+        function = getattr(library, f"{name}_{str(a.dtype).removeprefix('torch.')}")
+        function(ctypes.byref(_Shape(n, h, w, c, groups, eps)), (_Tensor * len(views))(*views))
+        return results
 
-    def forward(a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        if not _fits(a, gamma):
-            return stages.forward(a, gamma, beta, groups, eps)
-        a, gamma, beta = map(_dense, (a, gamma, beta))
-        h, m, r = _pooled(a), *(gamma.new_empty(len(a), groups, 1, 1, 1) for _ in range(2))
-        run("forward", groups, eps, a, gamma, beta, h, m, r)
-        return h, m, r
+    def forward(a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> tuple[Tensor, Norm]:
+        h, m, r = call("forward", (a, gamma, beta), groups, eps)
+        return h, Norm(a, m, r, gamma, beta)
 
-    def backward(
-        a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, beta: Tensor, dh: Tensor, keep: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not _fits(a, gamma):
-            return stages.backward(a, m, r, gamma, beta, dh)
-        a, gamma, beta, dh = map(_dense, (a, gamma, beta, dh))
-        da = torch.empty_like(a) if keep else a
-        s0, s1 = (gamma.new_empty(*a.shape[:2], 1, 1) for _ in range(2))
-        run("backward", m.shape[1], 0, a, m, r, gamma, beta, dh, da, s0, s1)
-        return da, s0, s1
+    def backward(norm: Norm, dh: Tensor, keep: bool = True) -> tuple[Tensor, Gradient]:
+        da, s0, s1 = call("backward", (*norm, dh), norm.m.shape[1], overwrite=not keep)
+        return da, Gradient(dh, s0, s1)
 
-    def tangent(a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not _fits(a, gamma):
-            return stages.tangent(a, m, r, gamma, *rest)
-        a = _dense(a)
-        h_dot, t0, t1 = _pooled(a), torch.empty_like(m), torch.empty_like(m)
-        _, _, *moving = rest  # whether gamma and beta move
-        stage = "whole_tangent" if moving else "tangent"
-        run(stage, m.shape[1], 0, a, m, r, *map(_dense, (gamma, *rest)), h_dot, t0, t1)
-        return h_dot, t0, t1
+    def tangent(norm: Norm, a_dot: Tensor, *vectors: Tensor) -> tuple[Tensor, Tangent]:
+        name = "whole_tangent" if vectors else "tangent"
+        h_dot, t0, t1 = call(name, (*norm, a_dot, *vectors), norm.m.shape[1])
+        return h_dot, Tangent(a_dot, t0, t1)
 
-    def adjoint(a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, *rest: Tensor) -> Tensor:
-        if not _fits(a, gamma):
-            return stages.adjoint(a, m, r, gamma, *rest)
-        a = _dense(a)
-        a_bar = torch.empty_like(a)
-        run("adjoint", m.shape[1], 0, a, m, r, *map(_dense, (gamma, *rest)), a_bar)
-        return a_bar
+    def adjoint(
+        norm: Norm, gradient: Gradient, tangent: Tangent, h_bar: Tensor, *gamma_dot: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        name, tensors = "whole_adjoint" if gamma_dot else "adjoint", (*norm, *gradient, *tangent, h_bar, *gamma_dot)
+        a_bar, *means = call(name, tensors, norm.m.shape[1])
+        return a_bar, means
 
-    def whole_adjoint(a: Tensor, m: Tensor, r: Tensor, gamma: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not _fits(a, gamma):
-            return stages.whole_adjoint(a, m, r, gamma, *rest)
-        a = _dense(a)
-        a_bar = torch.empty_like(a)
-        u0, u1 = (gamma.new_empty(*a.shape[:2], 1, 1) for _ in range(2))
-        run("whole_adjoint", m.shape[1], 0, a, m, r, *map(_dense, (gamma, *rest)), a_bar, u0, u1)
-        return a_bar, u0, u1
-
-    return Stages(forward, backward, tangent, adjoint, whole_adjoint)
+    return BlockFunctions(forward, backward, tangent, adjoint)
 
 
 def _library(source: Path) -> ctypes.CDLL:
@@ -127,15 +133,16 @@ def _library(source: Path) -> ctypes.CDLL:
         raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++)")
     # The threads are to be PyTorch's own: two pools would wait for each other.
     openmp = sorted(Path(torch.__file__).with_name("lib").glob("lib*omp*"))
+    # No -ffast-math: NaN has to stay NaN. -w: GCC warns about the vector types, which no other library meets.
     flags = ["-std=c++17", "-O2", "-march=native", "-w", "-fPIC", "-shared", "-fopenmp"]
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "stages.so")
+        target = Path(folder, "block.so")
         command = [compiler, *flags, str(source), "-o", str(target), *map(str, openmp)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if "error" in line]
             raise subprocess.SubprocessError(f"{compiler} failed: {said[0] if said else done.stderr}")
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(target))  # stays in memory when the file is removed
 
 
 class _Shape(ctypes.Structure):
@@ -149,18 +156,9 @@ class _Tensor(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
 
 
-def _fits(a: Tensor, gamma: Tensor) -> bool:
-    return a.device.type == "cpu" and not a.shape[1] % LANES and COMPUTED_IN.get(a.dtype) == gamma.dtype
-
-
 def _dense(x: Tensor) -> Tensor:
-    """(N, C, H, W) in convolutions' layout; anything else is small and dense already."""
+    """Activations in the layout of block.cpp, channels last; numbers per group or per channel are dense already."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-def _pooled(a: Tensor) -> Tensor:
-    n, c, h, w = a.shape
-    return torch.empty((n, c, h // 2, w // 2), dtype=a.dtype, memory_format=torch.channels_last)
 
 
 # --- Whether to compile -----------------------------------------------------------------------------------------------

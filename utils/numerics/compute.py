@@ -1,4 +1,4 @@
-"""How numbers are computed: precision, pieces that fit the memory, CUDA graphs."""
+"""Where and how tensors are computed: device, precision, pieces that fit the memory, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,64 +17,71 @@ from utils.system.errors import first_line
 log = logging.getLogger("dream")
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-LEAST_PIXELS = 2**12  # of images that pass through a network together, however little memory there is
+LEAST_PIXELS = 2**12  # below which `Compute.retry` does not cut pieces, however little memory there is
 T = TypeVar("T")
 
 
 @dataclass
 class Compute:
-    """How numbers are computed, whatever is computed: where, in which precision, in pieces of which size.
+    """The device, the precision, and the size of the pieces in which images pass through networks.
 
-    precision: fp32 is the tensors' own (float64 stays float64); tf32 shortens the factors of matrix products on a GPU;
-    bf16 computes networks in bfloat16, with float32 master weights, sums and distances.
+    precision: fp32 computes in the tensors' own type (float64 stays float64); tf32 shortens the factors of matrix
+    products on a GPU; bf16 computes networks in bfloat16, with float32 parameters, sums and distances.
+    compile: whether passes are compiled, see utils/numerics/compilation.py.
     """
 
     device: torch.device
     precision: str = "fp32"
     compile: bool = False
-    pixels: int = 0  # of all images that pass through a network together; 0: as fits the device
+    pixels: int = 0  # of all images of one piece; 0: as many as suit the device
 
     def __post_init__(self) -> None:
         self.pixels = self.pixels or (2**21 if self.device.type == "cuda" else 2**16)
 
     def dtype(self, own: torch.dtype) -> torch.dtype:
-        """What a network's arithmetic is done in, for images that are `own`."""
+        """The type in which a network is computed for images of type `own`."""
         return torch.bfloat16 if self.precision == "bf16" else own
 
     def cheapest(self) -> Compute:
-        """For the selection, which does not suffer from bfloat16, where the device is fast at it."""
+        """The fastest way for the selection, which does not suffer from bfloat16: in it where the device is fast."""
         return replace(self, precision="bf16") if fast_bfloat16(self.device) else self
 
-    def images(self, side: int) -> int:
-        """Images that pass through a network together: few stay in a CPU's cache, many fill a GPU."""
+    def images_at_once(self, side: int) -> int:
+        """The number of images that pass through a network together: few stay in a CPU's cache, many fill a GPU."""
         return max(1, self.pixels // side**2)
+
+    def images_kept(self, side: int) -> int:
+        """The number of images of which all that derivatives take may be kept: some gigabytes."""
+        return (4 if self.device.type == "cpu" else 1) * self.pixels // side**2
 
     @property
     def classes_together(self) -> bool:
-        """Whether several classes are computed in one call. A GPU is not full otherwise. On a CPU there is nothing to
-        be had from it but rounding that depends on which classes they are."""
+        """Whether several classes are computed in one call.
+
+        A GPU is not full otherwise. A CPU gains nothing by it, and rounding would depend on which classes they are.
+        """
         return self.device.type != "cpu"
 
-    def group(self, images: int, side: int) -> int:
-        """Classes of so many images each that are matched together: as many as a few gigabytes hold."""
-        return max(1, self.kept(side) // images) if self.classes_together else 1
-
-    def kept(self, side: int) -> int:
-        """Images of which everything that derivatives take is kept: some gigabytes."""
-        return (4 if self.device.type == "cpu" else 1) * self.pixels // side**2
+    def classes_at_once(self, images: int, side: int) -> int:
+        """The number of classes of so many images each that are matched together: as many as a few gigabytes hold."""
+        return max(1, self.images_kept(side) // images) if self.classes_together else 1
 
     def autocast(self) -> AbstractContextManager[object]:
-        """For what autograd does by itself."""
+        """The context in which autograd computes a network in this precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def retry(self, function: Callable[[], T]) -> T:
-        """Call it; when the memory does not suffice, call it again with smaller pieces."""
+        """The function's result; when the memory is full, it is called again with pieces half as large.
+
+        They stay small afterwards. Raises the function's error when there is still no room for LEAST_PIXELS.
+        """
         while True:
             try:
                 return function()
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or self.pixels <= LEAST_PIXELS:
                     raise
+            # Outside of the handler, which holds the traceback and with it the tensors of the failed call.
             self.pixels //= 2
             return_freed_memory(self.device)
             log.warning("the memory of the %s is full: going on with pieces half as large", self.device.type.upper())
@@ -84,18 +91,18 @@ class Compute:
 
 
 class Captured:
-    """A function of tensors that a GPU replays as one launch; on a CPU, the function.
+    """A function of tensors that is captured as a CUDA graph and replayed as one launch; on a CPU it is just called.
 
     The function must do the same whatever the values of its inputs are: no look at them from Python, no random draws,
-    everything else that it uses always at the same addresses. Per set of input shapes, the first calls run as usual, so
-    that libraries choose their kernels, the next one is captured, the others replay it. Results are overwritten by the
-    next call. Where capturing fails, a warning says so, and everything runs launch by launch.
+    everything else that it uses always at the same addresses. For each set of input shapes the first WARM calls run as
+    usual, so that libraries choose their kernels, the next one is captured, and the others replay it. A result is
+    overwritten by the next call. Where capturing fails, a warning says so, and every call runs as usual.
     """
 
     WARM = 3  # calls before the capture
 
     def __init__(self, function: Callable[..., Any], device: torch.device, *, replay: bool = True) -> None:
-        """replay: False for a function that does not keep to this, and runs as it is."""
+        """replay: False for a function that breaks these rules; it is just called."""
         self.function = function
         self.off = device.type != "cuda" or not replay
         self.calls: dict[Any, int] = {}
@@ -124,7 +131,7 @@ class Captured:
         return result
 
     def _aside(self, inputs: tuple[Tensor, ...]) -> Any:
-        """Run on another stream than the default one, which capturing asks of the calls before it."""
+        """The result, computed on a stream of its own, as torch.cuda.graph requires of the calls before a capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -133,6 +140,7 @@ class Captured:
         return result
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
+        """The graph, the inputs that it reads, and the result that it writes."""
         static = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's, may look at the device meanwhile.

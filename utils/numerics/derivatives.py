@@ -1,12 +1,13 @@
-"""The forms in which a network is computed, and the only place that chooses: written out (utils/numerics/analytic.py) where that
-exists for the network, by autograd otherwise. Both give the same numbers up to rounding.
+"""Derivatives of any network: written out (utils/numerics/analytic.py) where they are, by autograd otherwise.
+
+The only place that chooses; both give the same numbers up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +15,33 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from models import Network
-from utils.method.objectives import Comparison, distance
 from utils.numerics import analytic
+from utils.numerics.analytic import Analytic, Metric, Traced
 from utils.numerics.compute import Compute
+from utils.numerics.passes import Compared, Slope
+
+
+class Distance(NamedTuple):
+    """How far the effect of synthetic images on a network is from that of real ones, in two equivalent descriptions.
+
+    between: (net, real, syn, label) -> (), for images (N, C, H, W) of one class, differentiable by autograd with
+    respect to syn. It runs under vmap for all classes at once, so it never looks at a value from Python.
+    compared, metric: the same number as the metric of what is compared. compared is None for what `Compared` cannot
+    express; such a distance is left to autograd.
+    """
+
+    between: Callable[[Network, Tensor, Tensor, Tensor], Tensor]
+    compared: Compared | None
+    metric: Metric
 
 
 @torch.no_grad()
 def embed(net: Network, x: Tensor, compute: Compute) -> Tensor:
     """(N, C, H, W) normalised images -> (N, D) embeddings in the precision of `compute`, in `net`'s mode."""
-    if analytic.suits(net):
-        return analytic.Analytic([net], compute, x.dtype).embed(x)
+    if analytic.is_supported(net):
+        return Analytic([net], compute, x.dtype).embed(x)
     with compute.autocast():
-        return torch.cat([net.embed(piece) for piece in x.split(compute.images(x.shape[-1]))])
+        return torch.cat([net.embed(piece) for piece in x.split(compute.images_at_once(x.shape[-1]))])
 
 
 @torch.no_grad()
@@ -41,13 +57,13 @@ def predict(net: Network, x: Tensor, compute: Compute) -> Tensor:
 
 
 def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compute) -> list[list[Tensor]]:
-    """Of each network's mean cross-entropy with respect to its parameters, in their order.
+    """Gradients of each network's mean cross-entropy with respect to its parameters, in their order.
 
     x: (K, n, C, H, W) normalised images of K networks; target: (K, n, classes), probabilities.
     """
-    written_out = [net for net in nets if analytic.suits(net)]
-    if len(written_out) == len(nets):
-        return analytic.Analytic(written_out, compute, x.dtype).gradients(x, target)
+    supported = [net for net in nets if analytic.is_supported(net)]
+    if len(supported) == len(nets):
+        return Analytic(supported, compute, x.dtype).gradients(x, target)
     found = []
     for net, images, wanted in zip(nets, x, target, strict=True):
         with compute.autocast():
@@ -56,28 +72,28 @@ def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compu
     return found
 
 
+# --- A distance between real and synthetic images, and its gradient by the latter -------------------------------------
+
+
 def match(
-    net: Network, real: Tensor, syn: Tensor, labels: Tensor, how: Comparison, compute: Compute
+    net: Network, real: Tensor, syn: Tensor, labels: Tensor, distance: Distance, compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """Distances of K classes, (K,), and their derivatives, like syn.
 
     real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,).
     """
-    if analytic.suits(net) and analytic.covers(how):
-        return analytic.Analytic([net], compute, syn.dtype).match(real, syn, labels, how)
-    return match_by_autograd(net, real, syn, labels, how, compute)
+    if analytic.is_supported(net) and distance.compared is not None:
+        return Analytic([net], compute, syn.dtype).match(real, syn, labels, distance.compared, distance.metric)
+    return match_by_autograd(net, real, syn, labels, distance, compute)
 
 
 def match_by_autograd(
-    net: Network, real: Tensor, syn: Tensor, labels: Tensor, how: Comparison, compute: Compute
+    net: Network, real: Tensor, syn: Tensor, labels: Tensor, distance: Distance, compute: Compute
 ) -> tuple[Tensor, Tensor]:
-    """Distances of K classes and their gradients, for any network, metric and objective, in one graph.
-
-    real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,). Returns (K,) and a tensor like syn.
-    """
+    """The result of `match` for any network and any distance, in one graph."""
 
     def of_class(real: Tensor, syn: Tensor, label: Tensor) -> Tensor:
-        return distance(net, real, syn, label, how)
+        return distance.between(net, real, syn, label)
 
     syn = syn.detach().requires_grad_()
     # Under vmap, PyTorch takes batch norm's gradient of gamma for one of constants, and autocast for nothing.
@@ -90,59 +106,53 @@ def match_by_autograd(
     return losses.detach(), torch.autograd.grad(losses.sum(), syn)[0]
 
 
-class Piece(Protocol):
-    """Some images of a batch, and all that is needed of them for derivatives of the mean cross-entropy."""
-
-    @property
-    def gradients(self) -> Sequence[Tensor]:
-        """What they add to the gradient with respect to the parameters."""
-
-    def along(self, direction: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        """What they add to the slope in a direction, like the parameters; and the derivatives of that, by the
-        parameters and by the images."""
+# --- The slope of a cross-entropy in a direction, and its gradients: what a step of training hands back ---------------
 
 
 def pieces(
     net: Network, parameters: Sequence[Tensor], x: Tensor, target: Tensor, compute: Compute, *, gradients: bool
-) -> Iterator[Piece]:
-    """A batch, (n, C, H, W), with targets, (n, classes), under these parameters. gradients: whether they are wanted."""
-    if analytic.suits(net):
-        return analytic.Analytic([net], compute, x.dtype, [parameters]).traced(x, target, gradients)
+) -> Iterator[Traced | Graph]:
+    """A batch piece by piece, each with all that `slope` needs of it, under these parameters.
+
+    x: (n, C, H, W) normalised images; target: (n, classes). gradients: whether those of the pieces are wanted.
+    """
+    if analytic.is_supported(net):
+        return Analytic([net], compute, x.dtype, [parameters]).traced(x, target, gradients)
     return graphs(net, parameters, x, target, compute)
 
 
-def along(batch: Iterable[Piece], direction: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The slope of a batch's mean cross-entropy in a direction, like the parameters; and the derivatives of that, by
-    the parameters and by the images."""
-    slope, by_parameters, by_x = direction[0].new_zeros(()), [torch.zeros_like(d) for d in direction], []
+def slope(batch: Iterable[Traced | Graph], direction: Sequence[Tensor]) -> Slope:
+    """The slope of a batch's mean cross-entropy in a direction, like the parameters, and its gradients."""
+    value, by_parameters, by_images = direction[0].new_zeros(()), [torch.zeros_like(d) for d in direction], []
     for piece in batch:
-        part, found, by_piece = piece.along(direction)
-        del piece  # before the next one is made
-        slope += part
-        for sums, added in zip(by_parameters, found, strict=True):
+        found = piece.slope(direction)
+        del piece  # an iterator makes the next one before the name is bound again: two would be in memory
+        value += found.value
+        for sums, added in zip(by_parameters, found.by_parameters, strict=True):
             sums += added
-        by_x.append(by_piece)
-    return slope, by_parameters, torch.cat(by_x)
+        by_images.append(found.by_images)
+    return Slope(value, by_parameters, torch.cat(by_images))
 
 
 class Graph(NamedTuple):
-    """A piece of any network's, by autograd."""
+    """Some images of a batch with their autograd graph: what `Traced` is, for any network."""
 
     parameters: list[Tensor]
     x: Tensor
     gradients: tuple[Tensor, ...]
 
-    def along(self, direction: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        part = torch.stack([(g * d).sum() for g, d in zip(self.gradients, direction, strict=True)]).sum()
-        *by_parameters, by_x = torch.autograd.grad(part, [*self.parameters, self.x])
-        return part.detach(), by_parameters, by_x
+    def slope(self, direction: Sequence[Tensor]) -> Slope:
+        """What these images add to the slope of the mean cross-entropy in a direction, like the parameters."""
+        value = torch.stack([(g * d).sum() for g, d in zip(self.gradients, direction, strict=True)]).sum()
+        *by_parameters, by_images = torch.autograd.grad(value, [*self.parameters, self.x])
+        return Slope(value.detach(), by_parameters, by_images)
 
 
 def graphs(net: Network, parameters: Sequence[Tensor], x: Tensor, target: Tensor, compute: Compute) -> Iterator[Graph]:
-    """The pieces by autograd: the batch as a whole where batch norm looks at all of it."""
+    """The pieces of a batch by autograd; a single one where batch norm looks at all images together."""
     names = [name for name, _ in net.named_parameters()]
     together = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
-    for rows in analytic.even(len(x), len(x) if together else compute.images(x.shape[-1])):
+    for rows in analytic.even(len(x), len(x) if together else compute.images_at_once(x.shape[-1])):
         weights = [w.detach().requires_grad_() for w in parameters]
         part = x[rows].detach().requires_grad_()
         with compute.autocast():
@@ -162,3 +172,26 @@ def frozen_statistics(net: Network) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+# --- Parameters or gradients as one vector ----------------------------------------------------------------------------
+
+
+def flattened(tensors: Iterable[Tensor]) -> Tensor:
+    """Parameters or gradients one after the other, (P,): a copy without a graph."""
+    # parameters_to_vector takes views, which gradients in channels-last layout do not have.
+    return torch.cat([x.detach().reshape(-1) for x in tensors])
+
+
+def separated(net: Network, theta: Tensor) -> list[Tensor]:
+    """A vector (P,) as views in the shapes of the network's parameters."""
+    like = list(net.parameters())
+    return [part.view(p.shape) for p, part in zip(like, theta.split([p.numel() for p in like]), strict=True)]
+
+
+@torch.no_grad()
+def load(net: Network, theta: Tensor) -> None:
+    """Copy a vector (P,) into the network's parameters."""
+    # vector_to_parameters would move them to other addresses, where a captured CUDA graph does not look.
+    for p, part in zip(net.parameters(), separated(net, theta), strict=True):
+        p.copy_(part)

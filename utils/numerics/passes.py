@@ -1,6 +1,8 @@
-"""The passes of utils/numerics/analytic.py over one piece of images, plain functions of tensors.
+"""The passes of utils/numerics/analytic.py over one piece of images: plain functions of tensors, which compile.
 
-Images come as (k, n, C, H, W) and meet one network, or k networks.
+Images come as (k, n, C, H, W): k classes that meet one network, or k networks with n images each. Inside a pass they
+are one batch (N, C, H, W), N = k n. Notation as in utils/numerics/block.py; in addition z are the logits and p their
+softmax.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from models import ConvNet
-from utils.numerics.block import Stages
+from utils.numerics.block import BlockFunctions, Gradient, Norm, Tangent
 from utils.numerics.compilation import compiled
 
 # --- Parameters as the passes see them --------------------------------------------------------------------------------
 
 
 class Block(NamedTuple):
-    """One block of one network, K = 1, or of several."""
+    """The parameters of one block of K networks."""
 
-    weights: tuple[Tensor, ...]  # K times (out, in, 3, 3)
+    weights: tuple[Tensor, ...]  # K times (out, in, 3, 3): separate, as convolutions take one at a time
     biases: tuple[Tensor, ...]  # K times (out,)
     gamma: Tensor  # (K, out)
     beta: Tensor
@@ -34,15 +36,15 @@ class Block(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A ConvNet, or K of one shape."""
+    """The parameters of K ConvNets of one shape."""
 
     blocks: tuple[Block, ...]
     classifier: Tensor  # (K, classes, D)
     offset: Tensor  # (K, 1, classes)
-    stages: Stages  # how a block's norm, ReLU and pooling are computed
+    functions: BlockFunctions  # how a block's norm, ReLU and pooling are computed
 
     def of(self, rows: slice) -> Weights:
-        """The networks that these rows of images meet: theirs, or the only one there is."""
+        """The networks that these rows of images meet: one each, or the only one there is."""
         if len(self.classifier) == 1:
             return self
         blocks = tuple(
@@ -53,10 +55,13 @@ class Weights(NamedTuple):
 
 
 def weights_of(
-    nets: Sequence[ConvNet], values: Sequence[Sequence[Tensor]], dtype: torch.dtype, stages: Stages
+    nets: Sequence[ConvNet], parameters: Sequence[Sequence[Tensor]], dtype: torch.dtype, functions: BlockFunctions
 ) -> Weights:
-    """Networks of one shape with these parameters, in their order, in this precision and the fastest layout."""
-    *inner, classifier, offset = zip(*([p.detach() for p in own] for own in values), strict=True)
+    """Networks shaped like `nets` with these parameters, one sequence each in the order of `parameters()`.
+
+    dtype: of the convolutions and the classifier; gamma and beta stay as they are, since norms compute in float32.
+    """
+    *inner, classifier, offset = zip(*([p.detach() for p in own] for own in parameters), strict=True)
     blocks = []
     for i, (conv, norm) in enumerate(nets[0].layers):
         assert isinstance(norm, nn.GroupNorm)
@@ -72,51 +77,48 @@ def weights_of(
                 eps=norm.eps,
             )
         )
-    return Weights(tuple(blocks), torch.stack(classifier).to(dtype), torch.stack(offset)[:, None].to(dtype), stages)
+    return Weights(tuple(blocks), torch.stack(classifier).to(dtype), torch.stack(offset)[:, None].to(dtype), functions)
 
 
-Parameters = list[Tensor]  # gradients with respect to all of them, in their order, the k networks in front
+class BlockDirection(NamedTuple):
+    """Where one block's parameters move, like those of `Block`; None for those that stay."""
 
-
-# --- Passes over one piece of images, (k, n, ...), meeting one network or k -------------------------------------------
-
-
-class Matched(NamedTuple):
-    """What of a class's images is compared."""
-
-    gradients: bool  # of the convolutions' weights
-    classifier: bool  # the gradient of its weight as well
-    embedding: bool  # the mean of the last features
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...] | None = None
+    gamma: Tensor | None = None  # gamma and beta move both or not at all
+    beta: Tensor | None = None
 
 
 class Directions(NamedTuple):
-    """The slopes of k classes' distances with respect to what is compared; empty or None where something is not."""
+    """A direction per class or per network in the space of parameters, and one in that of embeddings."""
 
-    weights: list[tuple[Tensor, ...]]  # per block, k times (out, in, 3, 3)
+    blocks: list[BlockDirection]  # empty where no parameter moves
     classifier: Tensor | None  # (k, classes, D)
-    embedding: Tensor | None  # (k, 1, D), with respect to one image's features
+    embedding: Tensor | None = None  # (k, 1, D), of a single image
 
     def of(self, rows: slice) -> Directions:
-        """Those of these classes."""
+        """The directions of these classes, in which nothing but weights moves."""
         classifier, embedding = (d if d is None else d[rows] for d in (self.classifier, self.embedding))
-        return Directions([layer[rows] for layer in self.weights], classifier, embedding)
+        return Directions([BlockDirection(block.weights[rows]) for block in self.blocks], classifier, embedding)
+
+
+Parameters = list[Tensor]  # gradients of k networks in the order of `parameters()`, (k, ...) each
+
+
+# --- What a pass leaves for the next one ------------------------------------------------------------------------------
 
 
 class Trace(NamedTuple):
-    """What `first_order` leaves of one block for `second_order`; N = k * n, see utils/numerics/block.py."""
+    """One block's part of `FirstOrder`."""
 
     h: Tensor  # the block's input
-    a: Tensor
-    m: Tensor
-    r: Tensor
-    dh: Tensor
+    norm: Norm
+    gradient: Gradient
     da: Tensor
-    s0: Tensor
-    s1: Tensor
 
 
 class FirstOrder(NamedTuple):
-    """What `first_order` leaves in all."""
+    """All that the second derivatives of the cross-entropy take from its first ones."""
 
     traces: list[Trace]
     last: Tensor  # the last features, (k, n, D)
@@ -125,173 +127,217 @@ class FirstOrder(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What `forward` leaves for `backward`."""
+    """All that the derivatives of the last features take from the forward pass."""
 
     h: Tensor  # the last features, (N, C, H, W)
-    outputs: list[tuple[Tensor, Tensor, Tensor]]  # a, m, r of every block
+    norms: list[Norm]
+
+
+class Compared(NamedTuple):
+    """What is compared of the effects that images have on a network."""
+
+    gradients: bool  # of the cross-entropy with respect to the convolutions' weights
+    classifier: bool  # its gradient with respect to the classifier's weight as well
+    embedding: bool  # the mean of the last features
+
+
+class Slope(NamedTuple):
+    """The directional derivative of a cross-entropy in the space of parameters, and its gradients."""
+
+    value: Tensor  # ()
+    by_parameters: list[Tensor]
+    by_images: Tensor
+
+
+# --- The passes -------------------------------------------------------------------------------------------------------
 
 
 def features(net: Weights, x: Tensor) -> Tensor:
     """The last features, (k, n, D)."""
-    return forward(net, x)[0].flatten(1).unflatten(0, x.shape[:2])
+    return in_rows(forward(net, x)[0].flatten(1), x)
 
 
-def effect(net: Weights, x: Tensor, target: Tensor, count: int, what: Matched) -> list[Tensor]:
-    """What of the images is compared, summed over them and divided by `count`.
+def effect(net: Weights, x: Tensor, target: Tensor, count: int, compared: Compared) -> list[Tensor]:
+    """What is compared of the images, summed over n and divided by `count`.
 
-    Gradients of the cross-entropy with `target` (k, n or 1, classes): (k, out, in, 3, 3) per block, and (k, classes, D)
-    of the classifier's weight; last features: (k, D).
+    target: (k, n or 1, classes). Returns (k, out, in, 3, 3) per block and (k, classes, D) for the classifier's weight,
+    gradients of the cross-entropy, and (k, D) for the embedding, as far as they are compared.
     """
-    return traced_effect(net, x, target, count, what, keep=False)[0]
+    return traced_effect(net, x, target, count, compared, keep=False)[0]
 
 
 def traced_effect(
-    net: Weights, x: Tensor, target: Tensor, count: int, what: Matched, keep: bool = True
+    net: Weights, x: Tensor, target: Tensor, count: int, compared: Compared, keep: bool = True
 ) -> tuple[list[Tensor], FirstOrder | Forward]:
-    """The same, and what `pull_back` needs. Unless it is to be kept, the traces' a may be lost."""
-    if not what.gradients:  # forward is enough
-        h, _, outputs = forward(net, x)
-        return [each(h.flatten(1), x).to(x.dtype).sum(1) / count], Forward(h, outputs)
+    """The result of `effect`, and what `pull_back` needs. keep: False allows the traces' a to be overwritten."""
+    if not compared.gradients:  # the forward pass is enough
+        h, _, norms = forward(net, x)
+        return [in_rows(h.flatten(1), x).to(x.dtype).sum(1) / count], Forward(h, norms)
     found, kept = first_order(net, x, target, count, keep)
-    if what.classifier:
+    if compared.classifier:
         found.append(kept.dz.to(kept.last.dtype).mT @ kept.last)
-    if what.embedding:
+    if compared.embedding:
         found.append(kept.last.to(x.dtype).sum(1) / count)
     return found, kept
 
 
 def pull_back(net: Weights, kept: FirstOrder | Forward, along: Directions, count: int) -> Tensor:
-    """Gradient of the effect's change along these directions with respect to the images, (k, n, C, H, W)."""
-    return second_order(net, kept, along, count) if isinstance(kept, FirstOrder) else backward(net, kept, along)
+    """The gradient with respect to the images, (k, n, C, H, W), of the effect's product with these directions.
+
+    All classes meet one network. The product with a gradient is the directional derivative of the cross-entropy, which
+    takes a tangent pass and its adjoint; that with an embedding takes a backward pass only.
+    """
+    if isinstance(kept, Forward):
+        return backward(net, kept, along)
+    p, last = kept.p, kept.last
+    steps, h_dot = tangents(net, kept, along)
+    z_dot = (in_rows(h_dot.flatten(1), p) @ net.classifier.mT).to(p.dtype)
+    if along.classifier is not None:
+        z_dot = z_dot + (last @ along.classifier.mT).to(p.dtype)
+    return adjoints(net, kept, along, steps, logits_adjoint(p, z_dot, count))[0]
 
 
 def all_gradients(net: Weights, x: Tensor, target: Tensor, count: int) -> Parameters:
-    """Gradients of the same cross-entropy with respect to all parameters."""
-    return of_all(net, *first_order(net, x, target, count, keep=False))
+    """Gradients of the cross-entropy, summed over n and divided by `count`, with respect to all parameters."""
+    return by_all_parameters(net, *first_order(net, x, target, count, keep=False))
 
 
 def traced_gradients(
     net: Weights, x: Tensor, target: Tensor, count: int, wanted: bool
 ) -> tuple[Parameters, FirstOrder]:
-    """The same, if they are wanted, and what `slope` needs."""
+    """The result of `all_gradients`, empty unless wanted, and what `slope` needs."""
     weights, kept = first_order(net, x, target, count, keep=True, weights=wanted)
-    return of_all(net, weights, kept) if wanted else [], kept
+    return by_all_parameters(net, weights, kept) if wanted else [], kept
+
+
+def slope(net: Weights, kept: FirstOrder, along: Weights, count: int) -> Slope:
+    """The slope of the cross-entropy in a direction of all parameters, which is shaped like a network."""
+    p, last, dz = kept.p, kept.last, kept.dz
+    blocks = [BlockDirection(b.weights, b.biases, b.gamma, b.beta) for b in along.blocks]
+    directions = Directions(blocks, along.classifier)
+    steps, h_dot = tangents(net, kept, directions)
+    last_dot = in_rows(h_dot.flatten(1), p)
+    z_dot = (last_dot @ net.classifier.mT + last @ along.classifier.mT + along.offset).to(p.dtype)
+    z_bar = logits_adjoint(p, z_dot, count)
+    by_images, weights, others = adjoints(net, kept, directions, steps, z_bar)
+    classifier = z_bar.to(last.dtype).mT @ last + dz.to(last.dtype).mT @ last_dot
+    return Slope((dz * z_dot).sum(), in_order(weights, others, classifier, z_bar.sum(1)), by_images)
+
+
+# --- Forward, backward, and both once more for the second derivatives -------------------------------------------------
+
+
+def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[Norm]]:
+    """The last features (N, C, H, W), and every block's input and norm."""
+    h = channels_last(x.flatten(0, 1).to(net.classifier.dtype))
+    inputs, norms = [], []
+    for block in net.blocks:
+        inputs.append(h)
+        a = conv(h, block.weights, block.padding, block.biases)
+        h, norm = net.functions.forward(a, per_image(block.gamma, a), per_image(block.beta, a), block.groups, block.eps)
+        norms.append(norm)
+    return h, inputs, norms
+
+
+def backward(net: Weights, kept: Forward, along: Directions) -> Tensor:
+    """The gradient with respect to the images of the product of features and `along.embedding`.
+
+    It is the last pass over a piece, so the norms' a may be overwritten.
+    """
+    assert along.embedding is not None
+    k = len(along.embedding)
+    dh = like_features(along.embedding.expand(-1, len(kept.h) // k, -1), kept.h)
+    for block, norm in zip(net.blocks[::-1], kept.norms[::-1], strict=True):
+        da, _ = net.functions.backward(norm, dh, keep=False)
+        dh = transposed(da, block.weights, block.padding)
+    return dh.unflatten(0, (k, -1))
 
 
 def first_order(
     net: Weights, x: Tensor, target: Tensor, count: int, keep: bool, weights: bool = True
 ) -> tuple[list[Tensor], FirstOrder]:
-    """The gradients of the convolutions' weights, if they are wanted, and what `second_order` needs. All as above."""
-    h, inputs, outputs = forward(net, x)
-    last = each(h.flatten(1), x)
+    """Gradients of the convolutions' weights, if wanted, of the cross-entropy divided by `count`; and the traces."""
+    h, inputs, norms = forward(net, x)
+    last = in_rows(h.flatten(1), x)
     p = (last @ net.classifier.mT + net.offset).to(target.dtype).softmax(2)
     dz = (p - target) / count
-    dh = unflattened(dz.to(last.dtype) @ net.classifier, h)
+    dh = like_features(dz.to(last.dtype) @ net.classifier, h)
     gradients, traces = [], []
     for i in reversed(range(len(net.blocks))):
-        block, h, (a, m, r) = net.blocks[i], inputs[i], outputs[i]
-        da, s0, s1 = net.stages.backward(a, m, r, per_image(block.gamma, a), per_image(block.beta, a), dh, keep)
+        block = net.blocks[i]
+        da, gradient = net.functions.backward(norms[i], dh, keep)
         if weights:
-            gradients.append(by_weights(h, da, block, x))
-        traces.append(Trace(h, a, m, r, dh, da, s0, s1))
-        if i:
+            gradients.append(by_weights(inputs[i], da, block, x))
+        traces.append(Trace(inputs[i], norms[i], gradient, da))
+        if i:  # nobody asks for the images' own gradient
             dh = transposed(da, block.weights, block.padding)
     return gradients[::-1], FirstOrder(traces[::-1], last, p, dz)
 
 
-def second_order(net: Weights, kept: FirstOrder, along: Directions, count: int) -> Tensor:
-    """Of the loss's derivative along the directions of the weights, and of the features' product with that of the
-    embedding, the gradient with respect to the images, (k, n, C, H, W). All classes meet one network.
+class Step(NamedTuple):
+    """One block's part of the tangent pass."""
+
+    h_dot: Tensor | None  # the tangent of the block's input; None for images, which do not move
+    tangent: Tangent
+    vectors: list[Tensor]  # the directions of gamma and beta, per image; empty where they do not move
+
+
+def tangents(net: Weights, kept: FirstOrder, along: Directions) -> tuple[list[Step], Tensor]:
+    """The forward half of a second derivative: every block's step, and the tangent of the last features."""
+    steps: list[Step] = []
+    h_dot: Tensor | None = None
+    for block, trace, direction in zip(net.blocks, kept.traces, along.blocks, strict=True):
+        # The convolution is bilinear: its weights move, and its input does where an earlier block's weights moved it.
+        a_dot = conv(trace.h, direction.weights, block.padding, direction.biases)
+        if h_dot is not None:
+            a_dot = a_dot + conv(h_dot, block.weights, block.padding)
+        vectors = [per_image(v, a_dot) for v in (direction.gamma, direction.beta) if v is not None]
+        before = h_dot
+        h_dot, tangent = net.functions.tangent(trace.norm, a_dot, *vectors)
+        steps.append(Step(before, tangent, vectors))
+    assert h_dot is not None
+    return steps, h_dot
+
+
+def adjoints(
+    net: Weights, kept: FirstOrder, along: Directions, steps: list[Step], z_bar: Tensor
+) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+    """The backward half of a second derivative, from the adjoint of the logits on.
+
+    Returns the gradients with respect to the images, (k, n, C, H, W), and, where all parameters move, with respect to
+    the blocks' weights and to their other parameters.
     """
     traces, last, p, dz = kept
-    tangents = []
-    h_dot: Tensor | None = None
-    for block, t, direction in zip(net.blocks, traces, along.weights, strict=True):
-        a_dot = conv(t.h, direction, block.padding)
-        if h_dot is not None:  # the images themselves do not move
-            a_dot = a_dot + conv(h_dot, block.weights, block.padding)
-        gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
-        h_dot, t0, t1 = net.stages.tangent(t.a, t.m, t.r, gamma, beta, a_dot)
-        tangents.append((a_dot, t0, t1))
-    assert h_dot is not None
-    z_dot = (each(h_dot.flatten(1), p) @ net.classifier.mT).to(p.dtype)
-    if along.classifier is not None:
-        z_dot = z_dot + (last @ along.classifier.mT).to(p.dtype)
-    z_bar = p * (z_dot - (p * z_dot).sum(2, keepdim=True)) / count
     flat = z_bar.to(last.dtype) @ net.classifier
     if along.classifier is not None:
         flat = flat + dz.to(last.dtype) @ along.classifier
     if along.embedding is not None:
         flat = flat + along.embedding
-    bar = unflattened(flat, h_dot)
+    h_bar = like_features(flat, traces[-1].gradient.dh)
+    weights: list[Tensor] = []
+    others: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in reversed(range(len(net.blocks))):
-        block, t = net.blocks[i], traces[i]
-        gamma, beta = per_image(block.gamma, t.a), per_image(block.beta, t.a)
-        a_bar = net.stages.adjoint(t.a, t.m, t.r, gamma, beta, t.dh, t.s0, t.s1, *tangents[i], bar)
-        bar = transposed(a_bar, block.weights, block.padding) + transposed(t.da, along.weights[i], block.padding)
-    return each(bar, p)
+        block, trace, (h_dot, tangent, vectors) = net.blocks[i], traces[i], steps[i]
+        a_bar, means = net.functions.adjoint(trace.norm, trace.gradient, tangent, h_bar, *vectors[:1])
+        if means:  # all parameters move
+            found = by_weights(trace.h, a_bar, block, p)
+            weights.append(found if h_dot is None else found + by_weights(h_dot, trace.da, block, p))
+            others.append(by_vectors(a_bar, means, block, p))
+        # The same bilinearity: what reaches a, and what reaches a_dot, which is da.
+        h_bar = transposed(a_bar, block.weights, block.padding)
+        h_bar = h_bar + transposed(trace.da, along.blocks[i].weights, block.padding)
+    return in_rows(h_bar, p), weights[::-1], others[::-1]
 
 
-def slope(net: Weights, kept: FirstOrder, along: Weights, count: int) -> tuple[Tensor, Parameters, Tensor]:
-    """The derivative of the cross-entropy along a direction in the space of all parameters, (), and its gradients with
-    respect to the parameters and to the images, (k, n, C, H, W)."""
-    traces, last, p, dz = kept
-    tangents = []
-    h_dot: Tensor | None = None
-    for block, direction, t in zip(net.blocks, along.blocks, traces, strict=True):
-        a_dot = conv(t.h, direction.weights, block.padding, direction.biases)
-        if h_dot is not None:  # the images themselves do not move
-            a_dot = a_dot + conv(h_dot, block.weights, block.padding)
-        parameters = (per_image(v, t.a) for v in (block.gamma, block.beta))
-        moving = (per_image(v, t.a) for v in (direction.gamma, direction.beta))
-        before = h_dot
-        h_dot, t0, t1 = net.stages.tangent(t.a, t.m, t.r, *parameters, a_dot, *moving)
-        tangents.append((before, (a_dot, t0, t1)))
-    assert h_dot is not None
-    last_dot = each(h_dot.flatten(1), p)
-    z_dot = (last_dot @ net.classifier.mT + last @ along.classifier.mT + along.offset).to(p.dtype)
-    z_bar = p * (z_dot - (p * z_dot).sum(2, keepdim=True)) / count
-    flat, flat_dz = z_bar.to(last.dtype), dz.to(last.dtype)
-    bar = unflattened(flat @ net.classifier + flat_dz @ along.classifier, h_dot)
-    weights, vectors = [], []
-    for i in reversed(range(len(net.blocks))):
-        block, direction, t, (h_dot, tangent) = net.blocks[i], along.blocks[i], traces[i], tangents[i]
-        gamma, beta, gamma_dot = (per_image(v, t.a) for v in (block.gamma, block.beta, direction.gamma))
-        a_bar, u0, u1 = net.stages.whole_adjoint(t.a, t.m, t.r, gamma, beta, t.dh, t.s0, t.s1, *tangent, bar, gamma_dot)
-        found = by_weights(t.h, a_bar, block, p)
-        weights.append(found if h_dot is None else found + by_weights(h_dot, t.da, block, p))
-        vectors.append(by_vectors(a_bar, u0, u1, block, p))
-        bar = transposed(a_bar, block.weights, block.padding) + transposed(t.da, direction.weights, block.padding)
-    classifier = flat.mT @ last + flat_dz.mT @ last_dot
-    return (dz * z_dot).sum(), in_order(weights[::-1], vectors[::-1], classifier, z_bar.sum(1)), each(bar, p)
+def logits_adjoint(p: Tensor, z_dot: Tensor, count: int) -> Tensor:
+    """The adjoint z_bar of the logits: the gradient of <dz, z_dot> with respect to z, where dz = (p - target) / count.
+
+    The derivative of the softmax is symmetric, so this is also the tangent of dz.
+    """
+    return p * (z_dot - (p * z_dot).sum(2, keepdim=True)) / count
 
 
-def backward(net: Weights, kept: Forward, along: Directions) -> Tensor:
-    """The gradient of the features' product with the direction of the embedding alone. The outputs' a may be lost."""
-    assert along.embedding is not None
-    k = len(along.embedding)
-    bar = unflattened(along.embedding.expand(-1, len(kept.h) // k, -1), kept.h)
-    for block, (a, m, r) in zip(net.blocks[::-1], kept.outputs[::-1], strict=True):
-        da, *_ = net.stages.backward(a, m, r, per_image(block.gamma, a), per_image(block.beta, a), bar, False)
-        bar = transposed(da, block.weights, block.padding)
-    return bar.unflatten(0, (k, -1))
-
-
-def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-    """The last features (N, C, H, W), every block's input, and its a, m, r."""
-    h = channels_last(x.flatten(0, 1).to(net.classifier.dtype))
-    inputs, outputs = [], []
-    for block in net.blocks:
-        a = conv(h, block.weights, block.padding, block.biases)
-        inputs.append(h)
-        h, m, r = net.stages.forward(a, per_image(block.gamma, a), per_image(block.beta, a), block.groups, block.eps)
-        outputs.append((a, m, r))
-    return h, inputs, outputs
-
-
-def unflattened(flat: Tensor, h: Tensor) -> Tensor:
-    """(k, n, D) -> (N, C, H, W), like h."""
-    return channels_last(flat.to(h.dtype).reshape(h.shape))
+# --- Convolutions and their adjoints ----------------------------------------------------------------------------------
 
 
 def conv(
@@ -311,56 +357,67 @@ def transposed(da: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int]
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def each(x: Tensor, like: Tensor) -> Tensor:
-    """(N, ...) -> (k, n, ...), the leading dimensions of `like`."""
-    return x.unflatten(0, like.shape[:2])
-
-
 def by_weights(h: Tensor, da: Tensor, block: Block, like: Tensor) -> Tensor:
-    """The adjoint of `conv` with respect to the weights, (k, out, in, 3, 3), with (k, n) the leading dimensions of
-    `like`."""
+    """The adjoint of `conv` with respect to the weights, (k, out, in, 3, 3); k, n: the first dimensions of `like`."""
     shape, padding = block.weights[0].shape, block.padding
-    pairs = zip(each(h, like), each(da, like), strict=True)
+    pairs = zip(in_rows(h, like), in_rows(da, like), strict=True)
     return torch.stack([conv2d_weight(inside, shape, outside, padding=padding) for inside, outside in pairs])
 
 
-def by_vectors(da: Tensor, s0: Tensor, s1: Tensor, block: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the bias, gamma and beta, (k, out): the sums of da, and of what s1 and s0 are means of."""
+def by_vectors(da: Tensor, means: Sequence[Tensor], block: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the bias, gamma and beta, (k, out) each; means: channel means, of beta's gradient and gamma's."""
     pixels = da.shape[2] * da.shape[3]
-    gamma, beta = (pixels * each(s.flatten(1), like).sum(1) for s in (s1, s0))
-    instance = block.groups == da.shape[1]  # takes out whatever a bias adds
-    return torch.zeros_like(beta) if instance else each(da.sum((2, 3)), like).sum(1), gamma, beta
+    beta, gamma = (pixels * in_rows(s.flatten(1), like).sum(1) for s in means)
+    instance = block.groups == da.shape[1]  # such a norm subtracts whatever a bias adds: exactly zero, not rounding
+    return torch.zeros_like(beta) if instance else in_rows(da.sum((2, 3)), like).sum(1), gamma, beta
 
 
-def of_all(net: Weights, weights: list[Tensor], kept: FirstOrder) -> Parameters:
-    """Gradients with respect to all parameters, where those of the convolutions' weights are known."""
+def by_all_parameters(net: Weights, weights: list[Tensor], kept: FirstOrder) -> Parameters:
+    """Gradients of the cross-entropy with respect to all parameters, given those of the convolutions' weights."""
     traces, last, p, dz = kept
-    vectors = [by_vectors(t.da, t.s0, t.s1, block, p) for block, t in zip(net.blocks, traces, strict=True)]
-    return in_order(weights, vectors, dz.to(last.dtype).mT @ last, dz.sum(1))
+    others = [by_vectors(t.da, t.gradient[1:], block, p) for block, t in zip(net.blocks, traces, strict=True)]
+    return in_order(weights, others, dz.to(last.dtype).mT @ last, dz.sum(1))
 
 
 def in_order(
-    weights: list[Tensor], vectors: list[tuple[Tensor, Tensor, Tensor]], classifier: Tensor, offset: Tensor
+    weights: list[Tensor], others: list[tuple[Tensor, Tensor, Tensor]], classifier: Tensor, offset: Tensor
 ) -> Parameters:
-    """The blocks' gradients and the classifier's."""
-    blocks = zip(weights, vectors, strict=True)
-    return [*(g for weight, others in blocks for g in (weight, *others)), classifier, offset]
+    """Gradients in the order of `parameters()`: block by block, then the classifier's."""
+    blocks = zip(weights, others, strict=True)
+    return [*(g for weight, vectors in blocks for g in (weight, *vectors)), classifier, offset]
+
+
+# --- Shapes and layouts -----------------------------------------------------------------------------------------------
+
+
+def in_rows(x: Tensor, like: Tensor) -> Tensor:
+    """(N, ...) -> (k, n, ...), the first dimensions of `like`."""
+    return x.unflatten(0, like.shape[:2])
 
 
 def per_image(parameter: Tensor, a: Tensor) -> Tensor:
-    """(K, C) -> (1 or N, C, 1, 1)."""
+    """(K, C) -> (1, C, 1, 1) for one network, (N, C, 1, 1) for several."""
     if len(parameter) > 1:
+        # output_size is known here; without it a GPU would have to be waited for.
         parameter = parameter.repeat_interleave(len(a) // len(parameter), 0, output_size=len(a))
     return parameter[:, :, None, None]
 
 
+def like_features(flat: Tensor, h: Tensor) -> Tensor:
+    """(k, n, D) -> (N, C, H, W), like h."""
+    return channels_last(flat.to(h.dtype).reshape(h.shape))
+
+
 def channels_last(x: Tensor) -> Tensor:
-    """The layout in which convolutions are fastest."""
+    """In the memory layout in which convolutions are fastest, on CPUs and on GPUs."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
+# --- All of them, as they are or compiled -----------------------------------------------------------------------------
+
+
 class Passes(NamedTuple):
-    """The functions, as they are or compiled."""
+    """The passes that utils/numerics/analytic.py calls."""
 
     features: Callable[..., Tensor] = features
     effect: Callable[..., list[Tensor]] = effect
@@ -368,10 +425,10 @@ class Passes(NamedTuple):
     pull_back: Callable[..., Tensor] = pull_back
     all_gradients: Callable[..., Parameters] = all_gradients
     traced_gradients: Callable[..., tuple[Parameters, FirstOrder]] = traced_gradients
-    slope: Callable[..., tuple[Tensor, Parameters, Tensor]] = slope
+    slope: Callable[..., Slope] = slope
 
 
 @cache
 def compiled_passes() -> Passes:
-    """Compiled once per process; every new shape compiles at its first use."""
+    """The passes through torch.compile, made once per process; every new shape compiles at its first use."""
     return Passes(**{name: compiled(function) for name, function in Passes()._asdict().items()})

@@ -69,7 +69,7 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
 # --- Making a card ----------------------------------------------------------------------------------------------------
 
 
-def card_of_run(
+def card_of_set(
     *,
     dataset: str,
     image_folder: str | None,
@@ -80,6 +80,31 @@ def card_of_run(
     mean: Sequence[float],
     std: Sequence[float],
     settings: Mapping[str, Any],
+) -> Card:
+    """The card of a set of whose making nothing is known: how to use it.
+
+    image_folder: an absolute path, or None for a data set known by name. mean, std: per channel, in units of [0, 1].
+    settings: the other options, as far as they are known.
+    """
+    return {
+        "dataset": dataset,
+        "image_folder": image_folder,
+        "class_names": list(class_names),
+        "ipc": ipc,
+        "factor": factor,
+        "decode_type": decode_type,
+        "decoded_per_class": Formation(factor, decode_type).decoded_count(ipc),
+        "value_range": [0.0, 1.0],
+        "normalized": False,
+        "normalization": {"mean": list(mean), "std": list(std)},
+        "settings": dict(settings),
+        "finished": True,
+    }
+
+
+def card_of_run(
+    card: Card,
+    *,
     shape: Sequence[int],
     network: Mapping[str, Any],
     learned: Mapping[str, float],
@@ -88,20 +113,14 @@ def card_of_run(
     finished: bool,
     expert_seconds: float | None = None,
 ) -> Card:
-    """The card of a run's set: how to use it, how it was made, and how far the run has come.
+    """The card of a set, see above, together with how a run made it and how far the run has come.
 
-    image_folder: absolute, or None for a data set known by name. mean, std: per channel, in units of [0, 1]. settings:
-    the other options. shape: (C, H, W). network: the fields of its NetSpec. learned: step sizes that --method mtt has
-    found. seconds: of distilling, without evaluations; expert_seconds: of training the experts, where there are any.
+    shape: (C, H, W). network: the fields of its NetSpec. learned: step sizes that --method mtt has learned. seconds: of
+    distilling, without evaluations; expert_seconds: of training the experts, where there are any.
     """
-    card = card_without_run(
-        dataset=dataset, image_folder=image_folder, class_names=class_names, ipc=ipc, factor=factor,
-        decode_type=decode_type, mean=mean, std=std, settings=settings,
-    )  # fmt: skip
     return {
         "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, shape[-1])}.",
         **card,
-        "decoded_per_class": Formation(factor, decode_type).decoded_count(ipc),
         "shape": list(shape),
         "network": dict(network),
         "learned": dict(learned),
@@ -109,34 +128,6 @@ def card_of_run(
         "seconds": round(seconds, 1),
         "finished": finished,
         **({} if expert_seconds is None else {"expert_seconds": round(expert_seconds, 1)}),
-    }
-
-
-def card_without_run(
-    *,
-    dataset: str,
-    image_folder: str | None,
-    class_names: Sequence[str],
-    ipc: int,
-    factor: int,
-    decode_type: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-    settings: Mapping[str, Any],
-) -> Card:
-    """The card of a set of whose making nothing is known: how to use it. Arguments as above."""
-    return {
-        "dataset": dataset,
-        "image_folder": image_folder,
-        "class_names": list(class_names),
-        "ipc": ipc,
-        "factor": factor,
-        "decode_type": decode_type,
-        "value_range": [0.0, 1.0],
-        "normalized": False,
-        "normalization": {"mean": list(mean), "std": list(std)},
-        "settings": dict(settings),
-        "finished": True,
     }
 
 

@@ -22,7 +22,7 @@ from utils.files.lock import locked
 from utils.files.tensors import is_plain
 from utils.method.selection import Context, select
 from utils.method.training import Trainer, batches
-from utils.numerics.vectors import flattened
+from utils.numerics.derivatives import flattened
 from utils.runs.folder import CHECKPOINT_SECONDS
 from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
@@ -178,7 +178,7 @@ class Experts:
         began = saved = time.monotonic()
         for e in range(len(rows) - 1, self.epochs):
             yield e
-            rows.append(flattened(trainer.nets[0]).cpu())
+            rows.append(flattened(trainer.nets[0].parameters()).cpu())
             if not rows[-1].isfinite().all():
                 raise UserError(f"expert {k}: parameters are NaN or infinite after epoch {e + 1}; use a lower --lr")
             now, stop = time.monotonic(), stopping()
@@ -195,13 +195,13 @@ class Experts:
             initial = {name: x.clone() for name, x in trainer.nets[0].state_dict().items()}
             try:
                 restore(trainer, file)
-                if not torch.equal(flattened(trainer.nets[0]).cpu(), file["trajectory"][-1]):
+                if not torch.equal(flattened(trainer.nets[0].parameters()).cpu(), file["trajectory"][-1]):
                     raise ValueError("the trajectory ends elsewhere")
                 return list(file["trajectory"]), file["seconds"]
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 self._warn(k, UserError(f"{self._file(k)}: does not fit ({first_line(error)})"))
                 restore(trainer, {"net": initial, "momentum": [torch.zeros_like(v) for v in trainer.momentum]})
-        return [flattened(trainer.nets[0]).cpu()], 0.0
+        return [flattened(trainer.nets[0].parameters()).cpu()], 0.0
 
     def _save(self, k: int, rows: list[Tensor], trainer: Trainer, seconds: float) -> None:
         """Write an expert's file; a finished one leaves out what its training would need to go on."""
