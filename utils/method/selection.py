@@ -162,9 +162,9 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
     training = net.training
     net.eval()
     pieces = images.split(max(512, compute.images_at_once(images.shape[-1])))
-    found = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
+    embeddings = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
     net.train(training)
-    return found
+    return embeddings
 
 
 # --- Sets of real images, selected by a strategy ----------------------------------------------------------------------
