@@ -15,15 +15,7 @@ from typing import Any
 import models
 from utils.config import checks
 from utils.config.flags import make_parser
-from utils.config.options import (
-    ALL_NETWORKS,
-    FREE,
-    NO_BASELINES,
-    OF_THE_SET,
-    CondenseOptions,
-    Options,
-    TrainOptions,
-)
+from utils.config.options import ALL_NETWORKS, FREE, NO_BASELINES, OF_THE_SET, CondenseOptions, Options, TrainOptions
 from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions, method_settings
 from utils.system.errors import UsageError, UserError
 
