@@ -144,7 +144,7 @@ def parts_of(
     o = resolved([*work.words(device, image_folder), *more])
     data: Any = build.dataset(o) if work.random is None else RandomImages(work.random, device)
     shard = None if held is None else Shard(group, list(range(held)), data.classes)
-    return Parts(o, Problem(data, build.network(o, data)), group, shard=shard)
+    return Parts(o, Problem(data, resolve.network(o, o.net_type, data)), group, shard=shard)
 
 
 # --- In every process -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Dataset
-from models import NetSpec, Network
+from models import NetSpec, Network, forward_flop
 from utils.config import checks, derived, resolve
 from utils.config.options import FREE, RESUMABLE, CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
@@ -43,6 +43,8 @@ from utils.system.report import Progress
 
 log = logging.getLogger("dream")
 
+SHARED_FLOP = 1e9  # ranks share mini-batches of more work: digits take 5e8, CIFAR-10 3e9 or more; see tests/README.md
+
 
 # --- What every script begins with ------------------------------------------------------------------------------------
 
@@ -72,11 +74,6 @@ def dataset(
     )
 
 
-def network(o: CondenseOptions, data: Dataset) -> NetSpec:
-    """Specification of the network that distils. Raises UsageError, naming the flags, when it cannot be built."""
-    return resolve.network(o, o.net_type, channels=data.channels, classes=data.classes, side=data.side)
-
-
 class Problem(NamedTuple):
     """Data set that a run distils, and the network that it distils with."""
 
@@ -90,9 +87,8 @@ def problem(o: CondenseOptions) -> Problem:
     Raises UsageError or UserError, naming the flag or file.
     """
     data = dataset(o, precision=o.precision)
-    spec = network(o, data)
-    checks.check_method(dataclasses.asdict(o))
-    checks.check_matching(o.match, spec)
+    spec = resolve.network(o, o.net_type, data)
+    checks.check_method(o, spec)
     checks.check_factor(o.factor, data.side)
     decoded = derived.formation(o).decoded_count(o.ipc)
     checks.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
@@ -150,7 +146,9 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
             )
         return None
     try:
-        _train_missing(experts, o, problem, stopper)
+        if experts.missing():
+            with stopper, experts.held():
+                _train_missing(experts, o, problem, stopper)
     except Stopped as stop:
         log.info("stopped (%s), the experts are saved in %s; %s", stop, experts.folder, resolve.how_to_go_on(o))
         return stopper.status
@@ -160,22 +158,19 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
 
 def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopper: Stopper) -> None:
     """Train the missing experts in turn, epoch by epoch. Raises Stopped on request, after saving."""
-    if not experts.missing():
-        return
     real, device, spec = problem.data.train, problem.data.device, problem.spec
-    with stopper, experts.held():
-        done, total = experts.done(), o.experts * o.expert_epochs
-        compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
-        log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
-        with Progress(total, "training experts", "epoch", keep=True) as progress:
-            progress.start_at(done)
-            for k in experts.missing():
-                net = fresh_network(spec, _expert_draws(o, device, "network", k))
-                trainer = Trainer([net], [real], derived.update_recipe(o), compute)
-                for e in experts.epochs_left(k, trainer, stopper.reason):
-                    _train_epoch(trainer, o, real, k, e)
-                    progress.advance()
-                stopper.check()
+    done, total = experts.done(), o.experts * o.expert_epochs
+    compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
+    log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
+    with Progress(total, "training experts", "epoch", keep=True) as progress:
+        progress.start_at(done)
+        for k in experts.missing():
+            net = fresh_network(spec, _expert_draws(o, device, "network", k))
+            trainer = Trainer([net], [real], derived.update_recipe(o), compute)
+            for e in experts.epochs_left(k, trainer, stopper.reason):
+                _train_epoch(trainer, o, real, k, e)
+                progress.advance()
+            stopper.check()
 
 
 def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
@@ -387,7 +382,9 @@ class Parts:
             raise UsageError(f"--method mtt: {self.spec.name} has batch norm; use --norm_type instance, or no torchrun")
         if group.alone or batch_norm or not derived.has_update(o):
             return False
-        return derived.shares_update(o, self.spec)
+        if o.share_update == "auto":  # where a mini-batch is worth the communication
+            return 3 * o.batch_real * forward_flop(self.spec) >= SHARED_FLOP
+        return o.share_update == "on"
 
     @property
     def conditions(self) -> dict[str, Any]:

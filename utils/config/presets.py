@@ -12,7 +12,7 @@ from utils.method.augment import without
 # --- Data sets and --reproduce ----------------------------------------------------------------------------------------
 
 # Settings of each data set, in place of the defaults; the published ones are those of Liu et al. (ICCV 2023).
-# lr_img holds at ipc 10, see `pixel_lr`. Digits and folders are not in the paper: digits is tuned for minutes on a CPU.
+# lr_img holds at ipc 10, see `pixel_rate`. Digits and folders are not in the paper; digits is tuned for a CPU.
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "mnist": dict(metric="l1", lr_img=1e-4, n_data=500),
     # The published code scales this rate by an accidental (28/32)^2. Kept, so that the step is the published one.
