@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,20 +218,12 @@ class Parts:
             self.data.shard(self.shard.classes, group.all_reduce_sum)
         if not len(self.data.test):
             raise UserError(f"{o.dataset}: has no test images")
-        self.warnings = checks.check_sizes(
-            self.counts,
-            self.data.class_names,
-            ipc=o.ipc,
-            factor=o.factor,
-            init=o.init,
-            n_data=o.n_data,
-            batch_real=0 if experts else o.batch_real,
-        )
+        self.warnings = checks.check_sizes(o, self.counts, self.data.class_names, matches_images=experts is None)
         self.real = self.data.train
         self.formation = derived.formation(o)
         self.shape = (o.ipc, self.data.channels, self.data.side, self.data.side)  # of a class's stored pixels
-        pixels = (self.data.classes, *self.shape)
-        self.earlier = None if folder is None else resumed_from(o.resume_from, folder, pixels)
+        stored = (self.data.classes, *self.shape)
+        self.earlier = None if folder is None else resumed_from(o.resume_from, folder, stored)
         self.flop = derived.run_flop(o, self.spec, self.counts)
         self.compute = computing(self.device, o.compile, o.precision, self.flop)
         self.n_data = o.n_data if o.train_on == "real" else None  # None: all synthetic images
@@ -288,8 +279,13 @@ class Parts:
     def _state(self, *, empty: bool) -> State:
         """State at the beginning of a run; empty: with zeros in place of initial pixels, to be filled."""
         o, classes, device = self.o, self.shard.classes, self.device
+        if empty:
+            pixels = torch.zeros(len(classes), *self.shape, device=device)
+        else:
+            draws = self.draws("init")
+            context = self.context(fresh_network(self.spec, draws), draws)
+            pixels = initial_pixels(context, o.init, ipc=o.ipc, factor=o.factor)
         net = self.network(0)
-        pixels = torch.zeros(len(classes), *self.shape, device=device) if empty else self._initial_pixels()
         optimizer = PixelSGD(
             pixels,
             lr=derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side),
@@ -308,12 +304,6 @@ class Parts:
             real_images=RealImages(self.real, self.counts),
         )
 
-    def _initial_pixels(self) -> Tensor:
-        """Initial pixels of this rank's classes by --init, (classes, ipc, C, H, W)."""
-        draws = self.draws("init")
-        context = self.context(fresh_network(self.spec, draws), draws)
-        return initial_pixels(context, self.o.init, ipc=self.o.ipc, factor=self.o.factor)
-
     def matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
         """Object that moves the pixels: by matching real images under the network, or experts' trajectories."""
         o = self.o
@@ -327,18 +317,9 @@ class Parts:
         if self.experts is None:
             return MatchingStep(matcher, net, optimizer, self.real)
         return TrajectoryStep(
-            matcher,
-            net,
-            optimizer,
-            self.real,
-            self.experts,
-            steps=o.student_steps,
-            epochs=o.match_epochs,
-            max_start=o.max_start,
-            step_size=o.step_size,
-            lr_step=o.lr_step,
-            group=self.group,
-        )
+            matcher, net, optimizer, self.real, self.experts, steps=o.student_steps, epochs=o.match_epochs,
+            max_start=o.max_start, step_size=o.step_size, lr_step=o.lr_step, group=self.group,
+        )  # fmt: skip
 
     # --- The network's training between two matching steps ------------------------------------------------------------
 
@@ -350,21 +331,20 @@ class Parts:
         o, group, classes = self.o, self.group, self.data.classes
         recipe = derived.update_recipe(o)
         is_own = torch.isin(torch.arange(classes), torch.tensor(self.shard.classes)).to(self.device)
-        together = (
-            Together(is_own, group.all_reduce_sum) if (self.shares_update if shared is None else shared) else None
-        )
+        shared = self.shares_update if shared is None else shared
+        together = Together(is_own, group.all_reduce_sum) if shared else None
         if o.train_on == "real":
             # CutMix pastes a box of another image, which may be on another rank.
             needs_others = together is None or recipe.mixup == "cut"
             images = RealImages(self.real, self.counts, group.all_reduce_disjoint if needs_others else None)
             return Trainer([net], [self.real], recipe, self.compute, images, together)
-        current = partial(self._decoded, pixels)
-        synthetic = SyntheticImages(current, classes, self.formation.decoded_count(o.ipc))
-        return Trainer([net], [self.synthetic(pixels)], recipe, self.compute, synthetic, together)
 
-    def _decoded(self, pixels: Tensor) -> Tensor:
-        """Training images of all classes, (classes, S, C, H, W), from this rank's pixels as they are now."""
-        return self.shard.all_gather(self.formation.decode(pixels))
+        def decoded() -> Tensor:
+            """Training images of all classes, (classes, S, C, H, W), from this rank's pixels as they are now."""
+            return self.shard.all_gather(self.formation.decode(pixels))
+
+        synthetic = SyntheticImages(decoded, classes, self.formation.decoded_count(o.ipc))
+        return Trainer([net], [self.synthetic(pixels)], recipe, self.compute, synthetic, together)
 
     def _shares_update(self) -> bool:
         """Whether ranks share network updates; otherwise every rank does all of them, and only images are sent.

@@ -42,27 +42,23 @@ def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
         raise UsageError(f"--ipc {ipc}: class {name} has only {smallest} training images; use --ipc {smallest} or less")
 
 
-def check_sizes(
-    counts: list[int], names: list[str], *, ipc: int, factor: int, init: str, batch_real: int, n_data: int
-) -> list[str]:
+def check_sizes(o: CondenseOptions, counts: list[int], names: list[str], *, matches_images: bool) -> list[str]:
     """Check condense.py's numbers of images against the training images of every class.
 
-    Returns warnings where images have to be used twice or fewer are used than asked for. Raises UsageError where there
-    are too few.
+    matches_images: whether --batch_real of each are matched. Returns warnings where images have to be used twice or
+    fewer are used than asked for. Raises UsageError where there are too few.
     """
-    check_ipc(ipc, counts, names)
+    check_ipc(o.ipc, counts, names)
     warnings, smallest = [], min(counts)
     name = names[counts.index(smallest)]
-    if init != "noise" and ipc * factor**2 > smallest:
-        warnings.append(
-            f"--ipc times -f squared is {ipc * factor**2}, class {name} has {smallest} images: some begin twice"
-        )
-    if batch_real > smallest:
-        warnings.append(
-            f"--batch_real is {batch_real}, class {name} has {smallest} images: all are matched, some twice"
-        )
-    if n_data > sum(counts):
-        warnings.append(f"--n_data is {n_data}, there are {sum(counts)} training images: all are used")
+    begun = o.ipc * o.factor**2
+    if o.init != "noise" and begun > smallest:
+        warnings.append(f"--ipc times -f squared is {begun}, class {name} has {smallest} images: some begin twice")
+    if matches_images and o.batch_real > smallest:
+        matched = f"class {name} has {smallest} images: all are matched, some twice"
+        warnings.append(f"--batch_real is {o.batch_real}, {matched}")
+    if o.n_data > sum(counts):
+        warnings.append(f"--n_data is {o.n_data}, there are {sum(counts)} training images: all are used")
     return warnings
 
 

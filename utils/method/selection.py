@@ -34,11 +34,6 @@ class Context:
     kmeans: str = "batched"
     per_cluster: int = 1  # representatives of every cluster, those nearest its centroid
 
-    @property
-    def classes(self) -> list[int]:
-        """Classes whose images are selected from: all that have images here."""
-        return self.real.held
-
     def embedded(self, c: int) -> Tensor:
         """Embeddings of all images of class c, (counts[c], D), in the precision of `compute`."""
         return embed(self.net, self.real.of_class(c), to_unit if self.raw else self.real.normalize, self.compute)
@@ -51,9 +46,9 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     are enough. The selection in a class does not depend on other classes, except by rounding on a GPU.
     """
     real = context.real
-    selected = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.classes])
+    selected = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.real.held])
     positions = []
-    for c, within in zip(context.classes, selected, strict=True):
+    for c, within in zip(real.held, selected, strict=True):
         if (available := real.counts[c]) < count:  # which images are repeated is random
             within = within[context.draws.of_class(c).permutation(available)]
             within = within[torch.arange(count, device=real.device) % available]
@@ -63,7 +58,7 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
 
 def random_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """Random images of every class, drawn without replacement."""
-    each = zip(context.classes, counts, strict=True)
+    each = zip(context.real.held, counts, strict=True)
     return [context.draws.of_class(c).permutation(context.real.counts[c])[:k] for c, k in each]
 
 
@@ -73,13 +68,9 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     Clusters are of the network's embeddings, as many as images are selected. With per_cluster above 1 there are fewer
     clusters, by that factor, and as many images of each (DREAM+, Liu et al., 2023).
     """
-    real, picks = context.real, {}
-    todo = []
-    for c, k in zip(context.classes, counts, strict=True):
-        if k == real.counts[c]:
-            picks[c] = torch.arange(k, device=real.device)
-        else:
-            todo.append((c, k))
+    real, each = context.real, list(zip(context.real.held, counts, strict=True))
+    picks = {c: torch.arange(k, device=real.device) for c, k in each if k == real.counts[c]}
+    todo = [(c, k) for c, k in each if c not in picks]
     together = EMBEDDING_BYTES if context.compute.classes_together else 0
     while todo:
         group: list[int] = []
@@ -90,13 +81,13 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
             x.append(context.embedded(group[-1]))
         draws = [context.draws.of_class(c) for c in group]
         picks.update(zip(group, KMEANS[context.kmeans](x, clusters, draws, context.per_cluster), strict=True))
-    return [picks[c] for c in context.classes]
+    return [picks[c] for c in context.real.held]
 
 
 def central_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """Images nearest the mean of their class in the network's embedding: typical, and much alike."""
     picks = []
-    for c, k in zip(context.classes, counts, strict=True):
+    for c, k in zip(context.real.held, counts, strict=True):
         x = widened(context.embedded(c))
         picks.append((x - x.mean(0)).square().sum(1).topk(k, largest=False).indices)
     return picks
@@ -108,7 +99,7 @@ def boundary_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     The margin is the distance between the logit of the image's own class and the highest other logit.
     """
     picks = []
-    for c, k in zip(context.classes, counts, strict=True):
+    for c, k in zip(context.real.held, counts, strict=True):
         x = widened(context.embedded(c))
         with torch.no_grad():
             logits = context.net.classifier(x)
@@ -125,7 +116,7 @@ def herded_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     an image can, in the network's embedding.
     """
     picks = []
-    for c, k in zip(context.classes, counts, strict=True):
+    for c, k in zip(context.real.held, counts, strict=True):
         x = widened(context.embedded(c))
         mean, total, penalty = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
         herd = []
@@ -181,7 +172,7 @@ def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Ten
     """
     real = context.real
     if init == "noise":
-        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.classes]
+        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.real.held]
         return (NOISE_MEAN + NOISE_STD * torch.stack(noise)).clamp_(0, 1)
     index = select(context, ipc * factor**2, strategy=init)
     return pack(to_unit(real.images[index]), factor=factor).clamp_(0, 1)
@@ -262,11 +253,9 @@ KMEANS: dict[str, Callable[[Sequence[Tensor], int, Sequence[Draws], int], list[T
 
 def padded(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Classes of different sizes padded to one tensor (classes, N, ...), and which rows are real, (classes, N) bool."""
-    longest = max(map(len, x))
     sizes = torch.tensor([len(points) for points in x]).to(x[0].device, non_blocking=True)
-    return torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True), torch.arange(
-        longest, device=x[0].device
-    ) < sizes[:, None]
+    real = torch.arange(max(map(len, x)), device=x[0].device) < sizes[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True), real
 
 
 def assign(points: Tensor, squares: Tensor, real: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,7 @@ def fresh_network(spec: NetSpec, draws: Draws) -> Network:
         return models.build(spec).to(draws.device)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Random choices of a network's epoch over n images, drawn on the device at once."""
 
     order: Tensor  # (n,) positions in the set
@@ -101,10 +100,9 @@ class Trainer:
         self.source, self.together = source, together
         self.nets, self.recipe, self.compute = list(nets), recipe, compute
         shared = all(train is sets[0] for train in sets)
-        self.images, self.labels = (
-            tensors[0][None] if shared else torch.stack(tensors)
-            for tensors in ([train.images for train in sets], [train.labels for train in sets])
-        )  # (K or 1, N, C, H, W) and (K or 1, N)
+        # (K or 1, N, C, H, W) and (K or 1, N)
+        self.images = sets[0].images[None] if shared else torch.stack([train.images for train in sets])
+        self.labels = sets[0].labels[None] if shared else torch.stack([train.labels for train in sets])
         if source is not None:  # self.images and self.labels are then a buffer for a few batches
             batch = recipe.batch_size * sets[0].images[0].nbytes
             self.at_once = max(1, GATHERED // batch)
@@ -156,9 +154,7 @@ class Trainer:
             net.train()
         edges = batches(len(index), self.recipe.batch_size)
         plans = [plan(index, edges, d) for d in draws]
-        order, u, partner, mix = (
-            torch.stack([getattr(p, name) for p in plans]) for name in ("order", "u", "partner", "mix")
-        )
+        order, u, partner, mix = map(torch.stack, zip(*plans, strict=True))
         at_once = len(edges) if self.source is None else self.at_once
         for first in range(0, len(edges), max(1, at_once)):
             some = edges[first : first + at_once]
@@ -295,6 +291,6 @@ def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
     counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
     for index in torch.arange(len(test), device=test.device).split(max(512, compute.images_at_once(test.side))):
         x, y = test.batch(index)
-        found = compute.retry(partial(derivatives.predict, net, x, compute))
+        found = compute.retry(partial(derivatives.logits, net, x, compute)).argmax(1)
         counts += torch.bincount(y * test.classes + found, minlength=test.classes**2)
     return counts.view(test.classes, test.classes)

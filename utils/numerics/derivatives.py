@@ -51,11 +51,6 @@ def logits(net: Network, x: Tensor, compute: Compute) -> Tensor:
     return found
 
 
-def predict(net: Network, x: Tensor, compute: Compute) -> Tensor:
-    """(N, C, H, W) normalised images -> (N,) classes, in `net`'s mode."""
-    return logits(net, x, compute).argmax(1)
-
-
 def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compute) -> list[list[Tensor]]:
     """Gradients of each network's mean cross-entropy with respect to its parameters, in their order.
 
