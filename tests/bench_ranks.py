@@ -169,15 +169,20 @@ class Clock:
             part()
         seconds, sent = [], 0
         for _ in range(self.repeats):
-            machine.wait_for(self.device)
+            self.finish()
             self.group.all_reduce_max(0)  # all have come here, and start together
             before, began = self.group.sent, time.perf_counter()
             part()
-            machine.wait_for(self.device)
+            self.finish()
             seconds.append(time.perf_counter() - began)
             sent = self.group.sent - before
         *slowest, most = self.group.all_reduce_max(*seconds, sent)
         return Timed(slowest, int(most))
+
+    def finish(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def measure(parts: Parts, repeats: int) -> dict[str, Timed]:

@@ -161,8 +161,7 @@ def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopp
     done, total = experts.done(), o.experts * o.expert_epochs
     compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
     log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
-    with Progress(total, "training experts", "epoch", keep=True) as progress:
-        progress.start_at(done)
+    with Progress(total, "training experts", "epoch", done=done, keep=True) as progress:
         for k in experts.missing():
             net = fresh_network(spec, _expert_draws(o, device, "network", k))
             trainer = Trainer([net], [real], derived.update_recipe(o), compute)
@@ -286,14 +285,9 @@ class Parts:
             context = self.context(fresh_network(self.spec, draws), draws)
             pixels = initial_pixels(context, o.init, ipc=o.ipc, factor=o.factor)
         net = self.network(0)
-        optimizer = PixelSGD(
-            pixels,
-            lr=derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side),
-            momentum=o.mom_img,
-            joint=self.real.normalize if o.pixel_step == "joint" else None,
-            held=classes,
-            classes=self.data.classes,
-        )
+        rate = derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side)
+        joint, count = self.real.normalize if o.pixel_step == "joint" else None, self.data.classes
+        optimizer = PixelSGD(pixels, lr=rate, momentum=o.mom_img, joint=joint, held=classes, classes=count)
         return State(
             optimizer=optimizer,
             trainer=self.trainer(net, pixels),
@@ -307,13 +301,8 @@ class Parts:
     def matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
         """Object that moves the pixels: by matching real images under the network, or experts' trajectories."""
         o = self.o
-        matcher = Matcher(
-            how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
-            formation=self.formation,
-            batch_syn_max=o.batch_syn_max,
-            augment=Augment(o.aug_type),
-            compute=self.compute,
-        )
+        how = Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc)
+        matcher = Matcher(how, self.formation, o.batch_syn_max, Augment(o.aug_type), self.compute)
         if self.experts is None:
             return MatchingStep(matcher, net, optimizer, self.real)
         return TrajectoryStep(

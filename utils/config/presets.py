@@ -81,11 +81,6 @@ class Method:
     published: Settings = field(default_factory=dict)
     digits: Settings = field(default_factory=dict)
 
-    def resolved(self, asked: Asked, *, reproduce: bool) -> dict[str, Any]:
-        """Values of all settings for these flags, by name; reproduce: with the published budget."""
-        layers = [self.settings, self.published if reproduce else {}, self.digits if asked.dataset == "digits" else {}]
-        return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}
-
 
 # Zhao et al. (ICLR 2021), by images per class: matching updates per network, and synthetic epochs after each.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -147,7 +142,11 @@ METHODS = {
 
 
 def method_settings(method: str, dataset: str, *, ipc: int, select: str | None, reproduce: bool) -> dict[str, Any]:
-    """Settings of a method, by name, for these flags; select: None where the flag is absent."""
+    """Settings of a method, by name, for these flags; select: None where the flag is absent.
+
+    reproduce: with the published budget.
+    """
     row = METHODS[method]
-    chosen = str(select or row.settings.get("select", "kmeans"))
-    return row.resolved(Asked(dataset, ipc, chosen), reproduce=reproduce)
+    asked = Asked(dataset, ipc, str(select or row.settings.get("select", "kmeans")))
+    layers = [row.settings, row.published if reproduce else {}, row.digits if dataset == "digits" else {}]
+    return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}

@@ -132,10 +132,5 @@ def training_images(
         decoded.append(formation.decode(images[rows]))
         sources.append(rows[torch.tensor(formation.sources(len(rows)), device=rows.device)])
     source = torch.cat(sources)
-    return ImageSet(
-        torch.cat(decoded),
-        labels[source],
-        classes=classes,
-        normalize=normalize,
-        soft=None if soft is None else soft[source],
-    )
+    taken = None if soft is None else soft[source]
+    return ImageSet(torch.cat(decoded), labels[source], classes=classes, normalize=normalize, soft=taken)

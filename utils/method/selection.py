@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,12 +57,6 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     return torch.stack(positions)
 
 
-def random_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """Random images of every class, drawn without replacement."""
-    each = zip(context.real.held, counts, strict=True)
-    return [context.draws.of_class(c).permutation(context.real.counts[c])[:k] for c, k in each]
-
-
 def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """Representatives of every class: the image nearest each k-means centroid of ALL its images (Sec. 3.3).
 
@@ -84,57 +79,59 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     return [picks[c] for c in context.real.held]
 
 
-def central_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+def class_by_class(
+    choose: Callable[[Context, int, int], Tensor], context: Context, counts: Sequence[int]
+) -> list[Tensor]:
+    """Images that `choose(context, c, k)` chooses in every class by itself, k of class c."""
+    return [choose(context, c, k) for c, k in zip(context.real.held, counts, strict=True)]
+
+
+def random_images(context: Context, c: int, k: int) -> Tensor:
+    """Random images of a class, drawn without replacement."""
+    return context.draws.of_class(c).permutation(context.real.counts[c])[:k]
+
+
+def central_images(context: Context, c: int, k: int) -> Tensor:
     """Images nearest the mean of their class in the network's embedding: typical, and much alike."""
-    picks = []
-    for c, k in zip(context.real.held, counts, strict=True):
-        x = widened(context.embedded(c))
-        picks.append((x - x.mean(0)).square().sum(1).topk(k, largest=False).indices)
-    return picks
+    x = widened(context.embedded(c))
+    return (x - x.mean(0)).square().sum(1).topk(k, largest=False).indices
 
 
-def boundary_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+def boundary_images(context: Context, c: int, k: int) -> Tensor:
     """Images with the smallest margin to another class under the network as it is now, rightly classified or not.
 
     The margin is the distance between the logit of the image's own class and the highest other logit.
     """
-    picks = []
-    for c, k in zip(context.real.held, counts, strict=True):
-        x = widened(context.embedded(c))
-        with torch.no_grad():
-            logits = context.net.classifier(x)
-        own = logits[:, c].clone()
-        logits[:, c] = -torch.inf
-        picks.append((own - logits.amax(1)).abs().topk(k, largest=False).indices)
-    return picks
+    with torch.no_grad():
+        logits = context.net.classifier(widened(context.embedded(c)))
+    own = logits[:, c].clone()
+    logits[:, c] = -torch.inf
+    return (own - logits.amax(1)).abs().topk(k, largest=False).indices
 
 
-def herded_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """Herded images of every class (Welling, ICML 2009): a greedy choice whose mean is near the mean of the class.
+def herded_images(context: Context, c: int, k: int) -> Tensor:
+    """Herded images of a class (Welling, ICML 2009): a greedy choice whose mean is near the mean of the class.
 
     One image is chosen after the other: each brings the mean of all chosen so far as near to the mean of the class as
     an image can, in the network's embedding.
     """
-    picks = []
-    for c, k in zip(context.real.held, counts, strict=True):
-        x = widened(context.embedded(c))
-        mean, total, penalty = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
-        herd = []
-        for chosen in range(1, k + 1):
-            herd.append((((total + x) / chosen - mean).square().sum(1) + penalty).argmin())
-            total = total + x[herd[-1]]
-            penalty[herd[-1]] = torch.inf  # so that no image is chosen twice
-        picks.append(torch.stack(herd))
-    return picks
+    x = widened(context.embedded(c))
+    mean, total, penalty = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
+    herd = []
+    for chosen in range(1, k + 1):
+        herd.append((((total + x) / chosen - mean).square().sum(1) + penalty).argmin())
+        total = total + x[herd[-1]]
+        penalty[herd[-1]] = torch.inf  # so that no image is chosen twice
+    return torch.stack(herd)
 
 
 # A strategy returns positions within a class, (counts[i],) int64 for the i-th of the context's classes.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
-    "random": random_images,
-    "central": central_images,
-    "boundary": boundary_images,
-    "herding": herded_images,
+    "random": partial(class_by_class, random_images),
+    "central": partial(class_by_class, central_images),
+    "boundary": partial(class_by_class, boundary_images),
+    "herding": partial(class_by_class, herded_images),
 }
 
 

@@ -47,7 +47,7 @@ class Recipe:
 def fresh_network(spec: NetSpec, draws: Draws) -> Network:
     """Freshly initialised network whose weights depend on `draws` alone, on the device of `draws`."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(draws.network_seed())
+        torch.random.default_generator.manual_seed(draws.host.getrandbits(63))
         return models.build(spec).to(draws.device)
 
 
@@ -268,16 +268,14 @@ def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor) -> tuple[Ten
     numbers, see Plan. Returns the images, and targets that are weighted by the area that each of the two images has in
     pixels, after clipping and rounding of the box.
     """
-    inside = None
-    for size, centre, dim in ((x.shape[3], CENTRE_Y, 0), (x.shape[4], CENTRE_X, 1)):
+    strips = []
+    for size, centre in ((x.shape[3], CENTRE_Y), (x.shape[4], CENTRE_X)):
         half = (size * (1 - mix[:, SIZE].double()).sqrt()).floor() // 2  # lambda ~ Beta(1, 1), sides sqrt(1 - lambda)
         middle = (size * mix[:, centre].double()).floor()
         at = torch.arange(size, device=x.device)
-        strip = (at >= (middle - half)[:, None]) & (at < (middle + half)[:, None])  # (K, size)
-        strip = strip[:, :, None] if dim == 0 else strip[:, None, :]
-        inside = strip if inside is None else inside & strip
-    assert inside is not None
-    inside = inside & (mix[:, APPLY] < CUTMIX_PROBABILITY)[:, None, None]  # (K, H, W)
+        strips.append((at >= (middle - half)[:, None]) & (at < (middle + half)[:, None]))  # (K, size)
+    applied = (mix[:, APPLY] < CUTMIX_PROBABILITY)[:, None, None]
+    inside = strips[0][:, :, None] & strips[1][:, None, :] & applied  # (K, H, W)
     share = inside.to(x.dtype).mean((1, 2))[:, None, None]
     rows = torch.arange(len(x), device=x.device)[:, None]
     mixed = torch.where(inside[:, None, None], x[rows, partner], x)

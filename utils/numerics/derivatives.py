@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -86,10 +87,7 @@ def match_by_autograd(
     net: Network, real: Tensor, syn: Tensor, labels: Tensor, distance: Distance, compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """The result of `match` for any network and any distance, in one graph."""
-
-    def of_class(real: Tensor, syn: Tensor, label: Tensor) -> Tensor:
-        return distance.between(net, real, syn, label)
-
+    of_class = partial(distance.between, net)
     syn = syn.detach().requires_grad_()
     # Under vmap, PyTorch takes batch norm's gradient of gamma for one of constants, and autocast for nothing.
     one_by_one = compute.precision == "bf16" or any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
