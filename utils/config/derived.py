@@ -1,4 +1,4 @@
-"""What follows from the options: rates, recipes, amounts of work, and how a run is described to people."""
+"""Values that follow from the options: rates, recipes, amounts of work, and descriptions of a run for people."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ BOUND = 128  # decoded images per class that `bound` does not exceed
 
 @dataclass(frozen=True)
 class Formation:
-    """How many training images a stored image holds, and in which layout.
+    """Layout of stored images: how many training images each of them holds.
 
     factor: f; a stored image holds f x f cells. decode_type, one of DECODE_TYPES:
     single: every stored image with factor f, f^2 images each.

@@ -25,7 +25,7 @@ EMBEDDING_BYTES = 2**28  # embeddings of the classes that are clustered together
 
 @dataclass(frozen=True)
 class Context:
-    """What a selection strategy may look at; all its random numbers come from `draws`."""
+    """Input of a selection strategy, whose random numbers all come from `draws`."""
 
     net: Network
     real: ImageSet
@@ -150,9 +150,9 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
     training = net.training
     net.eval()
     pieces = images.split(max(512, compute.images_at_once(images.shape[-1])))
-    found = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
+    embeddings = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
     net.train(training)
-    return found
+    return embeddings
 
 
 # --- Sets of real images, selected by a strategy ----------------------------------------------------------------------

@@ -289,6 +289,6 @@ def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
     counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
     for index in torch.arange(len(test), device=test.device).split(max(512, compute.images_at_once(test.side))):
         x, y = test.batch(index)
-        found = compute.retry(partial(derivatives.logits, net, x, compute)).argmax(1)
-        counts += torch.bincount(y * test.classes + found, minlength=test.classes**2)
+        predicted = compute.retry(partial(derivatives.logits, net, x, compute)).argmax(1)
+        counts += torch.bincount(y * test.classes + predicted, minlength=test.classes**2)
     return counts.view(test.classes, test.classes)

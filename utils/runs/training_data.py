@@ -1,4 +1,4 @@
-"""What train.py trains networks on: a distilled set, real images beside it, or all real images."""
+"""Training data of train.py's networks: a distilled set, coresets for comparison, or all real images."""
 
 from __future__ import annotations
 

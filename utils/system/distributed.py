@@ -66,7 +66,7 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
 
 
 def restart_count() -> int:
-    """How often torchrun has started this process again after a failure (--max-restarts)."""
+    """Number of times that torchrun has started this process again after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
 
 
