@@ -33,7 +33,7 @@ def photos(n: int, seed: int = 0) -> Tensor:
 
 def exact() -> Whiten:
     """In float64."""
-    return Whiten.of(photos(500), MEAN, STD, dtype=torch.float64)
+    return Whiten(photos(500), MEAN, STD, dtype=torch.float64)
 
 
 def normalised(images: Tensor) -> np.ndarray:
@@ -76,7 +76,7 @@ def test_constant_pixels_and_a_single_image_stay_finite() -> None:
     images = photos(20)
     images[:, :, 0] = 7
     for few in (images, images[:1]):
-        whitened = Whiten.of(few, MEAN, STD)(few)
+        whitened = Whiten(few, MEAN, STD)(few)
         assert whitened.isfinite().all() and whitened[:, :, 0].abs().max() < 1e-5
 
 
@@ -90,7 +90,7 @@ def test_bytes_and_floats_agree_and_keep_their_precision(make: Callable[[], Norm
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close(normalize(to_unit(images)), single, rtol=0, atol=0)
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
-    torch.testing.assert_close(Whiten.of(photos(500), MEAN, STD)(images), exact()(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(Whiten(photos(500), MEAN, STD)(images), exact()(images), rtol=0, atol=1e-5)
 
 
 @each
@@ -167,7 +167,7 @@ def test_training_and_test_images_are_whitened_by_the_training_images() -> None:
     dataset, plain = digits(), digits("none")
     assert type(plain.normalize) is Normalize and isinstance(dataset.normalize, Whiten)
     assert dataset.train.normalize is dataset.test.normalize is dataset.normalize
-    wanted = Whiten.of(plain.train.images, *plain.statistics)  # grouped, which makes no difference
+    wanted = Whiten(plain.train.images, *plain.statistics)  # grouped, which makes no difference
     torch.testing.assert_close(dataset.normalize.matrix, wanted.matrix)
     torch.testing.assert_close(dataset.normalize.centre, wanted.centre)
     assert torch.equal(dataset.train.images, plain.train.images) and dataset.statistics == plain.statistics
@@ -184,7 +184,7 @@ def test_the_matrix_is_the_same_whatever_is_asked_for_first_and_is_computed_once
     assert len(set(found)) == 1 and len(dataset.train) == 1347
     assert caplog.messages == ["whitening: the covariance of 1347 images of 64 numbers"]
     assert isinstance(found[0], Whiten)
-    assert torch.equal(found[0].matrix, Whiten.of(dataset.train.images, *dataset.statistics).matrix)
+    assert torch.equal(found[0].matrix, Whiten(dataset.train.images, *dataset.statistics).matrix)
 
 
 def test_a_folder_is_whitened_with_its_own_statistics(tmp_path: Path) -> None:

@@ -28,17 +28,12 @@ def formation(o: CondenseOptions) -> Formation:
     return Formation(o.factor, o.decode_type)
 
 
-def pixel_lr(lr_img: float, *, ipc: int, side: int, base_side: int) -> float:
-    """Pixel learning rate of the published steps, lr_img scaled by ipc / 10 and the area by the base area.
+def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
+    """Pixel learning rate of a run: --lr_img itself for --pixel_step joint; scaled by ipc and area for sweep.
 
     Gradients of a mean over images fall with ipc, those of a pixel with the area.
     """
-    return lr_img * (ipc / 10) * (side / base_side) ** 2
-
-
-def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
-    """Pixel learning rate of a run: --lr_img scaled for --pixel_step sweep, --lr_img itself for joint."""
-    return pixel_lr(o.lr_img, ipc=o.ipc, side=side, base_side=base_side) if o.pixel_step == "sweep" else o.lr_img
+    return o.lr_img * (o.ipc / 10) * (side / base_side) ** 2 if o.pixel_step == "sweep" else o.lr_img
 
 
 def update_augmentation(options: CondenseOptions) -> str:
@@ -87,8 +82,6 @@ def evaluation_recipe(options: Options, *, flip: bool, epochs: int | None = None
 
 # --- Work -------------------------------------------------------------------------------------------------------------
 
-SHARED_FLOP = 1e9  # ranks share mini-batches of more work: digits take 5e8, CIFAR-10 3e9 or more; see tests/README.md
-
 
 def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
     """Cost of an average inner step for every class, in forward passes of one image; counts: real images per class.
@@ -103,19 +96,14 @@ def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
     return [matched + (count / o.interval if o.select != "random" else 0) for count in counts]
 
 
-def step_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
-    """Floating-point operations of an average inner step."""
+def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
+    """Floating-point operations of a run from its beginning to its end, without evaluations."""
     real, updates = sum(counts), 0
     if o.match != TRAJECTORY:
         synthetic = spec.classes * formation(o).decoded_count(o.ipc)
         trained = min(o.n_data, real) if o.train_on == "real" else synthetic
         updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # images per outer iteration
-    return forward_flop(spec) * (sum(class_work(o, counts)) + 3 * updates / o.inner_loop)
-
-
-def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
-    """Floating-point operations of a run from its beginning to its end, without evaluations."""
-    return o.niter * o.inner_loop * step_flop(o, spec, counts)
+    return o.niter * forward_flop(spec) * (o.inner_loop * sum(class_work(o, counts)) + 3 * updates)
 
 
 def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
@@ -123,13 +111,6 @@ def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
     batches = -(-real // o.batch_real)
     selected = -(-batches // o.interval) * real if o.select != "random" else 0
     return forward_flop(spec) * o.experts * o.expert_epochs * (3 * real + selected)
-
-
-def shares_update(o: CondenseOptions, spec: NetSpec) -> bool:
-    """Whether ranks share network updates, by --share_update; auto: where a mini-batch is worth the communication."""
-    if o.share_update != "auto":
-        return o.share_update == "on"
-    return 3 * o.batch_real * forward_flop(spec) >= SHARED_FLOP
 
 
 # --- Descriptions for people ------------------------------------------------------------------------------------------
@@ -142,24 +123,18 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
     lines = [
         f"{name:16}{printable(str(value)):28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
     ]
+    images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
+    update = f"{images}, {o.net_epoch} x, {update_augmentation(o)}" if has_update(o) else "none"
     derived = {
         "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
         "pixel learning rate": f"{rate:g}",
-        "network update": update_summary(o),
+        "network update": update,
         "evaluation": evaluation_augmentation(o, flip=dataset.flip),
         "decoded per class": formation(o).decoded_count(o.ipc),
         "run folder": printable(str(folder)),
         **({} if experts is None else {"experts": printable(str(experts.folder))}),
     }
     return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])
-
-
-def update_summary(o: CondenseOptions) -> str:
-    """Description of a network update: images, epochs, augmentation."""
-    if not has_update(o):
-        return "none"
-    images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
-    return f"{images}, {o.net_epoch} x, {update_augmentation(o)}"
 
 
 def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, settings: dict[str, Any]) -> Card:

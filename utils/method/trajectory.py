@@ -152,10 +152,8 @@ class TrajectoryStep:
         picks: not used, since no real images take part.
         """
         expert, start = draws.host.randrange(self.trajectories.count), draws.host.randrange(self.max_start)
-        pair = self.trajectories.pair
-        ends = self.group.broadcast(
-            lambda: [theta.clone() for theta in pair(expert, start, start + self.epochs)]
-        )  # no views
+        part = (expert, start, start + self.epochs)
+        ends = self.group.broadcast(lambda: [theta.clone() for theta in self.trajectories.pair(*part)])  # no views
         return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
