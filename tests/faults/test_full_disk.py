@@ -16,16 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing import (
-    FOLDER,
-    Operation,
-    Server,
-    goes_on,
-    must_be,
-    must_say,
-    tiny,
-    two_at_a_time,
-)
+from tests.killing import FOLDER, Operation, Server, goes_on, must_be, must_say, tiny, two_at_a_time
 from tests.outcome import Outcome
 from tests.tally import injected
 

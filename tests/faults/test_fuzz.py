@@ -436,10 +436,7 @@ PROPERTIES = {
         check_state, st.tuples(STATES, st.sampled_from(["data_000003.pt", "checkpoint.pt"])), few=25, many=2000
     ),
     "safetensors": Property(
-        check_safetensors,
-        st.tuples(SAFES, st.sampled_from(SAFE_NAMES), st.sampled_from(SAID)),
-        few=20,
-        many=1500,
+        check_safetensors, st.tuples(SAFES, st.sampled_from(SAFE_NAMES), st.sampled_from(SAID)), few=20, many=1500
     ),
 }
 

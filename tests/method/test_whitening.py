@@ -42,10 +42,7 @@ def normalised(images: Tensor) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
-NORMALIZERS: dict[str, Callable[[], Normalize]] = {
-    "mean and std": lambda: Normalize(MEAN, STD),
-    "zca": exact,
-}
+NORMALIZERS: dict[str, Callable[[], Normalize]] = {"mean and std": lambda: Normalize(MEAN, STD), "zca": exact}
 each = pytest.mark.parametrize("make", NORMALIZERS.values(), ids=NORMALIZERS.keys())
 
 

@@ -174,8 +174,7 @@ def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
         ["--metric", "l1", "--decode_type", "multi", "--cluster_raw"],
         ["--decode_type", "bound", "-n", "resnet10", "--depth", "10", "--n_data", "0"],
         pytest.param(
-            ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"],
-            marks=pytest.mark.slow,
+            ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"], marks=pytest.mark.slow
         ),
         ["--kmeans", "sklearn", "--norm_type", "group"],
         ["--precision", "bf16", "--bias", "--norm_type", "batch"],
