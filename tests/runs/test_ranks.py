@@ -211,7 +211,7 @@ def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_with_repeated_updates_a_run_is_bit_for_bit_that_of_one_process(
+def test_repeated_updates_give_one_process_s_bits(
     server: Server, tmp_path: Path, undisturbed: Outcome, count: int
 ) -> None:
     assert outcome(distilled_by(server, count, tmp_path, *REPEATED)) == undisturbed
