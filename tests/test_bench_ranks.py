@@ -87,9 +87,7 @@ def test_where_there_are_several_gpus_they_are_measured(monkeypatch: pytest.Monk
     assert (ran["works"], ran["processes"]) == (["cifar100_ipc50", "imagenet100"], [1, 2, 4, 6])
 
 
-def test_a_tiny_work_is_measured_and_forecast(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tiny_forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half as many images as the work has, so that everything measured counts twice."""
     monkeypatch.setattr(forecast, "compiler_error", lambda device: "not in a test")
     work = dataclasses.replace(WORKS["tiny"], smaller="--batch_real 4 --batch_syn_max 4 --n_data 16")

@@ -111,9 +111,7 @@ def test_inner_steps_equal_the_published_loop_under_every_norm(norm: str, object
 
 @pytest.mark.parametrize(("bias", "fc"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("norm", "metric"), [("instance", "mse"), ("group", "cos"), ("batch", "l1")])
-def test_inner_steps_with_more_parameters_equal_the_published_loop(
-    norm: str, metric: str, bias: bool, fc: bool
-) -> None:
+def test_steps_with_more_parameters_equal_the_published_loop(norm: str, metric: str, bias: bool, fc: bool) -> None:
     check_inner_steps(matcher(1, Comparison("grad", metric, bias, fc)), network(norm), steps=2)
 
 
@@ -130,9 +128,7 @@ def test_inner_steps_under_other_augmentations_equal_the_published_loop(names: s
 
 
 @pytest.mark.parametrize(("decode_type", "ipc", "syn_max"), [("multi", 2, 128), ("multi", 2, 5), ("single", 3, 4)])
-def test_inner_steps_of_every_decode_type_and_count_equal_the_published_loop(
-    decode_type: str, ipc: int, syn_max: int
-) -> None:
+def test_steps_of_any_decode_type_or_count_equal_the_published_loop(decode_type: str, ipc: int, syn_max: int) -> None:
     check_inner_steps(matcher(3, decode_type=decode_type, syn_max=syn_max), network(), ipc=ipc)
 
 
@@ -144,18 +140,14 @@ def test_inner_steps_with_three_factors_within_the_bound_equal_the_published_loo
 
 @pytest.mark.parametrize(("side", "depth", "width"), [(11, 2, 8), (11, 3, 8), (28, 2, 4)])
 @pytest.mark.parametrize("metric", ["mse", "cos"])
-def test_inner_steps_on_odd_and_padded_images_equal_the_published_loop(
-    metric: str, side: int, depth: int, width: int
-) -> None:
+def test_steps_on_padded_images_equal_the_published_loop(metric: str, side: int, depth: int, width: int) -> None:
     net = network(side=side, depth=depth, width=width)
     check_inner_steps(matcher(2, Comparison(metric=metric)), net, side=side, steps=2)
 
 
 @pytest.mark.parametrize("pixels", [1, 5 * SIDE**2])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_inner_steps_in_small_pieces_and_groups_equal_the_published_loop(
-    monkeypatch: pytest.MonkeyPatch, norm: str, pixels: int
-) -> None:
+def test_steps_in_pieces_equal_the_published_loop(monkeypatch: pytest.MonkeyPatch, norm: str, pixels: int) -> None:
     monkeypatch.setattr(Compute, "classes_at_once", lambda *sizes: 2)
     check_inner_steps(matcher(2, compute=Compute(torch.device("cpu"), pixels=pixels)), network(norm))
 
@@ -224,9 +216,7 @@ def test_other_draws_thin_out_to_other_synthetic_images() -> None:
         (True, False, {f"{block}.{layer}.{kind}" for block in "01" for layer in "01" for kind in ("weight", "bias")}),
     ],
 )
-def test_biases_norm_layers_and_the_classifier_take_part_only_when_asked(
-    bias: bool, fc: bool, expected: set[str]
-) -> None:
+def test_biases_norms_and_the_classifier_take_part_only_when_asked(bias: bool, fc: bool, expected: set[str]) -> None:
     net = network()
     found = matched_parameters(net, bias=bias, fc=fc)
     assert {name.removeprefix("stages.").replace("classifier", "fc") for name in found} == expected

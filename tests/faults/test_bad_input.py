@@ -230,9 +230,7 @@ def test_without_network_nothing_is_left_but_a_hint(here: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("flags", "word"), [("--batch_real 4", "--batch_real"), ("--batch_real 3 -f 2", "--ipc")])
-def test_a_class_that_is_too_small_is_named_in_a_warning_and_the_run_goes_on(
-    flags: str, word: str, here: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_small_class_is_warned_about(flags: str, word: str, here: Path, caplog: pytest.LogCaptureFixture) -> None:
     image_folder(Path("photos"), SMALLEST)
     with caplog.at_level(logging.WARNING, "dream"):
         assert condense.main(quick(Path("results"), "--image_folder", "photos", *flags.split())) == 0
@@ -287,9 +285,7 @@ def test_code_in_a_data_file_never_runs(protocol: int | None, here: Path) -> Non
     assert marker.exists()
 
 
-def test_a_data_file_without_data_json_is_evaluated_as_the_flags_say(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_without_data_json_is_evaluated_by_its_flags(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.remove(CARD)
     assert train.main([*TRAIN, DATA, *shlex.split("-d digits -f 2 --depth 2 --width 8 --json")]) == 0
     assert last_json(capsys)["decoded_per_class"] == 4

@@ -510,9 +510,7 @@ def test_the_number_of_threads_is_that_of_the_flag(tmp_path: Path, monkeypatch: 
     assert {*used} == {3, 2}
 
 
-def test_a_machine_without_a_thread_to_spare_is_told_of_the_flag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_threads_is_told_of_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 

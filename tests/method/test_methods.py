@@ -292,9 +292,7 @@ def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_
 MTT = [*TINY, "-m", "mtt", *BUDGET["mtt"].split()]
 
 
-def test_experts_are_trained_by_a_command_of_their_own_and_shared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_experts_are_trained_by_a_command_and_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*MTT, "--results_dir", str(tmp_path)]
     assert condense.main([*argv, "--experts_only"]) == 0
     (folder,) = (tmp_path / "digits").iterdir()
@@ -353,9 +351,7 @@ def test_the_worked_example_of_the_readme_is_a_seventh_framework(tmp_path: Path)
 
 
 @pytest.mark.parametrize("method", ["dm", "mtt"])
-def test_whitened_images_are_distilled_and_evaluated_as_such(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
-) -> None:
+def test_whitened_images_are_evaluated_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
     argv = [*TINY, "-m", method, *BUDGET[method].split()]
     whitened, plain = distilled(tmp_path, [*argv, "--whiten", "zca", "--tag", "zca"]), distilled(tmp_path, argv)
     assert (whitened / "data.pt").read_bytes() != (plain / "data.pt").read_bytes()

@@ -281,9 +281,7 @@ def test_an_epoch_equals_plain_sgd_image_by_image(names: str, mixup: str) -> Non
 
 
 @pytest.mark.parametrize(("mixup", "low", "high"), [("cut", 80, 120), ("vanilla", 0, 0)])
-def test_half_of_the_batches_are_mixed_or_none(
-    monkeypatch: pytest.MonkeyPatch, mixup: str, low: int, high: int
-) -> None:
+def test_half_the_batches_are_mixed_or_none(monkeypatch: pytest.MonkeyPatch, mixup: str, low: int, high: int) -> None:
     mixed: list[bool] = []
 
     def count(x: torch.Tensor, target: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -171,9 +171,7 @@ def test_training_and_test_images_are_whitened_by_the_training_images() -> None:
 
 
 @pytest.mark.parametrize("first", ["train", "test", "normalize"])
-def test_the_matrix_is_the_same_whatever_is_asked_for_first_and_is_computed_once(
-    first: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_matrix_is_computed_once_whatever_is_asked_for_first(first: str, caplog: pytest.LogCaptureFixture) -> None:
     dataset = digits()
     with caplog.at_level("INFO", "dream"):
         getattr(dataset, first)

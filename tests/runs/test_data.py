@@ -144,9 +144,7 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path, monkeypatch: pytest.
         _ = Dataset(name, device=CPU, data_dir=tmp_path).train
 
 
-def test_an_unpacking_that_was_cut_short_is_mended_from_its_archive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
-) -> None:
+def test_an_unpacking_cut_short_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     """torchvision asks no more of MNIST's unpacked files than that they exist; those of CIFAR have checksums."""
     images = {
         True: write_mnist(tmp_path, monkeypatch)[True][0],
@@ -164,9 +162,7 @@ def test_an_unpacking_that_was_cut_short_is_mended_from_its_archive(
     assert asked == [] and not list(tmp_path.rglob(".*"))
 
 
-def test_an_unpacked_half_whose_archive_is_damaged_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unpacked_half_of_a_damaged_archive_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(tmp_path, monkeypatch)
     _ = Dataset("mnist", device=CPU, data_dir=tmp_path).train
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"

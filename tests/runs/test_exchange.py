@@ -204,15 +204,13 @@ def test_the_card_in_the_header_describes_the_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "card", ["", "our best set", "[]", "5", "[" * 10**5, '{"dataset": "digits"}', json.dumps({**CARD, "factor": "2"})]
 )
-def test_a_card_that_is_not_ours_is_passed_over_with_a_warning(card: str, tmp_path: Path, warnings: Warnings) -> None:
+def test_a_card_that_is_not_ours_is_passed_over(card: str, tmp_path: Path, warnings: Warnings) -> None:
     stored = read(safe(tmp_path, {"card": card}, images=IMAGES, labels=LABELS))
     (warning,) = warnings()
     assert stored.card is None and str(stored.file) in warning and "not used" in warning
 
 
-def test_without_the_package_its_files_are_answered_with_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_its_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = safe(tmp_path, images=IMAGES, labels=LABELS)
     for module in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -211,9 +211,7 @@ def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_repeated_updates_give_one_process_s_bits(
-    server: Server, tmp_path: Path, undisturbed: Outcome, count: int
-) -> None:
+def test_repeated_updates_give_the_same_bits(server: Server, tmp_path: Path, undisturbed: Outcome, count: int) -> None:
     assert outcome(distilled_by(server, count, tmp_path, *REPEATED)) == undisturbed
 
 
@@ -324,9 +322,7 @@ def test_shared_updates_add_up_to_those_of_one_process(server: Server, tmp_path:
 
 
 @pytest.mark.parametrize(("choice", "kind"), [(SHARED, "shared by 2 ranks"), (REPEATED, "whole")])
-def test_a_run_that_goes_on_keeps_its_kind_of_update(
-    server: Server, tmp_path: Path, choice: tuple[str, str], kind: str
-) -> None:
+def test_going_on_keeps_the_kind_of_update(server: Server, tmp_path: Path, choice: tuple[str, str], kind: str) -> None:
     stop = {0: {"computing": 4, "then": "SIGTERM"}}
     ended = run_group(server, 2, tiny(tmp_path, *choice), of=stop)
     assert [e.status for e in ended] == [128 + signal.SIGTERM] * 2, ended
@@ -411,9 +407,7 @@ def test_a_stop_ends_all_ranks_at_the_same_step(
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_is_killed_ends_the_others_which_say_so(
-    server: Server, tmp_path: Path, undisturbed: Outcome, victim: int
-) -> None:
+def test_a_killed_rank_ends_the_others(server: Server, tmp_path: Path, undisturbed: Outcome, victim: int) -> None:
     argv = tiny(tmp_path, *REPEATED)
     with injected("a rank of several is killed") as fault:
         began = time.monotonic()
@@ -520,9 +514,7 @@ class Torchrun:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_with_one_checkpoint(
-    server: Server, tmp_path: Path
-) -> None:
+def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_once(server: Server, tmp_path: Path) -> None:
     """--restart is meant once. One process then goes on to the same bytes."""
     argv = [*REPEATED, "--niter", "25", "--snapshot_every", "0", "--eval_every", "0"]
     run = Torchrun(2, tiny(tmp_path, *argv, "--restart"), restarts=1)

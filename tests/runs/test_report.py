@@ -31,9 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def test_into_a_pipe_progress_is_a_line_a_minute_with_the_time_left(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_into_a_pipe_progress_is_a_line_a_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1000, "distilling", "step") as progress:
         for _ in range(200):
             clock.now += 1

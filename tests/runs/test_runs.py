@@ -83,9 +83,7 @@ def test_options_json_says_what_ran_where(finished: Path) -> None:
     assert "CPU" in about["device"] and about["command"].startswith("condense.py")
 
 
-def test_the_same_command_gives_the_same_file_bit_for_bit_and_another_seed_does_not(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_the_same_command_gives_the_same_bits_and_another_seed_does_not(finished: Path, tmp_path: Path) -> None:
     assert outcome(distilled(tmp_path / "again", OFTEN)) == outcome(finished)
     assert outcome(distilled(tmp_path / "other", [*OFTEN, "--seed", "1"])).files != outcome(finished).files
 
@@ -106,7 +104,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert outcome(folder) == outcome(finished)
 
 
-def test_a_finished_run_says_so_and_computes_nothing(
+def test_a_finished_run_is_over(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(condense, "condense", lambda *a: pytest.fail("it is finished"))
@@ -153,9 +151,7 @@ def test_what_a_process_killed_in_a_write_leaves_is_taken_over(tmp_path: Path) -
     assert not list(folder.glob(".*"))
 
 
-def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_prints_options_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results"
     argv = ["--reproduce", "-d", "cifar10", "-f", "2", "--ipc", "10", "--dry-run", "--results_dir", str(results)]
     assert condense.main([*argv, "--data_dir", str(tmp_path / "nowhere")]) == 0
@@ -210,7 +206,7 @@ def settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_in_bfloat16_is_recorded_as_such_and_evaluated_in_float32(
+def test_a_run_in_bfloat16_and_its_evaluation(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, again = (distilled(tmp_path / name, [*OFTEN, "--precision", "bf16"]) for name in ("first", "again"))
@@ -261,18 +257,14 @@ def stopped(results: Path, *argv: str) -> Path:
     return folder
 
 
-def test_a_run_may_go_on_with_another_choice_of_compilation_but_not_of_the_method(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_run_may_go_on_with_another_choice_of_compilation_alone(finished: Path, tmp_path: Path) -> None:
     stopped(tmp_path, *OFTEN, "--compile", "off")
     with pytest.raises(UsageError, match=r"--kmeans batched there, sklearn here"):
         distilled(tmp_path, [*OFTEN, "--kmeans", "sklearn"])
     assert outcome(distilled(tmp_path, [*OFTEN, "--compile", "auto"])) == outcome(finished)
 
 
-def test_a_run_may_go_on_in_another_precision_which_is_recorded_until_it_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_may_go_on_in_another_recorded_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stopped(tmp_path, *TINY)
     folder = run(tmp_path, "--precision", "bf16")
     assert "warning: going on with precision bf16 after fp32" in capsys.readouterr().out
@@ -312,9 +304,7 @@ def test_going_on_under_other_conditions_is_allowed_and_recorded(
 
 
 @pytest.mark.slow
-def test_a_compiled_run_gives_the_same_images_up_to_rounding(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_compiled_run_gives_these_images_up_to_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if problem := compiler_error(torch.device("cpu")):
         pytest.skip(problem)
     few = ["--niter", "1", "--batch_syn_max", "128", "--repeat", "1"]
