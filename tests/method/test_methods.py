@@ -367,15 +367,6 @@ def test_whitened_images_are_evaluated_as_such(tmp_path: Path, capsys: pytest.Ca
     assert len(json.loads((tmp_path / "digits/real/eval.json").read_text())["results"]) == 2  # not taken for another
 
 
-def test_idc_with_representatives_is_dream() -> None:
-    for dataset, *more in (["digits"], ["cifar10", "--reproduce", "-f", "2"], ["mnist", "--reproduce", "-f", "2"]):
-        dream, idc = (
-            dataclasses.asdict(parsed("-d", dataset, *more, "-m", *words))
-            for words in (["dream"], ["idc", "--select", "kmeans"])
-        )
-        assert {name for name in dream if dream[name] != idc[name]} == {"method"}
-
-
 def test_a_network_with_batch_norm_can_be_distilled_with_by_every_method(tmp_path: Path) -> None:
     for method in METHODS:
         argv = [*TINY, "--norm_type", "batch", "--epochs", "1", "-m", method, *BUDGET[method].split()]

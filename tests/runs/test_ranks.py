@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -34,14 +33,13 @@ from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, t
 from tests.outcome import Outcome, metrics, outcome
 from tests.tally import injected
 from utils.method.augment import Augment
-from utils.method.images import ImageSet, Normalize, RealImages, SyntheticImages
+from utils.method.images import ImageSet, Normalize, RealImages
 from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
 from utils.numerics.derivatives import flattened
 from utils.system import distributed
 from utils.system.distributed import SINGLE, Shard, balanced
 from utils.system.draws import Draws
-from utils.system.errors import UsageError
 
 UNEVEN = {"a": 12, "b": 30, "c": 9, "d": 45, "e": 20}  # images of a folder's classes
 WEIGHTS, PIXELS = 1e-4, 1e-2  # differences allowed: of weights, and of pixels as a part of how far they moved
@@ -126,15 +124,6 @@ def test_drawn_images_are_those_of_one_process_whoever_holds_them(count: int) ->
     assert torch.equal(torch.stack(holders.given).sum(0, dtype=torch.uint8), images[index])
 
 
-def test_synthetic_images_are_taken_as_they_are_at_the_moment() -> None:
-    pixels = torch.rand(3, 2, 1, 4, 4)
-    source = SyntheticImages(lambda: pixels, 3, 2)
-    index = torch.tensor([5, 0, 3])
-    assert len(source) == 6 and source.take(index)[1].tolist() == [2, 0, 1]
-    pixels.zero_()
-    assert not source.take(index)[0].any()
-
-
 # --- What they tell each other, in real processes ---------------------------------------------------------------------
 
 
@@ -165,17 +154,6 @@ def telling(argv: list[str]) -> int:
     return 0
 
 
-def refusing(argv: list[str]) -> int:
-    """The first rank finds that something is wrong; all of them end with it."""
-    with distributed.process_group("gloo", minutes=1) as group:
-
-        def find() -> None:
-            raise UsageError("--x: is wrong")
-
-        group.broadcast(find)
-    return 0
-
-
 def silent(argv: list[str]) -> int:
     """The last rank does not answer."""
     with distributed.process_group("gloo", minutes=1 / 60) as group:
@@ -191,12 +169,6 @@ def program(function: Any) -> dict[str, Any]:
 
 def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> None:
     ended_well(run_group(server, 3, [], **program(telling)))
-
-
-def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all(server: Server) -> None:
-    ended = run_group(server, 2, [], **program(refusing))
-    assert [e.status for e in ended] == [2, 2]
-    assert re.fullmatch(r"tests\.runs\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
 
 
 def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
@@ -532,43 +504,3 @@ def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_once(server: Serv
         last = server.run(tiny(results, *argv), checkpoint_seconds=1000.0)
         assert last.status == 0, last
     assert outcome(tmp_path / FOLDER).distilled == outcome(tmp_path / "alone" / FOLDER).distilled
-
-
-OFTEN = """import sys
-sys.path.insert(0, {root!r})
-import condense
-from utils.runs import folder as run
-from utils.system import process
-run.CHECKPOINT_SECONDS = 0.3
-process.run_main(condense.main)
-"""
-KILLS = 20
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_twenty_kills_at_random_moments_change_nothing(server: Server, tmp_path: Path) -> None:
-    """One rank or the other, while they load, find each other, distil, or save, which they do three times a second."""
-    script, chance = tmp_path / "often.py", random.Random(0)
-    script.write_text(OFTEN.format(root=str(ROOT)))
-    argv = shlex.split("--ipc 1 -f 1 --niter 700 --snapshot_every 0 --eval_every 0 --share_update off")
-    alone = server.start(tiny(tmp_path / "alone", *argv), checkpoint_seconds=1000.0).wait(300)
-    assert alone.status == 0, alone
-    run = Torchrun(2, tiny(tmp_path, *argv), restarts=KILLS, script=script)
-    workers: dict[int, int] = {}
-    for _ in range(KILLS):
-        old = set(workers.values())
-        while len(workers := run.workers()) < 2 or set(workers.values()) & old:
-            assert run.process.poll() is None, run.wait()
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 7))  # loading takes four of them
-        os.kill(workers[chance.randrange(2)], signal.SIGKILL)
-    ended = run.wait()
-    assert ended.status == 0, ended
-    sessions = [event for event in metrics(tmp_path / "digits" / "convnet2_f1_ipc1") if "session" in event]
-    assert len(sessions) > KILLS // 4 and len({event["iteration"] for event in sessions}) > KILLS // 5
-    results = [outcome(path / "digits" / "convnet2_f1_ipc1") for path in (tmp_path, tmp_path / "alone")]
-    for _ in range(KILLS):
-        with injected("a rank under torchrun is killed") as fault:
-            fault.kept(results[0].distilled == results[1].distilled)

@@ -179,22 +179,7 @@ def test_a_dry_run_prints_options_and_touches_nothing(tmp_path: Path, capsys: py
     ids=" ".join,
 )
 def test_every_choice_of_the_method_runs(tmp_path: Path, more: list[str]) -> None:
-    run(
-        tmp_path,
-        "--niter",
-        "1",
-        "--inner_loop",
-        "2",
-        "--ipc",
-        "1",
-        "--epochs",
-        "1",
-        "--repeat",
-        "1",
-        "--width",
-        "4",
-        *more,
-    )
+    run(tmp_path, *ONCE, "--inner_loop", "2", "--ipc", "1", "--width", "4", *more)
 
 
 # --- Precision and compilation ----------------------------------------------------------------------------------------
