@@ -274,23 +274,20 @@ def test_the_tolerance_of_shared_updates_after_many_inner_steps(dtype: torch.dty
 
 
 def test_shared_updates_add_up_to_those_of_one_process(server: Server, tmp_path: Path) -> None:
-    """After 100 inner steps against one network, up to the order of summation in float32.
+    """After 40 inner steps against one network, up to the order of summation in float32.
 
     k-means answers a difference in the last digit with another representative now and then, random sampling does not.
     """
-    flags = shlex.split("--niter 1 --inner_loop 100 --interval 10 --n_data 16 --eval_every 0 --select random --depth 2")
+    flags = shlex.split("--niter 1 --inner_loop 40 --interval 10 --n_data 16 --eval_every 0 --select random --depth 2")
     flags += ["--image_folder", str(image_folder(tmp_path / "images", {"a": 20, "b": 9, "c": 14})), *SHARED]
-    folders = [
-        distilled_by(server, count, tmp_path / str(count), *flags, checkpoint_seconds=1000.0) for count in (1, 2, 3)
-    ]
-    one, *others = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
+    folders = [distilled_by(server, n, tmp_path / str(n), *flags, checkpoint_seconds=1000.0) for n in (1, 3)]
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
     start, _ = torch.load(folders[0] / "data_000000.pt", weights_only=True)
     moved = (one["pixels"].flatten(0, 1) - start).abs().max()
-    for other in others:
-        assert any(not torch.equal(a, b) for a, b in zip(one["net"].values(), other["net"].values(), strict=True))
-        for name, weight in one["net"].items():
-            torch.testing.assert_close(other["net"][name], weight, rtol=0, atol=WEIGHTS)
-        assert (other["pixels"] - one["pixels"]).abs().max() < PIXELS * moved
+    assert any(not torch.equal(a, b) for a, b in zip(one["net"].values(), other["net"].values(), strict=True))
+    for name, weight in one["net"].items():
+        torch.testing.assert_close(other["net"][name], weight, rtol=0, atol=WEIGHTS)
+    assert (other["pixels"] - one["pixels"]).abs().max() < PIXELS * moved
 
 
 @pytest.mark.parametrize(("choice", "kind"), [(SHARED, "shared by 2 ranks"), (REPEATED, "whole")])
@@ -328,9 +325,7 @@ def test_trajectories_are_matched_by_ranks_together(server: Server, tmp_path: Pa
 def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tmp_path: Path) -> None:
     assert server.run(tiny(tmp_path)).status == 0
     run = tmp_path / FOLDER
-    flags = shlex.split(
-        "-n convnet alexnet --epochs 2 --repeat 3 --width 4 --device cpu --baselines random --confusion"
-    )
+    flags = shlex.split("-n convnet --epochs 1 --repeat 3 --width 4 --device cpu --baselines random --confusion")
     argv = [str(run), *flags, "--results_dir", str(tmp_path), "--json"]
     one = server.run([*argv], program="train:main")
     assert one.status == 0, one
@@ -342,8 +337,8 @@ def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tm
         records = json.loads(ended.out.splitlines()[-1])["results"]
         return [(r["net"], r["trained_on"], r["accuracies"], r["confusion"]) for r in records]
 
-    assert results(many[0]) == results(one) and len(results(one)) == 6
-    assert len((run / "eval.json").read_text().split('"trained_on"')) == 1 + 6
+    assert results(many[0]) == results(one) and len(results(one)) == 3
+    assert len((run / "eval.json").read_text().split('"trained_on"')) == 1 + 3
 
 
 # --- Stops, and one rank that fails -----------------------------------------------------------------------------------
@@ -485,6 +480,7 @@ class Torchrun:
         return Ended(self.process.returncode, out, err)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_once(server: Server, tmp_path: Path) -> None:
     """--restart is meant once. One process then goes on to the same bytes."""
