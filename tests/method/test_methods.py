@@ -123,13 +123,6 @@ def test_mirror_images_are_left_out_where_they_are_other_classes() -> None:
         assert not any("flip" in parsed("-d", d, "-m", method).aug_type for d in ("mnist", "svhn", "digits"))
 
 
-def test_the_origin_of_a_method_s_settings_is_said() -> None:
-    origin = resolve.condense(["-m", "dm", "-d", "mnist", "--niter", "3"], "").origin
-    assert [origin[name] for name in ("match", "metric", "niter", "n_data", "factor")] == [
-        "method", "method", "flag", "method", "default",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

@@ -90,26 +90,6 @@ def test_bytes_and_floats_agree_and_keep_their_precision(make: Callable[[], Norm
     torch.testing.assert_close(Whiten.of(photos(500), MEAN, STD)(images), exact()(images), rtol=0, atol=1e-5)
 
 
-@each
-def test_mean_and_std_are_those_given(make: Callable[[], Normalize]) -> None:
-    assert make().mean.flatten().tolist() == pytest.approx(MEAN)
-    assert make().std.flatten().tolist() == pytest.approx(STD)
-
-
-def test_images_are_whitened_one_by_one_however_they_lie_in_memory() -> None:
-    whiten, images = exact(), photos(6).double() / 255
-    alone = torch.cat([whiten(image[None]) for image in images])
-    torch.testing.assert_close(whiten(images), alone)
-    torch.testing.assert_close(whiten(images.to(memory_format=torch.channels_last)), alone)
-    assert whiten(images[:0]).shape == (0, *SHAPE)
-
-
-@each
-def test_it_is_differentiable(make: Callable[[], Normalize]) -> None:
-    x = (photos(2).double() / 255).requires_grad_()
-    assert torch.autograd.gradcheck(make(), (x,))
-
-
 # --- The step of pixels -----------------------------------------------------------------------------------------------
 
 

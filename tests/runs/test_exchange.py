@@ -319,12 +319,6 @@ def test_other_rows_are_logits_and_a_warning_says_what_was_seen(warnings: Warnin
     assert f"range from {logits.min():.3g} to {logits.max():.3g}" in warnings()[-1] and "logits" in warnings()[-1]
 
 
-def test_certain_soft_labels_stay_exactly_what_they_are() -> None:
-    certain = torch.eye(3)[LABELS]
-    _, labels, soft = interpret(stored(IMAGES, LABELS, soft=certain), Real())
-    assert soft is not None and torch.equal(soft, certain) and torch.equal(labels, LABELS)
-
-
 def test_a_set_can_be_looked_at_without_its_data_set(tmp_path: Path) -> None:
     file = pt(tmp_path, (IMAGES - 0.5) / 0.25, LABELS)
     (tmp_path / "data.json").write_text(json.dumps({**CARD, "normalized": True}))

@@ -290,13 +290,12 @@ def test_shared_updates_add_up_to_those_of_one_process(server: Server, tmp_path:
     assert (other["pixels"] - one["pixels"]).abs().max() < PIXELS * moved
 
 
-@pytest.mark.parametrize(("choice", "kind"), [(SHARED, "shared by 2 ranks"), (REPEATED, "whole")])
-def test_going_on_keeps_the_kind_of_update(server: Server, tmp_path: Path, choice: tuple[str, str], kind: str) -> None:
-    stop = {0: {"computing": 4, "then": "SIGTERM"}}
-    ended = run_group(server, 2, tiny(tmp_path, *choice), of=stop)
+def test_going_on_with_another_kind_of_update_is_recorded(server: Server, tmp_path: Path) -> None:
+    ended = run_group(server, 2, tiny(tmp_path, *SHARED), of={0: {"computing": 4, "then": "SIGTERM"}})
     assert [e.status for e in ended] == [128 + signal.SIGTERM] * 2, ended
-    folder = distilled_by(server, 2, tmp_path)
-    assert [event["network_update"] for event in metrics(folder) if "session" in event] == [kind, kind]
+    folder = distilled_by(server, 2, tmp_path, *REPEATED)
+    kinds = [event["network_update"] for event in metrics(folder) if "session" in event]
+    assert kinds == ["shared by 2 ranks", "whole"]
 
 
 def test_a_network_that_looks_at_whole_batches_does_not_share_them(server: Server, tmp_path: Path) -> None:

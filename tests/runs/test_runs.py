@@ -141,15 +141,6 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(finished: Path,
     assert outcome(folder) == outcome(finished)
 
 
-def test_what_a_process_killed_in_a_write_leaves_is_taken_over(tmp_path: Path) -> None:
-    folder = tmp_path / "digits" / "convnet2_f2_ipc2"
-    folder.mkdir(parents=True)
-    for name in (".lock", ".options.json.part", ".checkpoint.pt.part"):
-        (folder / name).write_bytes(b"half a")
-    run(tmp_path, *ONCE)
-    assert not list(folder.glob(".*"))
-
-
 def test_a_dry_run_prints_options_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results"
     argv = ["--reproduce", "-d", "cifar10", "-f", "2", "--ipc", "10", "--dry-run", "--results_dir", str(results)]

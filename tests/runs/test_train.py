@@ -127,12 +127,6 @@ def test_the_upper_bound_of_other_images_with_the_same_names_is_another_one(
     assert "known from" not in capsys.readouterr().out
 
 
-def test_all_other_rows_are_trained_every_time(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):
-        assert train.main([*FEW, str(finished), "--baselines", "random", "--seed", "7"]) == 0
-        assert "known from" not in capsys.readouterr().out
-
-
 def test_a_damaged_eval_json_is_said_and_begun_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = finished / "eval.json"
     good = {"accuracies": [1.0], "seconds": 1.0}
@@ -395,15 +389,6 @@ def test_train_picks_by_data_set_factor_and_ipc(tmp_path: Path, capsys: pytest.C
     assert str(older) in capsys.readouterr().out
     with pytest.raises(UserError, match="no distilled set with data set digits, factor 7"):
         train.main(["--device", "cpu", *few, "-d", "digits", "-f", "7"])
-
-
-@pytest.mark.parametrize(("argv", "count"), [(["--real"], 134.7), (["--coreset", "kmeans", "--ipc", "3"], 3)])
-def test_the_real_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], count: float) -> None:
-    few = ["--epochs", "1", "--repeat", "1", "--width", "4", "--results_dir", str(tmp_path), "--json"]
-    assert train.main(["--device", "cpu", *argv, *few]) == 0
-    found = last_json(capsys)
-    assert found["images_per_class"] == pytest.approx(count)
-    assert len(list(tmp_path.glob("digits/*/eval.json"))) == 1
 
 
 def test_an_own_folder_goes_through_both_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
