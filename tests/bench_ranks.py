@@ -131,16 +131,8 @@ def parts_of(
 
     held: so many classes only, all on this process.
     """
-    more = [
-        "--init",
-        "random",
-        "--share_update",
-        "off",
-        "--precision",
-        precision,
-        "--compile",
-        "on" if compile else "off",
-    ]
+    compiled = "on" if compile else "off"
+    more = shlex.split(f"--init random --share_update off --precision {precision} --compile {compiled}")
     o = resolved([*work.words(device, image_folder), *more])
     data: Any = build.dataset(o) if work.random is None else RandomImages(work.random, device)
     shard = None if held is None else Shard(group, list(range(held)), data.classes)

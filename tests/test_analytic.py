@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.functional import jvp
 
 import models
 from models import Network
 from tests.oracle import class_distance
 from utils.method.objectives import METRICS, Comparison
 from utils.method.training import fresh_network
-from utils.numerics import analytic, block, derivatives
+from utils.numerics import analytic, derivatives
 from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
@@ -31,10 +32,11 @@ MATCHED = {
     "both": ("grad+embed", False),
     "all": ("embed+grad", True),
 }
-SIZES = [(8, 2, 8), (11, 2, 8), (11, 3, 4), (28, 2, 4)]  # side, depth, width
+Sizes = tuple[int, int, int]  # side, depth, width
+SIZES: list[tuple[Sizes, int]] = [((8, 2, 8), 1), ((8, 2, 8), 0), ((11, 3, 4), 5), ((28, 2, 4), 0)]  # images of a piece
 
 
-def network(norm: str, *, side: int = 8, depth: int = 2, width: int = 8, key: int = 0) -> Network:
+def network(norm: str, side: int = 8, depth: int = 2, width: int = 8, key: int = 0) -> Network:
     """In float64; its norm's parameters are random, so that they cannot be mistaken for one and zero."""
     spec = models.resolve("convnet", channels=3, classes=5, side=side, depth=depth, width=width, norm=norm)
     net = fresh_network(spec, Draws("cpu", key)).double()
@@ -71,30 +73,18 @@ def close(ours: Tensor, exact: Tensor, tolerance: float) -> bool:
     return ours.shape == exact.shape and bool((ours.double() - exact).norm() <= tolerance * exact.norm())
 
 
-@pytest.mark.parametrize("pixels", ["one", "five", "all"])
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("side", "depth", "width"), SIZES)
+@pytest.mark.parametrize(
+    ("sizes", "piece", "norm", "matched"),
+    [(*sizes, norm, "gradients") for sizes in SIZES for norm in NORMS]
+    + [(*SIZES[i], norm, matched) for i, norm in ((2, "instance"), (0, "group")) for matched in [*MATCHED][1:]],
+)
 def test_distances_and_their_gradients_are_those_of_autograd(
-    side: int, depth: int, width: int, norm: str, metric: str, pixels: str
+    sizes: Sizes, piece: int, norm: str, matched: str, metric: str
 ) -> None:
-    net, (real, syn, labels) = network(norm, side=side, depth=depth, width=width), classes(side)
-    how = Comparison(metric=metric)
-    limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]  # a piece is one image, five, or as many as there are
-    losses, gradients = derivatives.match(net, real, syn, labels, how.distance, compute(limit))
-    expected, exact = derivatives.match_by_autograd(net, real, syn, labels, how.distance, compute())
-    assert close(losses, expected, 1e-10) and close(gradients, exact, 1e-10)
-
-
-@pytest.mark.parametrize("pixels", ["one", "five", "all"])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("matched", [name for name in MATCHED if name != "gradients"])
-@pytest.mark.parametrize(("norm", "side"), [("instance", 11), ("group", 8)])
-def test_so_are_those_of_other_objectives(norm: str, side: int, matched: str, metric: str, pixels: str) -> None:
-    net, (real, syn, labels) = network(norm, side=side), classes(side)
+    net, (real, syn, labels) = network(norm, *sizes), classes(sizes[0])
     how = comparison(matched, metric)
-    limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]
-    losses, gradients = derivatives.match(net, real, syn, labels, how.distance, compute(limit))
+    losses, gradients = derivatives.match(net, real, syn, labels, how.distance, compute(piece * sizes[0] ** 2))
     expected, exact = derivatives.match_by_autograd(net, real, syn, labels, how.distance, compute())
     assert close(losses, expected, 1e-10) and close(gradients, exact, 1e-10)
 
@@ -126,33 +116,18 @@ def mixed(k: int, n: int) -> Tensor:
     return noise(k, n, 5, key=2).softmax(2)
 
 
-@pytest.mark.parametrize("pixels", ["one", "five", "all"])
-@pytest.mark.parametrize("nets", [1, 2, 3])
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("side", "depth", "width"), SIZES)
-def test_parameter_gradients_of_networks_side_by_side_are_those_of_autograd(
-    side: int, depth: int, width: int, norm: str, nets: int, pixels: str
-) -> None:
-    group = [network(norm, side=side, depth=depth, width=width, key=k) for k in range(nets)]
-    x, target = noise(nets, REAL, 3, side, side), mixed(nets, REAL)
-    limit = {"one": 1, "five": 5 * side**2, "all": 0}[pixels]
-    found = derivatives.gradients(group, x, target, compute(limit))
+@pytest.mark.parametrize("nets", [1, 3])
+@pytest.mark.parametrize("norm", models.NORMS)
+@pytest.mark.parametrize(("sizes", "piece"), SIZES)
+def test_parameter_gradients_are_those_of_autograd(sizes: Sizes, piece: int, norm: str, nets: int) -> None:
+    """Networks side by side, each with images of its own."""
+    group = [network(norm, *sizes, key=k) for k in range(nets)]
+    x, target = noise(nets, REAL, 3, sizes[0], sizes[0]), mixed(nets, REAL)
+    found = derivatives.gradients(group, x, target, compute(piece * sizes[0] ** 2))
     for net, images, wanted, ours in zip(group, x, target, found, strict=True):
         exact = torch.autograd.grad(F.cross_entropy(net(images), wanted), list(net.parameters()))
         for g, e in zip(ours, exact, strict=True):
             torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-14)  # a bias before instance norm: zero up to rounding
-
-
-@pytest.mark.parametrize("norm", ["batch", "none"])
-def test_parameter_gradients_of_other_networks_are_those_of_autograd(norm: str) -> None:
-    group = [network(norm, key=k) for k in range(2)]
-    x, target = noise(2, REAL, 3, 8, 8), mixed(2, REAL)
-    for net, images, wanted, ours in zip(
-        group, x, target, derivatives.gradients(group, x, target, compute()), strict=True
-    ):
-        exact = torch.autograd.grad(F.cross_entropy(net(images), wanted), list(net.parameters()))
-        for g, e in zip(ours, exact, strict=True):
-            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-14)
 
 
 def batch_and_direction(net: Network, side: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -164,15 +139,12 @@ def batch_and_direction(net: Network, side: int) -> tuple[Tensor, Tensor, list[T
     return x, target, direction
 
 
-@pytest.mark.parametrize("pixels", ["one", "five", "all"])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("side", "depth", "width"), SIZES)
-def test_slopes_in_a_direction_and_their_derivatives_are_those_of_autograd(
-    side: int, depth: int, width: int, norm: str, pixels: str
-) -> None:
-    net = network(norm, side=side, depth=depth, width=width)
-    x, target, direction = batch_and_direction(net, side)
-    c, parameters = compute({"one": 1, "five": 5 * side**2, "all": 0}[pixels]), list(net.parameters())
+@pytest.mark.parametrize(("sizes", "piece"), SIZES)
+def test_slopes_and_their_derivatives_are_those_of_autograd(sizes: Sizes, piece: int, norm: str) -> None:
+    net = network(norm, *sizes)
+    x, target, direction = batch_and_direction(net, sizes[0])
+    c, parameters = compute(piece * sizes[0] ** 2), list(net.parameters())
     batch = list(derivatives.pieces(net, parameters, x, target, c, gradients=True))
     assert all(isinstance(piece, analytic.Traced) for piece in batch)
     slope, by_parameters, by_x = derivatives.slope(batch, direction)
@@ -241,94 +213,6 @@ def test_parts_are_as_few_and_as_even_as_can_be(n: int, limit: int, expected: li
     assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
 
 
-# --- utils/numerics/block.py -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("size", [(6, 6), (7, 7), (2, 2), (5, 4)])
-@pytest.mark.parametrize("groups", [8, 4, 1])
-class TestBlock:
-    """Each function against autograd of `forward`, whose own value is that of PyTorch's layers."""
-
-    def inputs(self, size: tuple[int, int], per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
-        n = 3
-        rows = n if per_image else 1
-        return noise(n, 8, *size), noise(rows, 8, 1, 1, key=1), noise(rows, 8, 1, 1, key=2)
-
-    def h(self, a: Tensor, gamma: Tensor, beta: Tensor, groups: int) -> Tensor:
-        normed = F.group_norm(a, groups, eps=1e-5)
-        return F.avg_pool2d((normed * gamma + beta).relu(), 2)
-
-    def test_forward(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
-        a, gamma, beta = self.inputs(size, per_image)
-        h, (_, m, r, *_) = block.forward(a, gamma, beta, groups, 1e-5)
-        torch.testing.assert_close(h, self.h(a, gamma, beta, groups), rtol=1e-10, atol=1e-12)
-        grouped = a.unflatten(1, (groups, -1)).flatten(2)
-        torch.testing.assert_close(m.flatten(1), grouped.mean(2), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(r.flatten(1) ** -2, grouped.var(2, correction=0) + 1e-5, rtol=1e-10, atol=0)
-
-    def test_backward(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
-        a, gamma, beta = (x.requires_grad_() for x in self.inputs(size, per_image))
-        dh = noise(3, 8, size[0] // 2, size[1] // 2, key=3)
-        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
-        expected = torch.autograd.grad(self.h(a, gamma, beta, groups), (a, gamma, beta), dh)
-        with torch.no_grad():
-            da, (_, s0, s1) = block.backward(norm, dh)
-        pixels = size[0] * size[1]
-        torch.testing.assert_close(da, expected[0], rtol=1e-9, atol=1e-12)
-        for sums, exact in ((s1, expected[1]), (s0, expected[2])):
-            ours = pixels * sums if per_image else pixels * sums.sum(0, keepdim=True)
-            torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-12)
-
-    def test_tangent(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
-        a, gamma, beta = self.inputs(size, per_image)
-        a_dot = noise(*a.shape, key=4)
-        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
-        h_dot, (_, t0, t1) = block.tangent(norm, a_dot)
-        _, expected = jvp(lambda a: self.h(a, gamma, beta, groups), a, a_dot)
-        torch.testing.assert_close(h_dot, expected, rtol=1e-9, atol=1e-12)
-        x, t = (v.unflatten(1, (groups, -1)).flatten(2) for v in (F.group_norm(a, groups, eps=1e-5), a_dot))
-        torch.testing.assert_close(t0.flatten(1), t.mean(2), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(t1.flatten(1), (x * t).mean(2), rtol=1e-9, atol=1e-12)
-
-    def test_adjoint(self, groups: int, size: tuple[int, int], per_image: bool) -> None:
-        """The gradient of <dh, h_dot> + <h_bar, h>: what reaches a through the tangent, and through h itself."""
-        a, gamma, beta = self.inputs(size, per_image)
-        a_dot = noise(*a.shape, key=4)
-        dh, h_bar = (noise(3, 8, size[0] // 2, size[1] // 2, key=k) for k in (5, 6))
-        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
-        _, gradient = block.backward(norm, dh)
-        _, tangent = block.tangent(norm, a_dot)
-        ours, means = block.adjoint(norm, gradient, tangent, h_bar)
-        assert not means
-
-        a.requires_grad_()
-        h, h_dot = jvp(lambda a: self.h(a, gamma, beta, groups), a, a_dot, create_graph=True)
-        (expected,) = torch.autograd.grad((dh * h_dot).sum() + (h_bar * h).sum(), a)
-        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9)
-
-    def test_tangent_and_adjoint_where_gamma_and_beta_move(
-        self, groups: int, size: tuple[int, int], per_image: bool
-    ) -> None:
-        a, gamma, beta = inputs = self.inputs(size, per_image)
-        dots = noise(*a.shape, key=4), noise(*gamma.shape, key=7), noise(*beta.shape, key=8)
-        dh, h_bar = (noise(3, 8, size[0] // 2, size[1] // 2, key=k) for k in (5, 6))
-        _, norm = block.forward(a, gamma, beta, groups, 1e-5)
-        _, gradient = block.backward(norm, dh)
-        h_dot, tangent = block.tangent(norm, *dots)
-        a_bar, (u0, u1) = block.adjoint(norm, gradient, tangent, h_bar, dots[1])
-
-        for x in inputs:
-            x.requires_grad_()
-        h, expected = jvp(lambda *each: self.h(each[0], each[1], each[2], groups), inputs, dots, create_graph=True)
-        torch.testing.assert_close(h_dot, expected.detach(), rtol=1e-9, atol=1e-12)
-        by_a, by_gamma, by_beta = torch.autograd.grad((dh * expected).sum() + (h_bar * h).sum(), inputs)
-        torch.testing.assert_close(a_bar, by_a, rtol=1e-8, atol=1e-9)
-        for means, exact in ((u1, by_gamma), (u0, by_beta)):
-            ours = size[0] * size[1] * (means if per_image else means.sum(0, keepdim=True))
-            torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-9)
-
-
 # --- Precision and compilation ----------------------------------------------------------------------------------------
 
 
@@ -354,25 +238,18 @@ def test_the_error_in_float32_is_of_autograd_s_size(norm: str, metric: str) -> N
         assert (ours - exact).norm() <= 10 * (theirs - exact).norm()
 
 
-@pytest.mark.parametrize("matched", MATCHED)
-@pytest.mark.parametrize("norm", NORMS)
-def test_bfloat16_is_float32_up_to_its_own_rounding(norm: str, matched: str) -> None:
+@pytest.mark.parametrize(
+    ("by", "norm", "how"),
+    [(derivatives.match, norm, comparison(matched)) for norm in NORMS for matched in MATCHED]
+    + [
+        (derivatives.match_by_autograd, norm, Comparison(objective, fc=True))
+        for norm in ("instance", "batch", "none")
+        for objective in ("grad", "feat", "embed")
+    ],
+)
+def test_bfloat16_is_float32_up_to_its_own_rounding(by: Callable[..., Any], norm: str, how: Comparison) -> None:
     net, (real, syn, labels) = network(norm, side=16, depth=2, width=32).float(), classes(16)
-    match = partial(derivatives.match, net, real.float(), syn.float(), labels, comparison(matched).distance)
-    expected, exact = match(compute())
-    losses, gradients = match(compute(precision="bf16"))
-    assert losses.dtype == gradients.dtype == torch.float32
-    assert close(losses, expected, 0.2) and close(gradients, exact, 0.2)
-    assert not torch.equal(gradients, exact)
-
-
-@pytest.mark.parametrize("objective", ["grad", "feat", "embed"])
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
-def test_autograd_computes_in_bfloat16_too(norm: str, objective: str) -> None:
-    net, (real, syn, labels) = network(norm, side=16, depth=2, width=32).float(), classes(16)
-    match = partial(
-        derivatives.match_by_autograd, net, real.float(), syn.float(), labels, Comparison(objective, fc=True).distance
-    )
+    match = partial(by, net, real.float(), syn.float(), labels, how.distance)
     expected, exact = match(compute())
     losses, gradients = match(compute(precision="bf16"))
     assert losses.dtype == gradients.dtype == torch.float32

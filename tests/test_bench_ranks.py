@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -31,12 +30,6 @@ def test_with_free_links_a_step_is_the_classes_of_the_rank_that_has_most_and_the
     assert found.seconds == pytest.approx(most * (2.0 + 0.5) + 4.0)
 
 
-def test_an_all_reduce_costs_its_traffic_and_its_steps() -> None:
-    links = Links(machine=8, within=100, between=10, latency_within=0.5, latency_between=3)
-    assert links.all_reduce(100, 8) == pytest.approx(2 * (7 / 8) * 100 / 100 + 3 * 0.5)
-    assert links.all_reduce(100, 16) == pytest.approx(2 * (15 / 16) * 100 / 10 + 4 * 3)  # between machines
-
-
 def test_an_update_is_shared_out_where_its_gradients_cost_less_than_it_saves() -> None:
     links = Links(machine=8, within=1e9, latency_within=1e-3, latency_host=0.25)
     repeated, shared = inner_step(LOAD, 4, links), inner_step(SHRINKING, 4, links)
@@ -45,17 +38,6 @@ def test_an_update_is_shared_out_where_its_gradients_cost_less_than_it_saves() -
     assert shared.shared and shared.communication == pytest.approx(repeated.communication + gradients)
     assert shared.update == pytest.approx(4 * fullest_share(4, 100, 128))
     assert not inner_step(SHRINKING, 4, links._replace(within=1e7)).shared  # 16 x 2 MB
-
-
-def test_chance_gives_one_rank_more_of_a_mini_batch() -> None:
-    assert fullest_share(1, 100, 128) == 1
-    # The larger of two binomials: n / 2 + sqrt(n / (2 pi)).
-    assert fullest_share(2, 100, 128) == pytest.approx(0.5 + (1 / (2 * torch.pi * 128)) ** 0.5, abs=0.01)
-    assert 4 / 128 < fullest_share(64, 100, 128) < 9 / 128
-
-
-def test_a_curve_is_proportional_where_nothing_else_is_known() -> None:
-    assert [forecast.at([(1, 1.0), (5, 3.0)], amount) for amount in (0.5, 1, 3, 5, 10)] == [1.0, 1.0, 2.0, 3.0, 6.0]
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -79,17 +61,7 @@ def test_images_that_are_not_there_are_asked_for(capsys: pytest.CaptureFixture[s
     assert "--works cifar10: say where its images are with --image_folder DIR" in capsys.readouterr().err
 
 
-def test_where_there_are_several_gpus_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = argparse.Namespace(precisions=["fp32"])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
-    monkeypatch.setattr(bench_ranks, "run", lambda given, device: ("", vars(given)))
-    _, ran = forecast.run(given, torch.device("cuda"))
-    assert (ran["works"], ran["processes"]) == (["cifar100_ipc50", "imagenet100"], [1, 2, 4, 6])
-
-
-def test_a_tiny_work_is_measured_and_forecast(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tiny_forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half as many images as the work has, so that everything measured counts twice."""
     monkeypatch.setattr(forecast, "compiler_error", lambda device: "not in a test")
     work = dataclasses.replace(WORKS["tiny"], smaller="--batch_real 4 --batch_syn_max 4 --n_data 16")

@@ -64,9 +64,7 @@ def every_result(
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_functions_compiled_for_a_cpu_give_the_same_numbers(
-    quick: BlockFunctions, case: str, norm: str, dtype: torch.dtype
-) -> None:
+def test_compiled_functions_give_the_same(quick: BlockFunctions, case: str, norm: str, dtype: torch.dtype) -> None:
     groups = NORMS[norm] if norm != "instance" else CASES[case][2]
     for ours, exact in zip(
         *(every_result(how, dtype, groups, CASES[case]) for how in (quick, BlockFunctions())), strict=True

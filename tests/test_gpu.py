@@ -127,9 +127,7 @@ def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool,
         *(("color_crop_cutout", "instance", matched, True) for matched in MATCHED[1:]),
     ],
 )
-def test_a_captured_step_gives_the_same_pixels_and_weights(
-    names: str, norm: str, matched: Comparison, joint: bool, device: str
-) -> None:
+def test_a_captured_step_gives_the_same(names: str, norm: str, matched: Comparison, joint: bool, device: str) -> None:
     captured, plain = (new_state(device, names=names, norm=norm, matched=matched, joint=joint) for _ in range(2))
     captured_step(plain).off = plain.trainer.step.off = True
     for state in (captured, plain):

@@ -172,18 +172,14 @@ def test_a_checkpoint_that_would_run_code_never_does(folder: Path, tmp_path: Pat
         assert not marker.exists()
 
 
-def test_options_that_were_never_complete_do_not_block_the_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_incomplete_options_do_not_block_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / FOLDER).mkdir(parents=True)
     (tmp_path / FOLDER / "options.json").write_text("")
     assert condense.main(tiny(tmp_path)) == 0
     assert "nothing had been saved yet, so the run begins again" in capsys.readouterr().out
 
 
-def test_a_data_json_that_somebody_edited_is_used_with_a_warning(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_edited_data_json_is_used_with_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "data.json"
     file.write_text(file.read_text().replace('"factor": 2', '"factor": 4'))
     argv = [str(folder), "--device", "cpu", "--epochs", "1", "--repeat", "1", "--baselines", "none"]
@@ -207,9 +203,7 @@ def condensed_from(source: Path, results: Path, tag: str, *more: str) -> Path:
     return (results / FOLDER).with_name(f"{FOLDER.name}_{tag}")
 
 
-def test_a_run_begun_from_the_start_of_another_one_s_iteration_gives_the_same(
-    server: Server, operations: list[Operation], finished: Path, tmp_path: Path
-) -> None:
+def test_a_run_begun_from_another(server: Server, operations: list[Operation], finished: Path, tmp_path: Path) -> None:
     source = stopped(server, tmp_path / "source", operations, "write", "metrics.jsonl", 2)
     for name in ("", "checkpoint.pt"):
         found = condensed_from(source / name, tmp_path, f"from{len(name)}")
@@ -228,17 +222,13 @@ def test_another_run_s_state_goes_on_with_other_settings(halfway: Path, tmp_path
     assert (tensors.read_tensors(found / "data.pt", "")[0] != before).any()
 
 
-def test_a_snapshot_is_a_state_to_begin_from(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_snapshot_is_a_state_to_begin(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = condensed_from(finished / "data_000002.pt", tmp_path, "snapshot")
     assert "after its outer iteration 2" in capsys.readouterr().out
     assert [event["iteration"] for event in metrics(found) if "loss" in event] == [3]
 
 
-def test_a_run_that_begins_elsewhere_goes_on_from_its_own_checkpoint(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_has_its_own_checkpoint(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = tiny(tmp_path, "--tag", "own", "--resume_from", str(folder))
     assert condense.main([*argv, "--max_minutes", "1e-9"]) == 0
     shutil.rmtree(folder)

@@ -137,9 +137,7 @@ def content(place: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_of_several_runs_one_downloads_and_the_others_wait(
-    name: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_downloads_others_wait(name: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publisher, expected = published(name, tmp_path, monkeypatch)
     place = tmp_path / "daten sätze"
     with injected("data folder that is still downloading", times=4), publisher.open(pause=PAUSE) as url:
@@ -177,7 +175,7 @@ def survive_kills(
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_download_that_is_killed_anywhere_is_made_again(
+def test_a_killed_download_is_redone(
     name: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher, _ = published(name, tmp_path, monkeypatch)
@@ -187,9 +185,7 @@ def test_a_download_that_is_killed_anywhere_is_made_again(
     assert halves >= {file for file in whole if file.endswith((".gz", ".mat", "ubyte"))}
 
 
-def test_an_unpacking_that_is_killed_anywhere_is_made_again(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_unpacking_is_made_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of archives that are there, over what an earlier unpacking left."""
     publisher, _ = published("mnist", tmp_path, monkeypatch)
 
@@ -229,9 +225,7 @@ def test_those_who_wait_for_a_run_that_is_killed_go_on_and_finish(
         assert content(place) == content(publisher.folder)
 
 
-def test_unpacked_files_that_were_cut_short_are_mended(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unpacked_files_cut_short_are_mended(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchvision asks no more of MNIST's unpacked files than that they exist."""
     publisher, expected = published("mnist", tmp_path, monkeypatch)
     place, before = publisher.folder, content(publisher.folder)
@@ -245,7 +239,7 @@ def test_unpacked_files_that_were_cut_short_are_mended(
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_read_only_data_folder_is_read_under_any_of_its_names(
+def test_read_only_data_folder_is_read(
     name: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher, expected = published(name, tmp_path, monkeypatch)

@@ -270,9 +270,7 @@ def kill_until_it_ends(server: Server, results: Path, moments: random.Random, se
 
 
 @pytest.mark.slow
-def test_sixty_kills_at_random_moments_lose_nothing(
-    server: Server, longer: tuple[Outcome, float], tmp_path: Path
-) -> None:
+def test_sixty_kills_at_random_lose_nothing(server: Server, longer: tuple[Outcome, float], tmp_path: Path) -> None:
     expected, seconds = longer
 
     def thirty(seed: int) -> None:
@@ -300,9 +298,7 @@ def test_the_real_program_killed_at_random_moments_loses_nothing(undisturbed: Ou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_while_the_program_still_loads_shows_no_traceback(
-    server: Server, undisturbed: Outcome, tmp_path: Path, name: str
-) -> None:
+def test_a_signal_while_loading_ends_clearly(server: Server, undisturbed: Outcome, tmp_path: Path, name: str) -> None:
     with injected(f"{name} while the program loads", times=3) as fault:
         for seconds in (0.3, 0.8, 1.6):
             process = program(tmp_path / "results")

@@ -16,16 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing import (
-    FOLDER,
-    Operation,
-    Server,
-    goes_on,
-    must_be,
-    must_say,
-    tiny,
-    two_at_a_time,
-)
+from tests.killing import FOLDER, Operation, Server, goes_on, must_be, must_say, tiny, two_at_a_time
 from tests.outcome import Outcome
 from tests.tally import injected
 
@@ -83,9 +74,7 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_at_random_moments_loses_nothing(
-    on_disk: tuple[Server, Path], undisturbed: Outcome
-) -> None:
+def test_a_disk_that_fills_up_at_random_loses_nothing(on_disk: tuple[Server, Path], undisturbed: Outcome) -> None:
     server, disk = on_disk
     draw, failed = random.Random(0), 0
     for turn in range(14):
@@ -132,9 +121,7 @@ def test_a_disk_that_is_full_when_a_signal_asks_to_save_is_told_in_one_line(
 # --- No right to write ------------------------------------------------------------------------------------------------
 
 
-def test_a_results_folder_that_may_not_be_written_is_named(
-    server: Server, undisturbed: Outcome, tmp_path: Path
-) -> None:
+def test_a_results_folder_that_is_read_only_is_named(server: Server, undisturbed: Outcome, tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
     with injected("read-only results folder") as fault:

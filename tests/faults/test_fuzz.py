@@ -436,10 +436,7 @@ PROPERTIES = {
         check_state, st.tuples(STATES, st.sampled_from(["data_000003.pt", "checkpoint.pt"])), few=25, many=2000
     ),
     "safetensors": Property(
-        check_safetensors,
-        st.tuples(SAFES, st.sampled_from(SAFE_NAMES), st.sampled_from(SAID)),
-        few=20,
-        many=1500,
+        check_safetensors, st.tuples(SAFES, st.sampled_from(SAFE_NAMES), st.sampled_from(SAID)), few=20, many=1500
     ),
 }
 
@@ -516,9 +513,7 @@ def test_a_set_beyond_the_memory_is_refused_before_it_is_read(place: Path, monke
 
 
 @pytest.mark.parametrize("decode_type", ["single", "multi"])
-def test_a_set_that_decodes_to_more_than_the_memory_holds_is_refused(
-    decode_type: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_that_decodes_to_much_is_refused(decode_type: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [str(written(place, "x.pt", SOUND)), "-d", "digits", "-f", "8", "--decode_type", decode_type]
     monkeypatch.setattr(exchange, "free_memory", lambda device: 40 * IMAGES.nbytes)
     with pytest.raises(UserError, match=r"x\.pt: needs .* GB of memory.*-f 8"):

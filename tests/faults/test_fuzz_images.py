@@ -409,15 +409,11 @@ def test_a_data_set_is_not_held_twice_while_it_is_read(tmp_path: Path) -> None:
 # --- Links, pipes, names ----------------------------------------------------------------------------------------------
 
 
-def test_links_in_circles_add_no_image(tmp_path: Path) -> None:
+def test_links_are_followed_and_links_in_circles_add_no_image(tmp_path: Path) -> None:
     root = sound(tmp_path)
     for name, target in (("here", "."), ("up", ".."), ("top", "../.."), ("again", "here/up/a")):
         (root / "train" / "a" / name).symlink_to(target)
     assert images_or_refusal(root, None) == 2
-
-
-def test_links_to_folders_and_files_elsewhere_are_followed(tmp_path: Path) -> None:
-    root = sound(tmp_path)
     elsewhere = save(tmp_path / "elsewhere" / "0.png", noise(8, 8, 3)).parent
     (root / "train" / "a" / "more").symlink_to(elsewhere)
     (root / "train" / "a" / "x.png").symlink_to(elsewhere / "0.png")
@@ -514,9 +510,7 @@ def test_the_number_of_threads_is_that_of_the_flag(tmp_path: Path, monkeypatch: 
     assert {*used} == {3, 2}
 
 
-def test_a_machine_without_a_thread_to_spare_is_told_of_the_flag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_threads_is_told_of_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 

@@ -68,9 +68,7 @@ def replace_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "strategy", [pytest.param(s, marks=[] if s == "kmeans" else pytest.mark.slow) for s in STRATEGIES]
 )
-def test_another_test_split_changes_accuracies_and_nothing_else_of_a_distillation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
-) -> None:
+def test_the_test_split_changes_accuracies_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     expected = outcome(distil(tmp_path / "real", "--select", strategy))
     with injected("test split replaced by noise") as fault:
         replace_digits(monkeypatch)
@@ -152,9 +150,7 @@ def seal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_data, "digest", unsealed(training_data.digest))
 
 
-def test_the_test_split_is_read_while_a_trained_network_is_tested_and_at_no_other_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_test_split_is_read_while_a_network_is_tested_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = outcome(distil(tmp_path / "open"))
     with injected("test split sealed outside of tests") as fault:
         seal(monkeypatch)
@@ -206,9 +202,7 @@ def matches(record: dict[str, Any], accuracies: list[float]) -> bool:
     )
 
 
-def test_every_network_is_tested_once_and_all_of_them_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_network_is_tested_once_and_all_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether results get worse or better on the way, what is reported is the mean over the last evaluation."""
     runs = []
     for right in (FALLING, RISING):
@@ -224,9 +218,7 @@ def test_every_network_is_tested_once_and_all_of_them_are_reported(
     assert runs[0] == runs[1]
 
 
-def test_a_table_holds_all_trainings_of_every_row_in_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_holds_all_trainings_of_a_row_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = distil(tmp_path / "results", "--eval_every", "0")
     for right in (FALLING, RISING):
         with monkeypatch.context() as patch, injected("made-up test results") as fault:

@@ -73,9 +73,7 @@ def test_what_a_dead_process_left_does_not_block(content: bytes, tmp_path: Path)
         assert not lock.exists()
 
 
-def test_waiting_ends_when_the_other_one_is_done_and_says_so_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_waiting_ends_with_the_other_one_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with holder(tmp_path / ".lock", 0.7) as process, caplog.at_level("INFO", "dream"):
         began = time.monotonic()
         with locked(tmp_path / ".lock", doing="x", wait=True):

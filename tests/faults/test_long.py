@@ -99,9 +99,7 @@ MESSAGE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO   |WARNING|ERROR  ) 
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="looks at processes as Linux shows them")
-def test_thousands_of_iterations_leave_memory_handles_threads_and_files_as_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_thousands_of_iterations_leave_memory_and_handles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, every = tmp_path / "results", SOAK // 6
     more = shlex.split(f"--niter {SOAK} --batch_real 2 --n_data 4 --eval_every {every} --tag soak")
     with injected(f"soak: {SOAK:,} outer iterations in one process") as fault:
@@ -128,9 +126,7 @@ def test_thousands_of_iterations_leave_memory_handles_threads_and_files_as_they_
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="looks at processes as Linux shows them")
-def test_hundreds_of_trainings_leave_memory_handles_and_threads_as_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hundreds_of_trainings_leave_memory_and_handles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = 600
     argv = shlex.split(f"--coreset random --ipc 1 --epochs 3 --width 8 --repeat {count} --device cpu --json")
     with injected(f"soak: {count} trainings in one process") as fault:
@@ -206,9 +202,7 @@ def test_fresh_processes_give_the_same_bytes_wherever_they_run_and_whatever_the_
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_an_image_folder_gives_the_same_bytes_with_any_number_of_threads_and_any_order_of_its_files(
-    tmp_path: Path,
-) -> None:
+def test_an_image_folder_gives_the_same_bytes_with_any_number_of_threads_and_order_of_files(tmp_path: Path) -> None:
     counts = {"cat": 9, "dog": 14, "eel": 6}
     photos = image_folder(tmp_path / "photos", counts, {"cat": 5, "dog": 4, "eel": 3}, shape=(12, 10, 3))
     for file in sorted(photos.rglob("*.png"), reverse=True):
@@ -228,9 +222,7 @@ def test_an_image_folder_gives_the_same_bytes_with_any_number_of_threads_and_any
 
 
 @pytest.mark.gpu
-def test_deterministic_gives_the_same_bytes_in_two_processes_on_a_gpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_deterministic_gives_the_same_bytes_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And says what it costs."""
     larger = shlex.split("--device cuda --niter 3 --inner_loop 40 --width 64 --batch_real 64 --n_data 256")
     plain, once, again = (

@@ -75,12 +75,9 @@ def test_pieces_are_halved_until_they_fit_and_not_without_end() -> None:
         compute.retry(lambda: fails(0))
 
 
-def test_smaller_pieces_mean_fewer_classes_at_once() -> None:
+def test_smaller_pieces_mean_fewer_classes_at_once_and_a_cpu_computes_one() -> None:
     groups = [Compute(torch.device("cuda"), pixels=2**n).classes_at_once(images=64, side=16) for n in (14, 16, 18)]
     assert groups == [1, 4, 16]
-
-
-def test_a_cpu_computes_class_by_class_whoever_owns_the_others() -> None:
     assert Compute(torch.device("cpu")).classes_at_once(images=1, side=8) == 1
 
 

@@ -42,9 +42,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", ["", "2>&1"])
-def test_a_pipe_whose_reader_leaves_ends_the_run_like_a_signal(
-    server: Server, undisturbed: Outcome, tmp_path: Path, streams: str
-) -> None:
+def test_a_broken_pipe_ends_a_run_cleanly(server: Server, undisturbed: Outcome, tmp_path: Path, streams: str) -> None:
     results = tmp_path / "results"
     command = shlex.join([sys.executable, str(ROOT / "condense.py"), *tiny(results, "--niter", "500", "--tag", "x")])
     with injected("reader of the output gone") as fault:
@@ -93,9 +91,7 @@ def test_a_closed_terminal_ends_the_run_like_a_signal(server: Server, undisturbe
 
 
 @pytest.mark.slow
-def test_a_terminal_closed_at_random_moments_loses_nothing(
-    server: Server, undisturbed: Outcome, tmp_path: Path
-) -> None:
+def test_a_terminal_closed_at_random_loses_nothing(server: Server, undisturbed: Outcome, tmp_path: Path) -> None:
     def check(seed: int) -> None:
         with injected("terminal closed") as fault:
             results = tmp_path / f"results_{seed}"
@@ -162,7 +158,7 @@ def test_a_results_folder_may_have_any_name_and_be_named_in_several_ways(
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2], ids=["results folder", "folder of the data set", "run folder"])
-def test_a_folder_may_be_a_link_to_another_place(
+def test_a_folder_may_be_a_link(
     server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path, depth: int
 ) -> None:
     link, elsewhere = Path(tmp_path / "results", *FOLDER.parts[:depth]), tmp_path / "elsewhere"

@@ -41,9 +41,7 @@ def size(file: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_the_picture_of_a_set_has_a_row_per_class(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_picture_has_a_row_per_class(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "picture.png"
     assert distilled.main([str(runs[0]), "--out", str(out), "--classes", "3", "8", "0", "--columns", "3"]) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"

@@ -40,9 +40,7 @@ def two_strategies(root: Path) -> list[str]:
     ]
 
 
-def test_curves_say_when_one_group_reaches_the_final_accuracy_of_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_curves_say_when_a_group_reaches_the_end_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, out = two_strategies(tmp_path), tmp_path / "curves.pdf"
     assert curves.main([*words, "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -75,9 +73,7 @@ def test_repeats_are_averaged_where_all_of_them_have_been(tmp_path: Path) -> Non
     refused(curves.main, words, words[0], "shares no iteration", status=1, unchanged=tmp_path)
 
 
-def test_a_group_that_begins_above_the_goal_reaches_it_at_the_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_group_that_begins_above_the_goal_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         run(tmp_path, "a", {0: (0, 40), 10: (8, 50)}, init="kmeans"),
         run(tmp_path, "b", {0: (0, 10), 10: (8, 40)}, init="noise"),
@@ -139,9 +135,7 @@ def test_an_unfinished_run_is_drawn_with_a_warning(tmp_path: Path, capsys: pytes
     assert f"warning: {word}: is unfinished, after 4 of 10 outer iterations" in capsys.readouterr().out
 
 
-def test_bars_are_the_final_accuracies_in_the_order_of_the_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bars_are_the_final_accuracies_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         run(tmp_path, "c", {0: (0, 90), 10: (1, 60)}, interval=10),
         run(tmp_path, "a", {0: (0, 90), 10: (1, 50)}, interval=2, seed=0),

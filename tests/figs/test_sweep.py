@@ -45,9 +45,7 @@ def test_every_combination_and_seed_is_a_command_of_its_own_with_the_first_seed_
         ("select=random", ["--dry-run"], "--dry_run"),
     ],
 )
-def test_words_that_make_no_sense_are_refused_before_the_first_run(
-    vary: str, more: list[str], says: str, tmp_path: Path
-) -> None:
+def test_words_that_make_no_sense_are_refused_first(vary: str, more: list[str], says: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=says):
         sweep.main(["--vary", vary, "--", *more, "--results_dir", str(tmp_path / "results")])
     assert not list(tmp_path.iterdir())

@@ -43,9 +43,7 @@ def test_cells_cover_the_side_without_overlap_when_the_factor_does_not_divide_it
 
 @pytest.mark.parametrize("decode_type", DECODE_TYPES)
 @pytest.mark.parametrize(("ipc", "factor"), [(1, 1), (1, 2), (10, 2), (50, 2), (50, 3), (200, 2), (7, 5)])
-def test_the_count_is_known_before_decoding_and_leading_dimensions_pass_through(
-    ipc: int, factor: int, decode_type: str
-) -> None:
+def test_the_count_is_known_before_decoding(ipc: int, factor: int, decode_type: str) -> None:
     stored = torch.rand(2, ipc, 1, 8, 8)
     decoded = Formation(factor, decode_type).decode(stored)
     assert decoded.shape == (2, Formation(factor, decode_type).decoded_count(ipc), 1, 8, 8)

@@ -123,13 +123,6 @@ def test_mirror_images_are_left_out_where_they_are_other_classes() -> None:
         assert not any("flip" in parsed("-d", d, "-m", method).aug_type for d in ("mnist", "svhn", "digits"))
 
 
-def test_the_origin_of_a_method_s_settings_is_said() -> None:
-    origin = resolve.condense(["-m", "dm", "-d", "mnist", "--niter", "3"], "").origin
-    assert [origin[name] for name in ("match", "metric", "niter", "n_data", "factor")] == [
-        "method", "method", "flag", "method", "default",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -292,9 +285,7 @@ def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_
 MTT = [*TINY, "-m", "mtt", *BUDGET["mtt"].split()]
 
 
-def test_experts_are_trained_by_a_command_of_their_own_and_shared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_experts_are_trained_by_a_command_and_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*MTT, "--results_dir", str(tmp_path)]
     assert condense.main([*argv, "--experts_only"]) == 0
     (folder,) = (tmp_path / "digits").iterdir()
@@ -353,9 +344,7 @@ def test_the_worked_example_of_the_readme_is_a_seventh_framework(tmp_path: Path)
 
 
 @pytest.mark.parametrize("method", ["dm", "mtt"])
-def test_whitened_images_are_distilled_and_evaluated_as_such(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
-) -> None:
+def test_whitened_images_are_evaluated_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
     argv = [*TINY, "-m", method, *BUDGET[method].split()]
     whitened, plain = distilled(tmp_path, [*argv, "--whiten", "zca", "--tag", "zca"]), distilled(tmp_path, argv)
     assert (whitened / "data.pt").read_bytes() != (plain / "data.pt").read_bytes()
@@ -369,15 +358,6 @@ def test_whitened_images_are_distilled_and_evaluated_as_such(
         found.append(json.loads((folder / "eval.json").read_text())["results"][0]["set"].get("whiten"))
     assert found == ["zca", None]
     assert len(json.loads((tmp_path / "digits/real/eval.json").read_text())["results"]) == 2  # not taken for another
-
-
-def test_idc_with_representatives_is_dream() -> None:
-    for dataset, *more in (["digits"], ["cifar10", "--reproduce", "-f", "2"], ["mnist", "--reproduce", "-f", "2"]):
-        dream, idc = (
-            dataclasses.asdict(parsed("-d", dataset, *more, "-m", *words))
-            for words in (["dream"], ["idc", "--select", "kmeans"])
-        )
-        assert {name for name in dream if dream[name] != idc[name]} == {"method"}
 
 
 def test_a_network_with_batch_norm_can_be_distilled_with_by_every_method(tmp_path: Path) -> None:

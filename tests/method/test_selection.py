@@ -143,25 +143,6 @@ def test_inertia_is_close_to_scikit_learn_s() -> None:
     assert ours <= 1.02 * theirs
 
 
-def test_scikit_learn_s_representatives_are_as_central_as_the_batched_ones() -> None:
-    x = [embeddings(400, 0), embeddings(300, 1)]
-
-    def inertia(kmeans: str, seed: int) -> float:
-        picks = KMEANS[kmeans](x, 15, each_class(seed, len(x)), 1)
-        assert all(len(rows.unique()) == 15 and rows.max() < len(p) for rows, p in zip(picks, x, strict=True))
-        return sum(float(torch.cdist(p, p[rows]).amin(1).square().sum()) for rows, p in zip(picks, x, strict=True))
-
-    found = {kmeans: sum(inertia(kmeans, seed) for seed in range(5)) for kmeans in KMEANS}
-    assert found["sklearn"] == pytest.approx(found["batched"], rel=0.05)
-
-
-def test_distances_are_squared_and_euclidean_and_padding_has_none() -> None:
-    x = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]])
-    real = torch.tensor([[True, True, False]])
-    nearest, distance = assign(x, x.square().sum(2), real, torch.tensor([[[0.0, 1.0], [3.0, 0.0]]]))
-    assert nearest[0, :2].tolist() == [0, 1] and distance.tolist() == [[1, 16, -torch.inf]]
-
-
 def test_empty_clusters_move_to_the_farthest_points() -> None:
     x = torch.tensor([[[0.0], [1.0], [2.0], [9.0], [0.0]], [[4.0], [5.0], [6.0], [7.0], [8.0]]])
     real = torch.tensor([[True, True, True, True, False], [True] * 5])
@@ -187,11 +168,8 @@ def test_every_class_gives_its_own_images_and_a_small_one_repeats_in_turn(strate
     assert picks.shape == (3, 7)
     assert torch.equal(real.labels[picks], torch.arange(3)[:, None].expand(3, 7))
     assert [len(row.unique()) for row in picks] == [7, 5, 7]
-    assert picks[1].bincount(minlength=26)[9:14].tolist() in ([2, 2, 1, 1, 1], *permutations_of_two_twos())
-
-
-def permutations_of_two_twos() -> list[list[int]]:
-    return [[2 if i in (a, b) else 1 for i in range(5)] for a in range(5) for b in range(a)]
+    assert sorted(picks[1].bincount(minlength=26)[9:14].tolist()) == [1, 1, 1, 2, 2]
+    assert coreset(context(real), strategy, ipc=4).counts == [4, 4, 4]
 
 
 @pytest.mark.parametrize(("strategy", "kmeans"), [*((s, "batched") for s in STRATEGIES), ("kmeans", "sklearn")])
@@ -246,12 +224,6 @@ def test_classes_are_clustered_group_by_group_where_their_embeddings_are_large(m
     assert torch.equal(real.labels[picks], torch.arange(5)[:, None].expand(5, 10))
 
 
-def test_random_draws_reach_every_image_of_a_class_not_just_the_first() -> None:
-    real = real_set()
-    seen = torch.cat([select(context(real, i), 2, strategy="random").flatten() for i in range(60)])
-    assert len(seen.unique()) == len(real)
-
-
 @pytest.mark.parametrize("norm", models.NORMS)
 def test_embedding_in_pieces_equals_embedding_at_once(norm: str) -> None:
     made = fresh_network(dataclasses.replace(SPEC, norm=norm), Draws("cpu", 0))
@@ -293,8 +265,3 @@ def test_initial_pixels_with_a_factor_hold_small_real_images_and_noise_is_noise(
     assert noise.shape == (3, 200, 1, 8, 8) and noise.min() >= 0 and noise.max() <= 1
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
     assert noise.std().item() == pytest.approx(0.243, abs=0.01)  # 0.25 less what clamping takes
-
-
-def test_a_coreset_has_ipc_images_of_every_class() -> None:
-    for strategy in STRATEGIES:
-        assert coreset(context(real_set()), strategy, ipc=4).counts == [4, 4, 4]

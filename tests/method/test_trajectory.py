@@ -165,16 +165,7 @@ def trajectory_step(
     net = network()
     matcher = Matcher(Comparison(), Formation(factor, "single"), syn_max, Augment(names), CPU)
     return TrajectoryStep(
-        matcher,
-        net,
-        pixels,
-        real_set(),
-        Invented(net),
-        steps=3,
-        epochs=2,
-        max_start=3,
-        step_size=0.05,
-        lr_step=lr_step,
+        matcher, net, pixels, real_set(), Invented(net), steps=3, epochs=2, max_start=3, step_size=0.05, lr_step=lr_step
     )
 
 

@@ -128,9 +128,7 @@ def test_experts_that_are_stopped_and_go_on_are_those_never_stopped(tmp_path: Pa
     assert again.seconds > 0
 
 
-def test_what_is_saved_meanwhile_is_gone_on_from_when_the_process_dies(
-    tmp_path: Path, whole: Experts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_dies_leaves_its_state(tmp_path: Path, whole: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "CHECKPOINT_SECONDS", 0)
     found = found_in(tmp_path)
 
@@ -205,9 +203,7 @@ def test_numbers_that_leave_their_range_end_the_training_and_are_not_saved(tmp_p
     assert found_in(tmp_path).missing() == [0, 1] and not list(tmp_path.glob("*.pt"))
 
 
-def test_trajectories_that_do_not_fit_into_memory_are_read_again(
-    whole: Experts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trajectories_beyond_the_memory_are_read_again(whole: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "MEMORY", 1)
     found = found_in(whole.folder)
     for _ in range(2):

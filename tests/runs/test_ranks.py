@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -34,14 +33,13 @@ from tests.killing import FOLDER, ROOT, Ended, Server, run_group, start_group, t
 from tests.outcome import Outcome, metrics, outcome
 from tests.tally import injected
 from utils.method.augment import Augment
-from utils.method.images import ImageSet, Normalize, RealImages, SyntheticImages
+from utils.method.images import ImageSet, Normalize, RealImages
 from utils.method.training import Recipe, Together, Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
 from utils.numerics.derivatives import flattened
 from utils.system import distributed
 from utils.system.distributed import SINGLE, Shard, balanced
 from utils.system.draws import Draws
-from utils.system.errors import UsageError
 
 UNEVEN = {"a": 12, "b": 30, "c": 9, "d": 45, "e": 20}  # images of a folder's classes
 WEIGHTS, PIXELS = 1e-4, 1e-2  # differences allowed: of weights, and of pixels as a part of how far they moved
@@ -126,15 +124,6 @@ def test_drawn_images_are_those_of_one_process_whoever_holds_them(count: int) ->
     assert torch.equal(torch.stack(holders.given).sum(0, dtype=torch.uint8), images[index])
 
 
-def test_synthetic_images_are_taken_as_they_are_at_the_moment() -> None:
-    pixels = torch.rand(3, 2, 1, 4, 4)
-    source = SyntheticImages(lambda: pixels, 3, 2)
-    index = torch.tensor([5, 0, 3])
-    assert len(source) == 6 and source.take(index)[1].tolist() == [2, 0, 1]
-    pixels.zero_()
-    assert not source.take(index)[0].any()
-
-
 # --- What they tell each other, in real processes ---------------------------------------------------------------------
 
 
@@ -165,17 +154,6 @@ def telling(argv: list[str]) -> int:
     return 0
 
 
-def refusing(argv: list[str]) -> int:
-    """The first rank finds that something is wrong; all of them end with it."""
-    with distributed.process_group("gloo", minutes=1) as group:
-
-        def find() -> None:
-            raise UsageError("--x: is wrong")
-
-        group.broadcast(find)
-    return 0
-
-
 def silent(argv: list[str]) -> int:
     """The last rank does not answer."""
     with distributed.process_group("gloo", minutes=1 / 60) as group:
@@ -193,12 +171,6 @@ def test_all_that_ranks_tell_each_other_arrives_bit_for_bit(server: Server) -> N
     ended_well(run_group(server, 3, [], **program(telling)))
 
 
-def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all(server: Server) -> None:
-    ended = run_group(server, 2, [], **program(refusing))
-    assert [e.status for e in ended] == [2, 2]
-    assert re.fullmatch(r"tests\.runs\.test_ranks\.py: rank \d: error: --x: is wrong\n", "".join(e.err for e in ended))
-
-
 def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
     children = start_group(server, 2, [], **program(silent))
     ended = children[0].wait(20)
@@ -211,9 +183,7 @@ def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_with_repeated_updates_a_run_is_bit_for_bit_that_of_one_process(
-    server: Server, tmp_path: Path, undisturbed: Outcome, count: int
-) -> None:
+def test_repeated_updates_give_the_same_bits(server: Server, tmp_path: Path, undisturbed: Outcome, count: int) -> None:
     assert outcome(distilled_by(server, count, tmp_path, *REPEATED)) == undisturbed
 
 
@@ -304,34 +274,28 @@ def test_the_tolerance_of_shared_updates_after_many_inner_steps(dtype: torch.dty
 
 
 def test_shared_updates_add_up_to_those_of_one_process(server: Server, tmp_path: Path) -> None:
-    """After 100 inner steps against one network, up to the order of summation in float32.
+    """After 40 inner steps against one network, up to the order of summation in float32.
 
     k-means answers a difference in the last digit with another representative now and then, random sampling does not.
     """
-    flags = shlex.split("--niter 1 --inner_loop 100 --interval 10 --n_data 16 --eval_every 0 --select random --depth 2")
+    flags = shlex.split("--niter 1 --inner_loop 40 --interval 10 --n_data 16 --eval_every 0 --select random --depth 2")
     flags += ["--image_folder", str(image_folder(tmp_path / "images", {"a": 20, "b": 9, "c": 14})), *SHARED]
-    folders = [
-        distilled_by(server, count, tmp_path / str(count), *flags, checkpoint_seconds=1000.0) for count in (1, 2, 3)
-    ]
-    one, *others = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
+    folders = [distilled_by(server, n, tmp_path / str(n), *flags, checkpoint_seconds=1000.0) for n in (1, 3)]
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
     start, _ = torch.load(folders[0] / "data_000000.pt", weights_only=True)
     moved = (one["pixels"].flatten(0, 1) - start).abs().max()
-    for other in others:
-        assert any(not torch.equal(a, b) for a, b in zip(one["net"].values(), other["net"].values(), strict=True))
-        for name, weight in one["net"].items():
-            torch.testing.assert_close(other["net"][name], weight, rtol=0, atol=WEIGHTS)
-        assert (other["pixels"] - one["pixels"]).abs().max() < PIXELS * moved
+    assert any(not torch.equal(a, b) for a, b in zip(one["net"].values(), other["net"].values(), strict=True))
+    for name, weight in one["net"].items():
+        torch.testing.assert_close(other["net"][name], weight, rtol=0, atol=WEIGHTS)
+    assert (other["pixels"] - one["pixels"]).abs().max() < PIXELS * moved
 
 
-@pytest.mark.parametrize(("choice", "kind"), [(SHARED, "shared by 2 ranks"), (REPEATED, "whole")])
-def test_a_run_that_goes_on_keeps_its_kind_of_update(
-    server: Server, tmp_path: Path, choice: tuple[str, str], kind: str
-) -> None:
-    stop = {0: {"computing": 4, "then": "SIGTERM"}}
-    ended = run_group(server, 2, tiny(tmp_path, *choice), of=stop)
+def test_going_on_with_another_kind_of_update_is_recorded(server: Server, tmp_path: Path) -> None:
+    ended = run_group(server, 2, tiny(tmp_path, *SHARED), of={0: {"computing": 4, "then": "SIGTERM"}})
     assert [e.status for e in ended] == [128 + signal.SIGTERM] * 2, ended
-    folder = distilled_by(server, 2, tmp_path)
-    assert [event["network_update"] for event in metrics(folder) if "session" in event] == [kind, kind]
+    folder = distilled_by(server, 2, tmp_path, *REPEATED)
+    kinds = [event["network_update"] for event in metrics(folder) if "session" in event]
+    assert kinds == ["shared by 2 ranks", "whole"]
 
 
 def test_a_network_that_looks_at_whole_batches_does_not_share_them(server: Server, tmp_path: Path) -> None:
@@ -360,9 +324,7 @@ def test_trajectories_are_matched_by_ranks_together(server: Server, tmp_path: Pa
 def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tmp_path: Path) -> None:
     assert server.run(tiny(tmp_path)).status == 0
     run = tmp_path / FOLDER
-    flags = shlex.split(
-        "-n convnet alexnet --epochs 2 --repeat 3 --width 4 --device cpu --baselines random --confusion"
-    )
+    flags = shlex.split("-n convnet --epochs 1 --repeat 3 --width 4 --device cpu --baselines random --confusion")
     argv = [str(run), *flags, "--results_dir", str(tmp_path), "--json"]
     one = server.run([*argv], program="train:main")
     assert one.status == 0, one
@@ -374,8 +336,8 @@ def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tm
         records = json.loads(ended.out.splitlines()[-1])["results"]
         return [(r["net"], r["trained_on"], r["accuracies"], r["confusion"]) for r in records]
 
-    assert results(many[0]) == results(one) and len(results(one)) == 6
-    assert len((run / "eval.json").read_text().split('"trained_on"')) == 1 + 6
+    assert results(many[0]) == results(one) and len(results(one)) == 3
+    assert len((run / "eval.json").read_text().split('"trained_on"')) == 1 + 3
 
 
 # --- Stops, and one rank that fails -----------------------------------------------------------------------------------
@@ -411,9 +373,7 @@ def test_a_stop_ends_all_ranks_at_the_same_step(
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_is_killed_ends_the_others_which_say_so(
-    server: Server, tmp_path: Path, undisturbed: Outcome, victim: int
-) -> None:
+def test_a_killed_rank_ends_the_others(server: Server, tmp_path: Path, undisturbed: Outcome, victim: int) -> None:
     argv = tiny(tmp_path, *REPEATED)
     with injected("a rank of several is killed") as fault:
         began = time.monotonic()
@@ -519,10 +479,9 @@ class Torchrun:
         return Ended(self.process.returncode, out, err)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_with_one_checkpoint(
-    server: Server, tmp_path: Path
-) -> None:
+def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_once(server: Server, tmp_path: Path) -> None:
     """--restart is meant once. One process then goes on to the same bytes."""
     argv = [*REPEATED, "--niter", "25", "--snapshot_every", "0", "--eval_every", "0"]
     run = Torchrun(2, tiny(tmp_path, *argv, "--restart"), restarts=1)
@@ -540,43 +499,3 @@ def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_with_one_checkpoi
         last = server.run(tiny(results, *argv), checkpoint_seconds=1000.0)
         assert last.status == 0, last
     assert outcome(tmp_path / FOLDER).distilled == outcome(tmp_path / "alone" / FOLDER).distilled
-
-
-OFTEN = """import sys
-sys.path.insert(0, {root!r})
-import condense
-from utils.runs import folder as run
-from utils.system import process
-run.CHECKPOINT_SECONDS = 0.3
-process.run_main(condense.main)
-"""
-KILLS = 20
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_twenty_kills_at_random_moments_change_nothing(server: Server, tmp_path: Path) -> None:
-    """One rank or the other, while they load, find each other, distil, or save, which they do three times a second."""
-    script, chance = tmp_path / "often.py", random.Random(0)
-    script.write_text(OFTEN.format(root=str(ROOT)))
-    argv = shlex.split("--ipc 1 -f 1 --niter 700 --snapshot_every 0 --eval_every 0 --share_update off")
-    alone = server.start(tiny(tmp_path / "alone", *argv), checkpoint_seconds=1000.0).wait(300)
-    assert alone.status == 0, alone
-    run = Torchrun(2, tiny(tmp_path, *argv), restarts=KILLS, script=script)
-    workers: dict[int, int] = {}
-    for _ in range(KILLS):
-        old = set(workers.values())
-        while len(workers := run.workers()) < 2 or set(workers.values()) & old:
-            assert run.process.poll() is None, run.wait()
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 7))  # loading takes four of them
-        os.kill(workers[chance.randrange(2)], signal.SIGKILL)
-    ended = run.wait()
-    assert ended.status == 0, ended
-    sessions = [event for event in metrics(tmp_path / "digits" / "convnet2_f1_ipc1") if "session" in event]
-    assert len(sessions) > KILLS // 4 and len({event["iteration"] for event in sessions}) > KILLS // 5
-    results = [outcome(path / "digits" / "convnet2_f1_ipc1") for path in (tmp_path, tmp_path / "alone")]
-    for _ in range(KILLS):
-        with injected("a rank under torchrun is killed") as fault:
-            fault.kept(results[0].distilled == results[1].distilled)

@@ -83,16 +83,13 @@ def test_options_json_says_what_ran_where(finished: Path) -> None:
     assert "CPU" in about["device"] and about["command"].startswith("condense.py")
 
 
-def test_the_same_command_gives_the_same_file_bit_for_bit_and_another_seed_does_not(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_the_same_command_gives_the_same_bits_and_another_seed_does_not(finished: Path, tmp_path: Path) -> None:
     assert outcome(distilled(tmp_path / "again", OFTEN)) == outcome(finished)
-    assert outcome(distilled(tmp_path / "other", [*OFTEN, "--seed", "1"])).files != outcome(finished).files
+    other = distilled(tmp_path / "other", [*OFTEN, "--seed", "1", "--eval_every", "0"])
+    assert outcome(other).files != outcome(finished).files
 
 
-@pytest.mark.parametrize(
-    ("during", "stops"), [("step", (1,)), ("step", (4, 6, 11)), ("evaluation", (2,)), ("evaluation", (3, 5))]
-)
+@pytest.mark.parametrize(("during", "stops"), [("step", (4, 6, 11)), ("evaluation", (3, 5))])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], during: str, stops: tuple[int, ...]
 ) -> None:
@@ -106,7 +103,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert outcome(folder) == outcome(finished)
 
 
-def test_a_finished_run_says_so_and_computes_nothing(
+def test_a_finished_run_is_over(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(condense, "condense", lambda *a: pytest.fail("it is finished"))
@@ -144,18 +141,7 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(finished: Path,
     assert outcome(folder) == outcome(finished)
 
 
-def test_what_a_process_killed_in_a_write_leaves_is_taken_over(tmp_path: Path) -> None:
-    folder = tmp_path / "digits" / "convnet2_f2_ipc2"
-    folder.mkdir(parents=True)
-    for name in (".lock", ".options.json.part", ".checkpoint.pt.part"):
-        (folder / name).write_bytes(b"half a")
-    run(tmp_path, *ONCE)
-    assert not list(folder.glob(".*"))
-
-
-def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_prints_options_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results"
     argv = ["--reproduce", "-d", "cifar10", "-f", "2", "--ipc", "10", "--dry-run", "--results_dir", str(results)]
     assert condense.main([*argv, "--data_dir", str(tmp_path / "nowhere")]) == 0
@@ -174,8 +160,7 @@ def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
         ["--metric", "l1", "--decode_type", "multi", "--cluster_raw"],
         ["--decode_type", "bound", "-n", "resnet10", "--depth", "10", "--n_data", "0"],
         pytest.param(
-            ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"],
-            marks=pytest.mark.slow,
+            ["-n", "densenet", "--depth", "121", "--aug_type", "none", "--mixup_net", "vanilla"], marks=pytest.mark.slow
         ),
         ["--kmeans", "sklearn", "--norm_type", "group"],
         ["--precision", "bf16", "--bias", "--norm_type", "batch"],
@@ -184,22 +169,7 @@ def test_a_dry_run_prints_every_option_with_its_origin_and_touches_nothing(
     ids=" ".join,
 )
 def test_every_choice_of_the_method_runs(tmp_path: Path, more: list[str]) -> None:
-    run(
-        tmp_path,
-        "--niter",
-        "1",
-        "--inner_loop",
-        "2",
-        "--ipc",
-        "1",
-        "--epochs",
-        "1",
-        "--repeat",
-        "1",
-        "--width",
-        "4",
-        *more,
-    )
+    run(tmp_path, *ONCE, "--inner_loop", "2", "--ipc", "1", "--width", "4", *more)
 
 
 # --- Precision and compilation ----------------------------------------------------------------------------------------
@@ -211,12 +181,12 @@ def settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_in_bfloat16_is_recorded_as_such_and_evaluated_in_float32(
+def test_a_run_in_bfloat16_and_its_evaluation(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, again = (distilled(tmp_path / name, [*OFTEN, "--precision", "bf16"]) for name in ("first", "again"))
+    first = distilled(tmp_path, [*OFTEN, "--precision", "bf16"])
     assert re.fullmatch(r"peak memory: [\d.]+ GB", capsys.readouterr().out.splitlines()[-1])
-    assert outcome(first) == outcome(again) and outcome(first).files != outcome(finished).files
+    assert outcome(first).files != outcome(finished).files
     assert settings(first)["precision"] == "bf16" and settings(finished)["precision"] == "fp32"
     card = json.loads((first / "data.json").read_text())
     results = []
@@ -262,18 +232,14 @@ def stopped(results: Path, *argv: str) -> Path:
     return folder
 
 
-def test_a_run_may_go_on_with_another_choice_of_compilation_but_not_of_the_method(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_run_may_go_on_with_another_choice_of_compilation_alone(finished: Path, tmp_path: Path) -> None:
     stopped(tmp_path, *OFTEN, "--compile", "off")
     with pytest.raises(UsageError, match=r"--kmeans batched there, sklearn here"):
         distilled(tmp_path, [*OFTEN, "--kmeans", "sklearn"])
     assert outcome(distilled(tmp_path, [*OFTEN, "--compile", "auto"])) == outcome(finished)
 
 
-def test_a_run_may_go_on_in_another_precision_which_is_recorded_until_it_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_may_go_on_in_another_recorded_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stopped(tmp_path, *TINY)
     folder = run(tmp_path, "--precision", "bf16")
     assert "warning: going on with precision bf16 after fp32" in capsys.readouterr().out
@@ -313,9 +279,7 @@ def test_going_on_under_other_conditions_is_allowed_and_recorded(
 
 
 @pytest.mark.slow
-def test_a_compiled_run_gives_the_same_images_up_to_rounding(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_compiled_run_gives_these_images_up_to_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if problem := compiler_error(torch.device("cpu")):
         pytest.skip(problem)
     few = ["--niter", "1", "--batch_syn_max", "128", "--repeat", "1"]
