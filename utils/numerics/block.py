@@ -113,9 +113,10 @@ def adjoint(
     """
     a, m, t = norm.a, norm.m, wide(tangent.a_dot)
     x, mask = normalized(norm)
-    s, u = mask * unpool(gradient.dh, a), mask * unpool(h_bar, a)
-    g, q, means = norm.gamma * s, norm.gamma * u, []
+    slope, up, up_bar = norm.gamma * mask, unpool(gradient.dh, a), unpool(h_bar, a)
+    g, q, means = slope * up, slope * up_bar, []
     if gamma_dot is not None:
+        s, u = mask * up, mask * up_bar
         q = q + gamma_dot * s
         means = [channel_mean(u), channel_mean(u * x + s * x_tangent(norm, x, tangent))]
     g0, p = gradient_means(norm, gradient)
