@@ -136,21 +136,10 @@ SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
 DATASETS = {
     #          classes, channels, side, mean, std, load
     "mnist": Info(
-        10,
-        1,
-        28,
-        (0.1307,),
-        (0.3081,),
-        partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES),
-        flip=False,
+        10, 1, 28, (0.1307,), (0.3081,), partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES), flip=False
     ),
     "fashion": Info(
-        10,
-        1,
-        28,
-        (0.2861,),
-        (0.3530,),
-        partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
+        10, 1, 28, (0.2861,), (0.3530,), partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES)
     ),
     "svhn": Info(
         10, 3, 32, *SVHN, partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"]), flip=False
@@ -269,7 +258,7 @@ class Dataset:
         self._drop_others()
         images = self._train[0]  # still there: `train`, which deletes it, computes the normalisation first
         log.info("whitening: the covariance of %d images of %d numbers", sum(self.counts), images[0].numel())
-        return Whiten.of(images, mean, std, self.device, all_reduce_sum=self._all_reduce_sum)
+        return Whiten(images, mean, std, self.device, all_reduce_sum=self._all_reduce_sum)
 
     @property
     def statistics(self) -> tuple[Sequence[float], Sequence[float]]:

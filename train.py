@@ -36,6 +36,7 @@ from models import NetSpec, forward_flop
 from utils.config import build, checks, derived, resolve
 from utils.config.flags import as_argv, make_parser
 from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
+from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic
 from utils.files.imagefiles import GRID_COLUMNS
 from utils.method.evaluation import Score, evaluate_networks
@@ -272,7 +273,7 @@ def records_of(argv: Sequence[str]) -> list[Record]:
             raise UserError(f"--image_folder {o.image_folder}: has other classes than the set, {names}")
         if o.tensorboard:
             check_board()
-        specs = resolve.networks(o, given, card, channels=data.channels, classes=data.classes, side=data.side)
+        specs = resolve.networks(o, given, card, data)
         conditions = {"precision": o.precision, "deterministic": o.deterministic}
         session = {"dataset": o.dataset, **process.session("train.py", argv, data.device, **conditions)}
         evaluation = Evaluation(o, data, specs, session, group)
@@ -291,7 +292,7 @@ def records_of(argv: Sequence[str]) -> list[Record]:
             compare = NO_BASELINES not in o.baselines
             training_data = [distilled, *(rows.baselines(distilled, o.baselines) if compare else [])]
             if o.real:
-                training_data.append(rows.real(resolve.real_epochs(given)))
+                training_data.append(rows.real(given.get("epochs", REAL_EPOCHS)))
         elif o.coreset:
             checks.check_ipc(ipc := o.ipc or 1, data.train.counts, data.class_names)
             training_data = [rows.coreset(o.coreset, ipc)]

@@ -80,7 +80,7 @@ def prepare(given: argparse.Namespace) -> Subject:
     """
     o = resolve.condense_options({name: value for name, value in vars(given).items() if name in BORROWED}).options
     dataset = build.dataset(o)
-    spec, device = build.network(o, dataset), dataset.device
+    spec, device = resolve.network(o, o.net_type, dataset), dataset.device
     c = 0 if given.class_name is None else class_number(given.class_name, dataset.class_names, "--class")
     name, real = dataset.class_names[c], dataset.train
     if given.count >= real.counts[c]:

@@ -167,7 +167,7 @@ def build(spec: NetSpec) -> Network:
     if spec.family not in FAMILIES:
         return zoo.ZooNetwork(spec.family, channels=spec.channels, classes=spec.classes, side=spec.side)
     if spec.width > MOST_WIDTH:
-        raise ValueError(f"width {spec.width} is beyond all measure: use at most {MOST_WIDTH}")
+        raise ValueError(f"width {spec.width} is too large: use at most {MOST_WIDTH}")
     if spec.norm == "group" and spec.width % 4:
         raise ValueError(f"norm group needs a width that 4 divides, not {spec.width}")
     return FAMILIES[spec.family].make(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data import Dataset
 from models import NetSpec
 from tests import published
 from utils.config import derived, resolve
@@ -61,7 +62,7 @@ class Step:
         labels = torch.arange(10, device=device).repeat_interleave(PER_CLASS)
         real = ImageSet(images, labels, classes=10, normalize=Normalize([0.5] * 3, [0.25] * 3, device))
         picks = torch.stack([s + torch.randperm(PER_CLASS, device=device)[: o.batch_real] for s in real.starts])
-        return cls(o, resolve.network(o, o.net_type, channels=3, classes=10, side=32), real, picks)
+        return cls(o, resolve.network(o, o.net_type, Dataset("cifar10", device=device)), real, picks)
 
     def start(self) -> tuple[Any, Tensor]:
         """A fresh network, and pixels."""

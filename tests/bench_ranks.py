@@ -136,7 +136,7 @@ def parts_of(
     o = resolved([*work.words(device, image_folder), *more])
     data: Any = build.dataset(o) if work.random is None else RandomImages(work.random, device)
     shard = None if held is None else Shard(group, list(range(held)), data.classes)
-    return Parts(o, Problem(data, build.network(o, data)), group, shard=shard)
+    return Parts(o, Problem(data, resolve.network(o, o.net_type, data)), group, shard=shard)
 
 
 # --- In every process -------------------------------------------------------------------------------------------------
@@ -161,15 +161,20 @@ class Clock:
             part()
         seconds, sent = [], 0
         for _ in range(self.repeats):
-            machine.wait_for(self.device)
+            self.finish()
             self.group.all_reduce_max(0)  # all have come here, and start together
             before, began = self.group.sent, time.perf_counter()
             part()
-            machine.wait_for(self.device)
+            self.finish()
             seconds.append(time.perf_counter() - began)
             sent = self.group.sent - before
         *slowest, most = self.group.all_reduce_max(*seconds, sent)
         return Timed(slowest, int(most))
+
+    def finish(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def measure(parts: Parts, repeats: int) -> dict[str, Timed]:

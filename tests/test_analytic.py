@@ -177,7 +177,7 @@ def test_embeddings_are_those_of_the_network(side: int, norm: str, pixels: int) 
     net = network(norm, side=side, width=4).eval()
     x = noise(9, 3, side, side)
     torch.testing.assert_close(derivatives.embed(net, x, compute(pixels)), net.embed(x), rtol=1e-10, atol=1e-12)
-    assert torch.equal(derivatives.predict(net, x, compute(pixels)), net(x).argmax(1))
+    assert torch.equal(derivatives.logits(net, x, compute(pixels)).argmax(1), net(x).argmax(1))
 
 
 @pytest.mark.parametrize(

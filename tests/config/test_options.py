@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import Dataset
 from utils.config import derived, resolve
-from utils.config.derived import pixel_lr
+from utils.config.derived import pixel_rate
 from utils.config.flags import make_parser
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REPRODUCE, exceptions
@@ -55,9 +56,10 @@ def test_reproduce_is_the_published_table(dataset: str, ipc: str, factor: str) -
 
 
 def test_the_pixel_rate_scales_with_ipc_and_area() -> None:
-    assert pixel_lr(5e-3, ipc=10, side=32, base_side=32) == 5e-3
-    assert pixel_lr(5e-3, ipc=1, side=32, base_side=32) == pytest.approx(5e-4)
-    assert pixel_lr(5e-3, ipc=50, side=64, base_side=32) == pytest.approx(0.1)
+    o = CondenseOptions(lr_img=5e-3, ipc=10)
+    assert pixel_rate(o, side=32, base_side=32) == 5e-3
+    assert pixel_rate(dataclasses.replace(o, ipc=1), side=32, base_side=32) == pytest.approx(5e-4)
+    assert pixel_rate(dataclasses.replace(o, ipc=50), side=64, base_side=32) == pytest.approx(0.1)
 
 
 # Another value than any preset has, for every option that a preset sets.
@@ -173,11 +175,11 @@ def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -
     assert (o.epochs, o.depth, o.net_type, o.eval_aug_type) == (33, 2, ["convnet"], "color_crop_scale_rotate")
     assert o.results_dir == "results"
     assert training("--epochs", "5").epochs == 5
-    shape = {"channels": 1, "classes": 10, "side": 28}
+    mnist = Dataset("mnist", device=torch.device("cpu"))
 
     def networks(*argv: str) -> list[tuple[str, int]]:
         given = make_parser(TrainOptions, "").parse_given(argv)
-        found = resolve.networks(training(*argv), given, card, **shape)
+        found = resolve.networks(training(*argv), given, card, mnist)
         return [(spec.name, spec.width) for spec in found]
 
     assert networks() == [("convnet2", 128)]

@@ -330,7 +330,7 @@ def resolve_set(file: Path, said: dict[str, Any]) -> None:
         source = train.read_set(given)
         assert source is not None
         o = train.options(given, source)
-        resolve.networks(o, given, source.card, channels=1, classes=10, side=8)
+        resolve.networks(o, given, source.card, Dataset("digits", device=torch.device("cpu")))
     except UserError as error:
         assert printable(str(file)) in in_one_line(error) or error.status == 2
         return

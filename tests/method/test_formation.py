@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import decode_single
-from utils.method.formation import BOUND, DECODE_TYPES, Formation, cell_edges, pack
+from utils.method.formation import BOUND, DECODE_TYPES, Formation, cells_of, pack
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 5])
@@ -37,7 +37,8 @@ def test_pack_inverts_decode_on_flat_cells_when_the_factor_divides_the_side(fact
 
 
 def test_cells_cover_the_side_without_overlap_when_the_factor_does_not_divide_it() -> None:
-    assert cell_edges(10, 3) == [(0, 3), (3, 6), (6, 10)]
+    edges = (slice(0, 3), slice(3, 6), slice(6, 10))
+    assert cells_of(10, 10, 3) == [(rows, columns) for rows in edges for columns in edges]
 
 
 @pytest.mark.parametrize("decode_type", DECODE_TYPES)

@@ -14,7 +14,7 @@ from data import WHITENED, Dataset
 from tests.files import image_folder
 from utils.method.images import EPS, EXACT, ImageSet, Normalize, Whiten, moments, to_unit
 from utils.method.pixels import PixelSGD
-from utils.runs.card import WHITENING, card_of_set, how_to_use
+from utils.runs.card import WHITENING, how_to_use
 from utils.runs.export import export_safetensors, readme
 from utils.runs.sets import DistilledSet, read
 from utils.system.errors import UsageError
@@ -33,7 +33,7 @@ def photos(n: int, seed: int = 0) -> Tensor:
 
 def exact() -> Whiten:
     """In float64."""
-    return Whiten.of(photos(500), MEAN, STD, dtype=torch.float64)
+    return Whiten(photos(500), MEAN, STD, dtype=torch.float64)
 
 
 def normalised(images: Tensor) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_constant_pixels_and_a_single_image_stay_finite() -> None:
     images = photos(20)
     images[:, :, 0] = 7
     for few in (images, images[:1]):
-        whitened = Whiten.of(few, MEAN, STD)(few)
+        whitened = Whiten(few, MEAN, STD)(few)
         assert whitened.isfinite().all() and whitened[:, :, 0].abs().max() < 1e-5
 
 
@@ -87,7 +87,7 @@ def test_bytes_and_floats_agree_and_keep_their_precision(make: Callable[[], Norm
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close(normalize(to_unit(images)), single, rtol=0, atol=0)
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
-    torch.testing.assert_close(Whiten.of(photos(500), MEAN, STD)(images), exact()(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(Whiten(photos(500), MEAN, STD)(images), exact()(images), rtol=0, atol=1e-5)
 
 
 # --- The step of pixels -----------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_training_and_test_images_are_whitened_by_the_training_images() -> None:
     dataset, plain = digits(), digits("none")
     assert type(plain.normalize) is Normalize and isinstance(dataset.normalize, Whiten)
     assert dataset.train.normalize is dataset.test.normalize is dataset.normalize
-    wanted = Whiten.of(plain.train.images, *plain.statistics)  # grouped, which makes no difference
+    wanted = Whiten(plain.train.images, *plain.statistics)  # grouped, which makes no difference
     torch.testing.assert_close(dataset.normalize.matrix, wanted.matrix)
     torch.testing.assert_close(dataset.normalize.centre, wanted.centre)
     assert torch.equal(dataset.train.images, plain.train.images) and dataset.statistics == plain.statistics
@@ -159,7 +159,7 @@ def test_the_matrix_is_computed_once_whatever_is_asked_for_first(first: str, cap
     assert len(set(found)) == 1 and len(dataset.train) == 1347
     assert caplog.messages == ["whitening: the covariance of 1347 images of 64 numbers"]
     assert isinstance(found[0], Whiten)
-    assert torch.equal(found[0].matrix, Whiten.of(dataset.train.images, *dataset.statistics).matrix)
+    assert torch.equal(found[0].matrix, Whiten(dataset.train.images, *dataset.statistics).matrix)
 
 
 def test_a_folder_is_whitened_with_its_own_statistics(tmp_path: Path) -> None:
@@ -185,10 +185,11 @@ def test_images_of_too_many_numbers_are_refused_before_they_are_read(tmp_path: P
 def test_an_export_says_that_images_were_whitened(whiten: bool, tmp_path: Path) -> None:
     normalize = exact() if whiten else Normalize(MEAN, STD)
     images, labels = to_unit(photos(2)), torch.arange(2)
-    card = card_of_set(
-        dataset="folder", image_folder=None, class_names=["a", "b"], ipc=1, factor=1, decode_type="single",
-        mean=MEAN, std=STD, settings={"whiten": "zca"} if whiten else {},
-    )  # fmt: skip
+    card = {
+        "dataset": "folder", "image_folder": None, "ipc": 1, "factor": 1, "decode_type": "single",
+        "value_range": [0.0, 1.0], "normalized": False, "normalization": {"mean": list(MEAN), "std": list(STD)},
+        "settings": {"whiten": "zca"} if whiten else {},
+    }  # fmt: skip
     decoded = ImageSet(images, labels, classes=2, normalize=normalize)
     assert (WHITENING in how_to_use(card, 4)) == whiten
     assert (WHITENING in readme(decoded, ["a", "b"], class_names=["a", "b"], stored=2, card=card)) == whiten

@@ -28,7 +28,6 @@ from tests.files import save as save_image
 from utils.method.formation import Formation, pack, training_images
 from utils.method.images import ImageSet, Normalize
 from utils.runs import export
-from utils.runs.card import card_of_set
 from utils.runs.export import check_target, export_folder, export_safetensors
 from utils.runs.layout import factor_warning, other_factor
 from utils.runs.sets import DistilledSet, SetFile, folder_names, interpret, load_distilled, read
@@ -52,10 +51,11 @@ class Real(Dataset):
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([2, 0, 1, 1, 0, 2])
 SOFT = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
-CARD: dict[str, Any] = card_of_set(
-    dataset="digits", image_folder=None, class_names=["cat", "dog", "cow"], ipc=2, factor=2, decode_type="single",
-    mean=[0.5], std=[0.25], settings={},
-)  # fmt: skip
+CARD: dict[str, Any] = {
+    "dataset": "digits", "image_folder": None, "class_names": ["cat", "dog", "cow"], "ipc": 2, "factor": 2,
+    "decode_type": "single", "value_range": [0.0, 1.0], "normalized": False,
+    "normalization": {"mean": [0.5], "std": [0.25]}, "settings": {}, "finished": True,
+}  # fmt: skip
 
 
 def pt(folder: Path, *content: object) -> Path:

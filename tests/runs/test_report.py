@@ -43,8 +43,7 @@ def test_into_a_pipe_progress_is_a_line_a_minute(clock: Clock, capsys: pytest.Ca
 
 
 def test_the_pace_leaves_out_pauses_and_what_an_earlier_process_did(clock: Clock) -> None:
-    with Progress(100, "distilling", "step") as progress:
-        progress.start_at(50)
+    with Progress(100, "distilling", "step", done=50) as progress:
         clock.now += 2
         progress.advance()
         with progress.paused():

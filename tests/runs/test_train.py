@@ -17,6 +17,7 @@ from torchvision.datasets import ImageFolder
 
 import condense
 import train
+from data import Dataset
 from tests.distilling import TINY, distilled
 from tests.files import image_folder, last_json, tree
 from utils.config import resolve
@@ -164,7 +165,7 @@ def test_a_table_that_cannot_be_written_is_refused_before_training(finished: Pat
 
 def test_all_names_the_networks_of_the_paper_s_table_and_torchvision_s_are_known_by_name() -> None:
     given = make_parser(TrainOptions, "").parse_given(["-n", "all"])
-    specs = resolve.networks(TrainOptions(**given), given, None, channels=3, classes=10, side=32)
+    specs = resolve.networks(TrainOptions(**given), given, None, Dataset("cifar10", device=torch.device("cpu")))
     names = ["convnet3", "resnet10", "resnet18", "densenet121", "vgg11", "alexnet5"]
     assert [spec.name for spec in specs] == names
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Dataset
-from models import NetSpec, Network
+from models import NetSpec, Network, forward_flop
 from utils.config import checks, derived, resolve
 from utils.config.options import FREE, RESUMABLE, CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
@@ -43,6 +42,8 @@ from utils.system.report import Progress
 
 log = logging.getLogger("dream")
 
+SHARED_FLOP = 1e9  # ranks share mini-batches of more work: digits take 5e8, CIFAR-10 3e9 or more; see tests/README.md
+
 
 # --- What every script begins with ------------------------------------------------------------------------------------
 
@@ -72,11 +73,6 @@ def dataset(
     )
 
 
-def network(o: CondenseOptions, data: Dataset) -> NetSpec:
-    """Specification of the network that distils. Raises UsageError, naming the flags, when it cannot be built."""
-    return resolve.network(o, o.net_type, channels=data.channels, classes=data.classes, side=data.side)
-
-
 class Problem(NamedTuple):
     """Data set that a run distils, and the network that it distils with."""
 
@@ -90,9 +86,8 @@ def problem(o: CondenseOptions) -> Problem:
     Raises UsageError or UserError, naming the flag or file.
     """
     data = dataset(o, precision=o.precision)
-    spec = network(o, data)
-    checks.check_method(dataclasses.asdict(o))
-    checks.check_matching(o.match, spec)
+    spec = resolve.network(o, o.net_type, data)
+    checks.check_method(o, spec)
     checks.check_factor(o.factor, data.side)
     decoded = derived.formation(o).decoded_count(o.ipc)
     checks.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
@@ -150,7 +145,9 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
             )
         return None
     try:
-        _train_missing(experts, o, problem, stopper)
+        if experts.missing():
+            with stopper, experts.held():
+                _train_missing(experts, o, problem, stopper)
     except Stopped as stop:
         log.info("stopped (%s), the experts are saved in %s; %s", stop, experts.folder, resolve.how_to_go_on(o))
         return stopper.status
@@ -160,22 +157,18 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
 
 def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopper: Stopper) -> None:
     """Train the missing experts in turn, epoch by epoch. Raises Stopped on request, after saving."""
-    if not experts.missing():
-        return
     real, device, spec = problem.data.train, problem.data.device, problem.spec
-    with stopper, experts.held():
-        done, total = experts.done(), o.experts * o.expert_epochs
-        compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
-        log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
-        with Progress(total, "training experts", "epoch", keep=True) as progress:
-            progress.start_at(done)
-            for k in experts.missing():
-                net = fresh_network(spec, _expert_draws(o, device, "network", k))
-                trainer = Trainer([net], [real], derived.update_recipe(o), compute)
-                for e in experts.epochs_left(k, trainer, stopper.reason):
-                    _train_epoch(trainer, o, real, k, e)
-                    progress.advance()
-                stopper.check()
+    done, total = experts.done(), o.experts * o.expert_epochs
+    compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
+    log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
+    with Progress(total, "training experts", "epoch", done=done, keep=True) as progress:
+        for k in experts.missing():
+            net = fresh_network(spec, _expert_draws(o, device, "network", k))
+            trainer = Trainer([net], [real], derived.update_recipe(o), compute)
+            for e in experts.epochs_left(k, trainer, stopper.reason):
+                _train_epoch(trainer, o, real, k, e)
+                progress.advance()
+            stopper.check()
 
 
 def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
@@ -224,20 +217,12 @@ class Parts:
             self.data.shard(self.shard.classes, group.all_reduce_sum)
         if not len(self.data.test):
             raise UserError(f"{o.dataset}: has no test images")
-        self.warnings = checks.check_sizes(
-            self.counts,
-            self.data.class_names,
-            ipc=o.ipc,
-            factor=o.factor,
-            init=o.init,
-            n_data=o.n_data,
-            batch_real=0 if experts else o.batch_real,
-        )
+        self.warnings = checks.check_sizes(o, self.counts, self.data.class_names, matches_images=experts is None)
         self.real = self.data.train
         self.formation = derived.formation(o)
         self.shape = (o.ipc, self.data.channels, self.data.side, self.data.side)  # of a class's stored pixels
-        pixels = (self.data.classes, *self.shape)
-        self.earlier = None if folder is None else resumed_from(o.resume_from, folder, pixels)
+        stored = (self.data.classes, *self.shape)
+        self.earlier = None if folder is None else resumed_from(o.resume_from, folder, stored)
         self.flop = derived.run_flop(o, self.spec, self.counts)
         self.compute = computing(self.device, o.compile, o.precision, self.flop)
         self.n_data = o.n_data if o.train_on == "real" else None  # None: all synthetic images
@@ -293,16 +278,16 @@ class Parts:
     def _state(self, *, empty: bool) -> State:
         """State at the beginning of a run; empty: with zeros in place of initial pixels, to be filled."""
         o, classes, device = self.o, self.shard.classes, self.device
+        if empty:
+            pixels = torch.zeros(len(classes), *self.shape, device=device)
+        else:
+            draws = self.draws("init")
+            context = self.context(fresh_network(self.spec, draws), draws)
+            pixels = initial_pixels(context, o.init, ipc=o.ipc, factor=o.factor)
         net = self.network(0)
-        pixels = torch.zeros(len(classes), *self.shape, device=device) if empty else self._initial_pixels()
-        optimizer = PixelSGD(
-            pixels,
-            lr=derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side),
-            momentum=o.mom_img,
-            joint=self.real.normalize if o.pixel_step == "joint" else None,
-            held=classes,
-            classes=self.data.classes,
-        )
+        rate = derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side)
+        joint, count = self.real.normalize if o.pixel_step == "joint" else None, self.data.classes
+        optimizer = PixelSGD(pixels, lr=rate, momentum=o.mom_img, joint=joint, held=classes, classes=count)
         return State(
             optimizer=optimizer,
             trainer=self.trainer(net, pixels),
@@ -313,37 +298,17 @@ class Parts:
             real_images=RealImages(self.real, self.counts),
         )
 
-    def _initial_pixels(self) -> Tensor:
-        """Initial pixels of this rank's classes by --init, (classes, ipc, C, H, W)."""
-        draws = self.draws("init")
-        context = self.context(fresh_network(self.spec, draws), draws)
-        return initial_pixels(context, self.o.init, ipc=self.o.ipc, factor=self.o.factor)
-
     def matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
         """Object that moves the pixels: by matching real images under the network, or experts' trajectories."""
         o = self.o
-        matcher = Matcher(
-            how=Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc),
-            formation=self.formation,
-            batch_syn_max=o.batch_syn_max,
-            augment=Augment(o.aug_type),
-            compute=self.compute,
-        )
+        how = Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc)
+        matcher = Matcher(how, self.formation, o.batch_syn_max, Augment(o.aug_type), self.compute)
         if self.experts is None:
             return MatchingStep(matcher, net, optimizer, self.real)
         return TrajectoryStep(
-            matcher,
-            net,
-            optimizer,
-            self.real,
-            self.experts,
-            steps=o.student_steps,
-            epochs=o.match_epochs,
-            max_start=o.max_start,
-            step_size=o.step_size,
-            lr_step=o.lr_step,
-            group=self.group,
-        )
+            matcher, net, optimizer, self.real, self.experts, steps=o.student_steps, epochs=o.match_epochs,
+            max_start=o.max_start, step_size=o.step_size, lr_step=o.lr_step, group=self.group,
+        )  # fmt: skip
 
     # --- The network's training between two matching steps ------------------------------------------------------------
 
@@ -355,21 +320,20 @@ class Parts:
         o, group, classes = self.o, self.group, self.data.classes
         recipe = derived.update_recipe(o)
         is_own = torch.isin(torch.arange(classes), torch.tensor(self.shard.classes)).to(self.device)
-        together = (
-            Together(is_own, group.all_reduce_sum) if (self.shares_update if shared is None else shared) else None
-        )
+        shared = self.shares_update if shared is None else shared
+        together = Together(is_own, group.all_reduce_sum) if shared else None
         if o.train_on == "real":
             # CutMix pastes a box of another image, which may be on another rank.
             needs_others = together is None or recipe.mixup == "cut"
             images = RealImages(self.real, self.counts, group.all_reduce_disjoint if needs_others else None)
             return Trainer([net], [self.real], recipe, self.compute, images, together)
-        current = partial(self._decoded, pixels)
-        synthetic = SyntheticImages(current, classes, self.formation.decoded_count(o.ipc))
-        return Trainer([net], [self.synthetic(pixels)], recipe, self.compute, synthetic, together)
 
-    def _decoded(self, pixels: Tensor) -> Tensor:
-        """Training images of all classes, (classes, S, C, H, W), from this rank's pixels as they are now."""
-        return self.shard.all_gather(self.formation.decode(pixels))
+        def decoded() -> Tensor:
+            """Training images of all classes, (classes, S, C, H, W), from this rank's pixels as they are now."""
+            return self.shard.all_gather(self.formation.decode(pixels))
+
+        synthetic = SyntheticImages(decoded, classes, self.formation.decoded_count(o.ipc))
+        return Trainer([net], [self.synthetic(pixels)], recipe, self.compute, synthetic, together)
 
     def _shares_update(self) -> bool:
         """Whether ranks share network updates; otherwise every rank does all of them, and only images are sent.
@@ -387,7 +351,9 @@ class Parts:
             raise UsageError(f"--method mtt: {self.spec.name} has batch norm; use --norm_type instance, or no torchrun")
         if group.alone or batch_norm or not derived.has_update(o):
             return False
-        return derived.shares_update(o, self.spec)
+        if o.share_update == "auto":  # where a mini-batch is worth the communication
+            return 3 * o.batch_real * forward_flop(self.spec) >= SHARED_FLOP
+        return o.share_update == "on"
 
     @property
     def conditions(self) -> dict[str, Any]:

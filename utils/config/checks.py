@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 import models
+from utils.config.options import CondenseOptions
 from utils.config.presets import TRAJECTORY
-from utils.system.device import free_memory
 from utils.system.errors import UsageError
-
-COPIES = 4  # of a network's weights in memory, at least: weights, gradients, momentum, and a temporary one
 
 
 def check_data(dataset: str, image_folder: str | None, size: int | None) -> None:
@@ -46,27 +42,23 @@ def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
         raise UsageError(f"--ipc {ipc}: class {name} has only {smallest} training images; use --ipc {smallest} or less")
 
 
-def check_sizes(
-    counts: list[int], names: list[str], *, ipc: int, factor: int, init: str, batch_real: int, n_data: int
-) -> list[str]:
+def check_sizes(o: CondenseOptions, counts: list[int], names: list[str], *, matches_images: bool) -> list[str]:
     """Check condense.py's numbers of images against the training images of every class.
 
-    Returns warnings where images have to be used twice or fewer are used than asked for. Raises UsageError where there
-    are too few.
+    matches_images: whether --batch_real of each are matched. Returns warnings where images have to be used twice or
+    fewer are used than asked for. Raises UsageError where there are too few.
     """
-    check_ipc(ipc, counts, names)
+    check_ipc(o.ipc, counts, names)
     warnings, smallest = [], min(counts)
     name = names[counts.index(smallest)]
-    if init != "noise" and ipc * factor**2 > smallest:
-        warnings.append(
-            f"--ipc times -f squared is {ipc * factor**2}, class {name} has {smallest} images: some begin twice"
-        )
-    if batch_real > smallest:
-        warnings.append(
-            f"--batch_real is {batch_real}, class {name} has {smallest} images: all are matched, some twice"
-        )
-    if n_data > sum(counts):
-        warnings.append(f"--n_data is {n_data}, there are {sum(counts)} training images: all are used")
+    begun = o.ipc * o.factor**2
+    if o.init != "noise" and begun > smallest:
+        warnings.append(f"--ipc times -f squared is {begun}, class {name} has {smallest} images: some begin twice")
+    if matches_images and o.batch_real > smallest:
+        matched = f"class {name} has {smallest} images: all are matched, some twice"
+        warnings.append(f"--batch_real is {o.batch_real}, {matched}")
+    if o.n_data > sum(counts):
+        warnings.append(f"--n_data is {o.n_data}, there are {sum(counts)} training images: all are used")
     return warnings
 
 
@@ -89,43 +81,26 @@ def check_batches(spec: models.NetSpec, *sizes: int) -> None:
         )
 
 
-def check_weights(net: models.Network, name: str) -> None:
-    """Check that the copies of a network's weights that training needs fit the free memory. Raises UsageError."""
-    need, free = 4 * sum(p.numel() for p in net.parameters()), free_memory(torch.device("cpu"))
-    if COPIES * need > free:
+def check_method(o: CondenseOptions, spec: models.NetSpec) -> None:
+    """Check options of condense.py that exclude each other or the network, for any method. Raises UsageError."""
+    if o.per_cluster > 1 and (o.batch_real % o.per_cluster or o.select != "kmeans"):
         raise UsageError(
-            f"--net_type {name} (--depth, --width, --size): its weights take {need / 1e9:.1f} GB, {COPIES} times, and "
-            f"{free / 1e9:.1f} GB of memory are free"
+            f"--per_cluster {o.per_cluster}: takes so many images of every k-means cluster, so --select kmeans and a "
+            f"--batch_real that it divides, not {o.select} and {o.batch_real}"
         )
-
-
-def check_matching(match: str, spec: models.NetSpec) -> None:
-    """Check that PyTorch can differentiate the gradients that are matched, which some layers (hardsigmoid) forbid.
-
-    Raises UsageError.
-    """
-    if ("grad" in match or match == TRAJECTORY) and (problem := models.second_derivative_error(spec)):
-        raise UsageError(
-            f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match {match} needs; "
-            "use another network, or --match feat or embed"
-        )
-
-
-def check_method(o: Mapping[str, Any]) -> None:
-    """Check options of condense.py that exclude each other, for any method. Raises UsageError."""
-    each, batch_real, match = o["per_cluster"], o["batch_real"], o["match"]
-    if each > 1 and (batch_real % each or o["select"] != "kmeans"):
-        raise UsageError(
-            f"--per_cluster {each}: takes so many images of every k-means cluster, so --select kmeans and a "
-            f"--batch_real that it divides, not {o['select']} and {batch_real}"
-        )
-    if o["pretrain"] and o["train_on"] != "real":
+    if o.pretrain and o.train_on != "real":
         raise UsageError("--pretrain: is on real images, so use --train_on real, or --pretrain 0")
-    last = o["max_start"] - 1 + o["match_epochs"]
-    if match == TRAJECTORY and last > o["expert_epochs"]:
+    last = o.max_start - 1 + o.match_epochs
+    if o.match == TRAJECTORY and last > o.expert_epochs:
         raise UsageError(
-            f"--expert_epochs {o['expert_epochs']}: students that start before epoch --max_start {o['max_start']} "
-            f"match --match_epochs {o['match_epochs']} later, so experts need {last} epochs"
+            f"--expert_epochs {o.expert_epochs}: students that start before epoch --max_start {o.max_start} "
+            f"match --match_epochs {o.match_epochs} later, so experts need {last} epochs"
         )
-    if o["experts_only"] and match != TRAJECTORY:
-        raise UsageError(f"--experts_only: --match {match} has no experts; use --method mtt")
+    if o.experts_only and o.match != TRAJECTORY:
+        raise UsageError(f"--experts_only: --match {o.match} has no experts; use --method mtt")
+    # Some layers, such as hardsigmoid, have no second derivative in PyTorch.
+    if ("grad" in o.match or o.match == TRAJECTORY) and (problem := models.second_derivative_error(spec)):
+        raise UsageError(
+            f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match {o.match} "
+            "needs; use another network, or --match feat or embed"
+        )

@@ -1,4 +1,4 @@
-"""What follows from the options: rates, recipes, amounts of work, and how a run is described to people."""
+"""Values that follow from the options: rates, recipes, amounts of work, and descriptions of a run for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.method.augment import Augment, without
 from utils.method.formation import Formation
 from utils.method.state import NotFinite, State
 from utils.method.training import Recipe
-from utils.runs.card import Card, card_of_run, card_of_set
+from utils.runs.card import DATA, Card, how_to_use
 from utils.runs.experts import Experts
 from utils.system.errors import printable
 
@@ -28,17 +28,12 @@ def formation(o: CondenseOptions) -> Formation:
     return Formation(o.factor, o.decode_type)
 
 
-def pixel_lr(lr_img: float, *, ipc: int, side: int, base_side: int) -> float:
-    """Pixel learning rate of the published steps, lr_img scaled by ipc / 10 and the area by the base area.
+def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
+    """Pixel learning rate of a run: --lr_img itself for --pixel_step joint; scaled by ipc and area for sweep.
 
     Gradients of a mean over images fall with ipc, those of a pixel with the area.
     """
-    return lr_img * (ipc / 10) * (side / base_side) ** 2
-
-
-def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
-    """Pixel learning rate of a run: --lr_img scaled for --pixel_step sweep, --lr_img itself for joint."""
-    return pixel_lr(o.lr_img, ipc=o.ipc, side=side, base_side=base_side) if o.pixel_step == "sweep" else o.lr_img
+    return o.lr_img * (o.ipc / 10) * (side / base_side) ** 2 if o.pixel_step == "sweep" else o.lr_img
 
 
 def update_augmentation(options: CondenseOptions) -> str:
@@ -87,8 +82,6 @@ def evaluation_recipe(options: Options, *, flip: bool, epochs: int | None = None
 
 # --- Work -------------------------------------------------------------------------------------------------------------
 
-SHARED_FLOP = 1e9  # ranks share mini-batches of more work: digits take 5e8, CIFAR-10 3e9 or more; see tests/README.md
-
 
 def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
     """Cost of an average inner step for every class, in forward passes of one image; counts: real images per class.
@@ -103,19 +96,14 @@ def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
     return [matched + (count / o.interval if o.select != "random" else 0) for count in counts]
 
 
-def step_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
-    """Floating-point operations of an average inner step."""
+def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
+    """Floating-point operations of a run from its beginning to its end, without evaluations."""
     real, updates = sum(counts), 0
     if o.match != TRAJECTORY:
         synthetic = spec.classes * formation(o).decoded_count(o.ipc)
         trained = min(o.n_data, real) if o.train_on == "real" else synthetic
         updates = (o.inner_loop - 1) * o.net_epoch * trained + o.pretrain * real  # images per outer iteration
-    return forward_flop(spec) * (sum(class_work(o, counts)) + 3 * updates / o.inner_loop)
-
-
-def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
-    """Floating-point operations of a run from its beginning to its end, without evaluations."""
-    return o.niter * o.inner_loop * step_flop(o, spec, counts)
+    return o.niter * forward_flop(spec) * (o.inner_loop * sum(class_work(o, counts)) + 3 * updates)
 
 
 def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
@@ -123,13 +111,6 @@ def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
     batches = -(-real // o.batch_real)
     selected = -(-batches // o.interval) * real if o.select != "random" else 0
     return forward_flop(spec) * o.experts * o.expert_epochs * (3 * real + selected)
-
-
-def shares_update(o: CondenseOptions, spec: NetSpec) -> bool:
-    """Whether ranks share network updates, by --share_update; auto: where a mini-batch is worth the communication."""
-    if o.share_update != "auto":
-        return o.share_update == "on"
-    return 3 * o.batch_real * forward_flop(spec) >= SHARED_FLOP
 
 
 # --- Descriptions for people ------------------------------------------------------------------------------------------
@@ -142,10 +123,12 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
     lines = [
         f"{name:16}{printable(str(value)):28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
     ]
+    images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
+    update = f"{images}, {o.net_epoch} x, {update_augmentation(o)}" if has_update(o) else "none"
     derived = {
         "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
         "pixel learning rate": f"{rate:g}",
-        "network update": update_summary(o),
+        "network update": update,
         "evaluation": evaluation_augmentation(o, flip=dataset.flip),
         "decoded per class": formation(o).decoded_count(o.ipc),
         "run folder": printable(str(folder)),
@@ -154,45 +137,42 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
     return "\n".join([*lines, "", *(f"{name:24}{value}" for name, value in derived.items())])
 
 
-def update_summary(o: CondenseOptions) -> str:
-    """Description of a network update: images, epochs, augmentation."""
-    if not has_update(o):
-        return "none"
-    images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
-    return f"{images}, {o.net_epoch} x, {update_augmentation(o)}"
-
-
 def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, settings: dict[str, Any]) -> Card:
-    """A card that says what a set is and how to use it, but not how it was made."""
-    mean, std = data.statistics
-    return card_of_set(
-        dataset=o.dataset,
-        image_folder=None if o.image_folder is None else str(Path(o.image_folder).resolve()),
-        class_names=data.class_names,
-        ipc=ipc,
-        factor=o.factor or 1,
-        decode_type=o.decode_type or "single",
-        mean=mean,
-        std=std,
-        settings=settings,
-    )
+    """The card of a set of whose making nothing is known: how to use it. settings: the other options, where known."""
+    (mean, std), formation = data.statistics, Formation(o.factor or 1, o.decode_type or "single")
+    return {
+        "dataset": o.dataset,
+        "image_folder": None if o.image_folder is None else str(Path(o.image_folder).resolve()),
+        "class_names": list(data.class_names),
+        "ipc": ipc,
+        "factor": formation.factor,
+        "decode_type": formation.decode_type,
+        "decoded_per_class": formation.decoded_count(ipc),
+        "value_range": [0.0, 1.0],
+        "normalized": False,
+        "normalization": {"mean": list(mean), "std": list(std)},  # per channel, in units of [0, 1]
+        "settings": settings,
+        "finished": True,
+    }
 
 
 def run_card(
     o: CondenseOptions, data: Dataset, spec: NetSpec, state: State, experts: Experts | None, *, finished: bool
 ) -> Card:
-    """The card of a run's set, the content of data.json."""
-    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: experts.seconds)
-    return card_of_run(
-        set_card(o, data, ipc=o.ipc, settings=resolve.saved_settings(o)),
-        shape=state.optimizer.pixels.shape[2:],
-        network=dataclasses.asdict(spec),
-        learned={name: value[0].item() for name, value in state.matching_step.learned.items()},
-        outer_iterations=state.it,
-        seconds=state.seconds,
-        finished=finished,
-        expert_seconds=expert_seconds,
-    )
+    """The content of data.json: how to use a run's set, how it was made, and how far the run has come."""
+    card = set_card(o, data, ipc=o.ipc, settings=resolve.saved_settings(o))
+    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: round(experts.seconds, 1))
+    return {
+        "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, data.side)}.",
+        **card,
+        "shape": [data.channels, data.side, data.side],
+        "network": dataclasses.asdict(spec),
+        "learned": {name: value[0].item() for name, value in state.matching_step.learned.items()},
+        "outer_iterations": state.it,
+        "seconds": round(state.seconds, 1),  # of distilling, without evaluations
+        "finished": finished,
+        **({} if expert_seconds is None else {"expert_seconds": expert_seconds}),
+    }
 
 
 def diverged(o: CondenseOptions, error: NotFinite, class_names: Sequence[str], run: Path) -> str:

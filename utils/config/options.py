@@ -11,23 +11,8 @@ from functools import partial
 from typing import ClassVar
 
 import models
-from utils.config.flags import (
-    augmentation,
-    flag,
-    initialisation,
-    integer,
-    matching,
-    number,
-    table_file,
-    tag,
-)
-from utils.config.presets import (
-    DATASET_SETTINGS,
-    EVALUATION_AUGMENTATION,
-    METHODS,
-    REAL_EPOCHS,
-    TRAJECTORY,
-)
+from utils.config.flags import augmentation, flag, initialisation, integer, matching, number, table_file, tag
+from utils.config.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, METHODS, REAL_EPOCHS, TRAJECTORY
 from utils.method import formation, objectives, pixels, selection, training
 from utils.numerics.compute import PRECISIONS
 

@@ -12,7 +12,7 @@ from utils.method.augment import without
 # --- Data sets and --reproduce ----------------------------------------------------------------------------------------
 
 # Settings of each data set, in place of the defaults; the published ones are those of Liu et al. (ICCV 2023).
-# lr_img holds at ipc 10, see `pixel_lr`. Digits and folders are not in the paper: digits is tuned for minutes on a CPU.
+# lr_img holds at ipc 10, see `pixel_rate`. Digits and folders are not in the paper; digits is tuned for a CPU.
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "mnist": dict(metric="l1", lr_img=1e-4, n_data=500),
     # The published code scales this rate by an accidental (28/32)^2. Kept, so that the step is the published one.
@@ -81,11 +81,6 @@ class Method:
     published: Settings = field(default_factory=dict)
     digits: Settings = field(default_factory=dict)
 
-    def resolved(self, asked: Asked, *, reproduce: bool) -> dict[str, Any]:
-        """Values of all settings for these flags, by name; reproduce: with the published budget."""
-        layers = [self.settings, self.published if reproduce else {}, self.digits if asked.dataset == "digits" else {}]
-        return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}
-
 
 # Zhao et al. (ICLR 2021), by images per class: matching updates per network, and synthetic epochs after each.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -147,7 +142,11 @@ METHODS = {
 
 
 def method_settings(method: str, dataset: str, *, ipc: int, select: str | None, reproduce: bool) -> dict[str, Any]:
-    """Settings of a method, by name, for these flags; select: None where the flag is absent."""
+    """Settings of a method, by name, for these flags; select: None where the flag is absent.
+
+    reproduce: with the published budget.
+    """
     row = METHODS[method]
-    chosen = str(select or row.settings.get("select", "kmeans"))
-    return row.resolved(Asked(dataset, ipc, chosen), reproduce=reproduce)
+    asked = Asked(dataset, ipc, str(select or row.settings.get("select", "kmeans")))
+    layers = [row.settings, row.published if reproduce else {}, row.digits if dataset == "digits" else {}]
+    return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}

@@ -12,22 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import models
+from data import Dataset
 from utils.config import checks
 from utils.config.flags import make_parser
-from utils.config.options import (
-    ALL_NETWORKS,
-    FREE,
-    NO_BASELINES,
-    OF_THE_SET,
-    CondenseOptions,
-    Options,
-    TrainOptions,
-)
+from utils.config.options import ALL_NETWORKS, FREE, NO_BASELINES, OF_THE_SET, CondenseOptions, Options, TrainOptions
 from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions, method_settings
+from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError
 
 NETWORK = ("net_type", "depth", "width", "norm_type")  # options that belong to one network
+COPIES = 4  # of a network's weights in memory, at least: weights, gradients, momentum, and a temporary one
 
 # --- condense.py ------------------------------------------------------------------------------------------------------
 
@@ -136,11 +133,6 @@ def train_options(
     return options
 
 
-def real_epochs(given: Mapping[str, Any]) -> int:
-    """Epochs of a training on all real images: --epochs, or far fewer than for a set of a few images."""
-    return int(given.get("epochs", REAL_EPOCHS))
-
-
 def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Settings in a data.json, checked as if they were flags, since the file may be anybody's."""
     known = {**card["settings"], **{name: card[name] for name in OF_THE_SET}}
@@ -185,13 +177,7 @@ def concerning(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def networks(
-    options: TrainOptions,
-    given: Mapping[str, Any],
-    card: Mapping[str, Any] | None,
-    *,
-    channels: int,
-    classes: int,
-    side: int,
+    options: TrainOptions, given: Mapping[str, Any], card: Mapping[str, Any] | None, data: Dataset
 ) -> list[models.NetSpec]:
     """Specifications of train.py's networks, from the flags given and those of the set's settings that concern each."""
     specs = []
@@ -201,19 +187,26 @@ def networks(
     for name in dict.fromkeys(models.PAPER_TABLE if ALL_NETWORKS in names else names):
         settings = concerning({**own, "net_type": distilled_with}, name)
         replaced: dict[str, Any] = {k: settings.get(k) for k in own}
-        specs.append(
-            network(dataclasses.replace(options, **replaced), name, channels=channels, classes=classes, side=side)
-        )
+        specs.append(network(dataclasses.replace(options, **replaced), name, data))
     return specs
 
 
-def network(options: Options, name: str, *, channels: int, classes: int, side: int) -> models.NetSpec:
-    """Specification of a network, after a try to build it. Raises UsageError, naming the flags, if that fails."""
+def network(options: Options, name: str, data: Dataset) -> models.NetSpec:
+    """Specification of a network, after a try to build it.
+
+    Raises UsageError, naming the flags, if that fails, or if the memory is too small for training it.
+    """
     settings = {"depth": options.depth, "width": options.width, "norm": options.norm_type}
     try:
-        spec = models.resolve(name, channels=channels, classes=classes, side=side, **settings)  # type: ignore[arg-type]
+        shape = {"channels": data.channels, "classes": data.classes, "side": data.side}
+        spec = models.resolve(name, **shape, **settings)  # type: ignore[arg-type]
         net = models.outline(spec)
     except ValueError as error:
         raise UsageError(f"--net_type {name} (--depth, --width, --norm_type): {error}") from None
-    checks.check_weights(net, name)
+    need, free = 4 * sum(p.numel() for p in net.parameters()), free_memory(torch.device("cpu"))
+    if COPIES * need > free:
+        raise UsageError(
+            f"--net_type {name} (--depth, --width, --size): its weights take {need / 1e9:.1f} GB, {COPIES} times, and "
+            f"{free / 1e9:.1f} GB of memory are free"
+        )
     return spec

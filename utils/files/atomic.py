@@ -52,14 +52,14 @@ def write_atomically(path: Path, content: bytes, *, previous: Path | None = None
             os.close(directory)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, and its parents. Raises UserError when it cannot be made or written into."""
+def make_folder(path: Path) -> Path:
+    """Make a folder, and its parents, and return its path. Raises UserError when it cannot be made or written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # has no name, so that nothing can stay behind
-            pass
+        tempfile.TemporaryFile(dir=path).close()  # has no name, so that nothing can stay behind
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --results_dir") from error
+    return path
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -84,10 +84,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content, unchanged = parse_json(path)
     if not unchanged:
-        raise UserError(
-            f"{path}: is damaged, or was changed since it was written (its {CHECKSUM} differs); restore it, or delete "
-            "that entry if the change is meant"
-        )
+        remedy = "restore it, or delete that entry if the change is meant"
+        raise UserError(f"{path}: is damaged, or was changed since it was written (its {CHECKSUM} differs); {remedy}")
     return content
 
 
@@ -96,6 +94,7 @@ def parse_json(path: Path) -> tuple[dict[str, Any], bool]:
 
     Raises UserError, naming the file, when it holds no object.
     """
+    remedy = "restore it, or begin again with --restart"
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
             raise OSError("no regular file")
@@ -103,8 +102,7 @@ def parse_json(path: Path) -> tuple[dict[str, Any], bool]:
         claimed = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
         unchanged = claimed is None or claimed == checksum(content)
     except (OSError, ValueError, RecursionError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path}: cannot be read ({reason}); restore it, or begin again with --restart") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; restore it, or begin again with --restart")
+        raise UserError(f"{path}: holds no JSON object; {remedy}")
     return content, unchanged

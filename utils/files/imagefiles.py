@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,15 +39,11 @@ BLOCK = 512  # files read at a time
 
 _one_large = threading.Lock()
 
-UPRIGHT = {  # how to turn an image of each of EXIF's orientations
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+Turn = Image.Transpose
+UPRIGHT = dict(enumerate((  # how to turn an image of each of EXIF's orientations, from 2 on
+    Turn.FLIP_LEFT_RIGHT, Turn.ROTATE_180, Turn.FLIP_TOP_BOTTOM, Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE,
+    Turn.ROTATE_90,
+), start=2))  # fmt: skip
 
 
 # --- One file ---------------------------------------------------------------------------------------------------------
@@ -80,7 +76,16 @@ def read_image(path: str, *, channels: int, side: int | None = None) -> Tensor:
 def _tensor(file: Image.Image, channels: int, side: int | None) -> Tensor:
     file.load()
     file.info.pop("transparency", None)  # converting would try to keep it
-    image = _upright(_converted(_of_8_bits(file), "L" if channels == 1 else "RGB"), file)
+    image: Image.Image = file
+    if file.mode.startswith("I"):  # 16 bits a pixel
+        image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+    if image.mode != (mode := "L" if channels == 1 else "RGB"):
+        image = image.convert(mode)
+    turn = None
+    with suppress(Exception):  # broken EXIF data are no reason to refuse the image
+        turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        image = image.transpose(turn)
     if side is not None and image.size != (side, side):
         short = min(image.size)
         left, top = ((length - short) / 2 for length in image.size)
@@ -94,7 +99,8 @@ def _tensor(file: Image.Image, channels: int, side: int | None) -> Tensor:
 def opened(path: str) -> Iterator[Image.Image]:
     """Open an image that is safe to decode. Raises UserError, naming the file, also for errors in the block."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        # Opening a pipe does not wait until somebody writes into it.
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise ValueError("no regular file")
@@ -110,11 +116,6 @@ def opened(path: str) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read as an image ({_reason(error)}); repair it or remove it") from error
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """An `opener` for open() that does not wait until somebody writes into a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"it claims more than {MAX_PIXELS / 1e6:.0f} million pixels"
@@ -128,26 +129,6 @@ def _pixels(image: Image.Image) -> int:
     tags = getattr(image, "tag_v2", {})
     tile = [tags.get(tag, 0) for tag in (322, 323)]
     return max(image.width * image.height, tile[0] * tile[1])
-
-
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    """The image, of 8 bits a pixel if it had 16."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """The image turned as the file's EXIF data say."""
-    try:
-        turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF data are no reason to refuse the image
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 # --- Many files -------------------------------------------------------------------------------------------------------
@@ -176,8 +157,8 @@ def for_each(items: Sequence[S], work: Callable[[S], T], *, what: str, threads: 
     return done
 
 
-def image_files(folder: str) -> tuple[list[str], list[str]]:
-    """Paths of the images, and of the other files, below a class folder and its subfolders. Raises OSError.
+def image_files(folder: str, *, nested: bool = True) -> tuple[list[str], list[str]]:
+    """Paths of the images, and of the other files, in a class folder, and below it if nested. Raises OSError.
 
     The order is that of torchvision's ImageFolder. Hidden files and folders do not count. Links are followed, but not
     into a folder that has been read or that contains the class folder, so that links in a circle come to an end.
@@ -191,7 +172,7 @@ def image_files(folder: str) -> tuple[list[str], list[str]]:
             continue
         seen.add(_identity(top))
         folders, files = inside(top)
-        waiting += [os.path.join(top, name) for name in reversed(folders)]
+        waiting += [os.path.join(top, name) for name in reversed(folders) if nested]
         listed += [(top, name) for name in files]
     paths = [os.path.join(top, name) for top, name in sorted(listed)]
     images = [path for path in paths if path.lower().endswith(EXTENSIONS)]
@@ -206,19 +187,13 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 def inside(folder: str) -> tuple[list[str], list[str]]:
     """Names of the folders and of the files in a folder, sorted, without hidden ones. Raises OSError."""
-    names: dict[bool, list[str]] = {True: [], False: []}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith("."):
-                names[_is_folder(entry)].append(entry.name)
-    return sorted(names[True]), sorted(names[False])
 
+    def fail(error: OSError) -> None:
+        raise error
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # such as a link to itself
-        return False
+    _, *both = next(os.walk(folder, onerror=fail))
+    folders, files = (sorted(name for name in names if not name.startswith(".")) for names in both)
+    return folders, files
 
 
 # --- Grids of images --------------------------------------------------------------------------------------------------

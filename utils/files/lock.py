@@ -65,12 +65,9 @@ def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
             time.sleep(0.2)
             continue
         # Its last holder may have removed the file in between; then others would lock a new file of this name.
-        try:
-            same = os.fstat(handle).st_ino == os.stat(file).st_ino
-        except FileNotFoundError:
-            same = False
-        if same:
-            return handle
+        with suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == os.stat(file).st_ino:
+                return handle
         os.close(handle)
 
 

@@ -13,7 +13,7 @@ import pickletools
 import stat
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -96,11 +96,10 @@ def verify_program(program: bytes) -> None:
             named = argument in kept if what in GET else (what, argument) == ("GLOBAL", ORDERED)
 
 
-def is_plain(x: object) -> bool:
+def is_plain(x: object) -> TypeGuard[Tensor]:
     """Whether this is a dense tensor on the CPU whose file really holds its numbers, not a few expanded to many."""
-    if type(x) not in (Tensor, nn.Parameter):
+    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter):
         return False
-    assert isinstance(x, Tensor)
     dense = x.layout == torch.strided and x.device.type == "cpu" and not (x.is_nested or x.is_neg() or x.is_conj())
     return dense and x.nbytes <= max(EXPANDED * x.untyped_storage().nbytes(), SMALL)
 
@@ -120,8 +119,7 @@ def read_tensors(path: Path, remedy: str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
     except Refused as error:
-        raise UserError(
-            f"{path}: holds pickled objects other than tensors, which could run code: refused ({error}); {remedy}"
-        ) from error
+        problem = f"holds pickled objects other than tensors, which could run code: refused ({error})"
+        raise UserError(f"{path}: {problem}; {remedy}") from error
     except Exception as error:  # zip, pickle and storage errors of any kind
         raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error

@@ -98,9 +98,8 @@ def evaluate_networks(
         accuracies, confusion = [], torch.zeros(test.classes, test.classes, dtype=torch.int64, device=test.device)
         for first in range(0, len(trainings), together):
             now = trainings[first : first + together]
-            for epoch, trainer in train_networks(
-                spec, [sets[r] for r in now], recipe, [draws[r] for r in now], compute
-            ):
+            trained = train_networks(spec, [sets[r] for r in now], recipe, [draws[r] for r in now], compute)
+            for epoch, trainer in trained:
                 progress.advance(len(now))
                 if stopper is not None:
                     stopper.check(signals_only=True)

@@ -21,7 +21,7 @@ BOUND = 128  # decoded images per class that `bound` does not exceed
 
 @dataclass(frozen=True)
 class Formation:
-    """How many training images a stored image holds, and in which layout.
+    """Layout of stored images: how many training images each of them holds.
 
     factor: f; a stored image holds f x f cells. decode_type, one of DECODE_TYPES:
     single: every stored image with factor f, f^2 images each.
@@ -78,9 +78,8 @@ def _decode_grid(stored: Tensor, factor: int) -> Tensor:
     *lead, n, channels, height, width = stored.shape
     flat = stored.reshape(-1, channels, height, width)
     cells = [
-        F.interpolate(flat[:, :, top:bottom, left:right], (height, width), mode="bilinear", align_corners=False)
-        for top, bottom in cell_edges(height, factor)
-        for left, right in cell_edges(width, factor)
+        F.interpolate(flat[..., rows, columns], (height, width), mode="bilinear", align_corners=False)
+        for rows, columns in cells_of(height, width, factor)
     ]
     return torch.stack(cells, 1).view(*lead, n * factor**2, channels, height, width)
 
@@ -95,24 +94,22 @@ def pack(images: Tensor, *, factor: int) -> Tensor:
     *lead, n, channels, height, width = images.shape
     grouped = images.reshape(-1, factor**2, channels, height, width)
     stored = images.new_empty(len(grouped), channels, height, width)
-    cell = 0
-    for top, bottom in cell_edges(height, factor):
-        for left, right in cell_edges(width, factor):
-            size = (bottom - top, right - left)
-            stored[:, :, top:bottom, left:right] = F.interpolate(
-                grouped[:, cell], size, mode="bilinear", align_corners=False, antialias=True
-            )
-            cell += 1
+    for i, (rows, columns) in enumerate(cells_of(height, width, factor)):
+        size = (rows.stop - rows.start, columns.stop - columns.start)
+        shrunk = F.interpolate(grouped[:, i], size, mode="bilinear", align_corners=False, antialias=True)
+        stored[..., rows, columns] = shrunk
     return stored.view(*lead, n // factor**2, channels, height, width)
 
 
-def cell_edges(side: int, factor: int) -> list[tuple[int, int]]:
-    """(start, end) of every cell along an axis of `side` pixels.
+def cells_of(height: int, width: int, factor: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of every cell of an image, in reading order.
 
-    Where `factor` does not divide `side`, cells differ by one pixel.
+    Where `factor` does not divide a side, cells differ by one pixel.
     """
-    edges = [i * side // factor for i in range(factor + 1)]
-    return list(itertools.pairwise(edges))
+    rows, columns = (
+        [slice(i * side // factor, (i + 1) * side // factor) for i in range(factor)] for side in (height, width)
+    )
+    return list(itertools.product(rows, columns))
 
 
 def training_images(
@@ -135,10 +132,5 @@ def training_images(
         decoded.append(formation.decode(images[rows]))
         sources.append(rows[torch.tensor(formation.sources(len(rows)), device=rows.device)])
     source = torch.cat(sources)
-    return ImageSet(
-        torch.cat(decoded),
-        labels[source],
-        classes=classes,
-        normalize=normalize,
-        soft=None if soft is None else soft[source],
-    )
+    taken = None if soft is None else soft[source]
+    return ImageSet(torch.cat(decoded), labels[source], classes=classes, normalize=normalize, soft=taken)

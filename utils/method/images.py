@@ -44,32 +44,6 @@ class Whiten(Normalize):
 
     def __init__(
         self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device | str = "cpu",
-        *,
-        centre: Tensor,
-        covariance: Tensor,
-        eps: float = EPS,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Compute the whitening matrix from the mean image and the covariance of images in [0, 1].
-
-        centre: (C, H, W) float64, the mean image. covariance: (D, D) float64. dtype: of the matrices that are kept;
-        images of another dtype are whitened at the cost of converting the matrices.
-        """
-        super().__init__(mean, std, device)
-        divisor = self.std.to(covariance).expand(1, *centre.shape).flatten()  # (D,)
-        square = covariance / (divisor[:, None] * divisor)
-        square.diagonal().add_(eps)
-        values, vectors = torch.linalg.eigh(square)
-        self.centre = centre.to(device, dtype)[None]  # (1, C, H, W)
-        self.square = square.to(device, dtype)  # cov + eps I
-        self.matrix = ((vectors * values.rsqrt()) @ vectors.T).to(device, dtype)
-
-    @classmethod
-    def of(
-        cls,
         images: Tensor,
         mean: Sequence[float],
         std: Sequence[float],
@@ -78,13 +52,21 @@ class Whiten(Normalize):
         eps: float = EPS,
         dtype: torch.dtype = torch.float32,
         all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> Whiten:
-        """Whitening by the mean image and the covariance of training images, (N, C, H, W) uint8 on any device.
+    ) -> None:
+        """Compute the whitening matrix from training images, (N, C, H, W) uint8 on any device.
 
-        all_reduce_sum: see `moments`.
+        dtype: of the matrices that are kept; images of another dtype are whitened at the cost of converting the
+        matrices. all_reduce_sum: see `moments`.
         """
+        super().__init__(mean, std, device)
         centre, covariance = moments(images, device, all_reduce_sum)
-        return cls(mean, std, device, centre=centre, covariance=covariance, eps=eps, dtype=dtype)
+        divisor = self.std.to(covariance).expand(1, *centre.shape).flatten()  # (D,)
+        square = covariance / (divisor[:, None] * divisor)
+        square.diagonal().add_(eps)
+        values, vectors = torch.linalg.eigh(square)
+        self.centre = centre.to(device, dtype)[None]  # (1, C, H, W)
+        self.square = square.to(device, dtype)  # cov + eps I
+        self.matrix = ((vectors * values.rsqrt()) @ vectors.T).to(device, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = to_unit(x)

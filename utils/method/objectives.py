@@ -18,9 +18,8 @@ from utils.numerics.passes import Compared
 
 def cosine_distance(real: Tensor, syn: Tensor) -> Tensor:
     """The sum over output channels of 1 - cosine, (); a vector counts as one channel."""
-    rows_real = real.flatten(1) if real.dim() > 1 else real[None]
-    rows_syn = syn.flatten(1) if syn.dim() > 1 else syn[None]
-    return (1 - F.cosine_similarity(rows_real, rows_syn, dim=1, eps=1e-6)).sum()
+    real, syn = (x.flatten(1) if x.dim() > 1 else x[None] for x in (real, syn))
+    return (1 - F.cosine_similarity(real, syn, dim=1, eps=1e-6)).sum()
 
 
 # A metric compares one layer's tensors, real and synthetic; the layers' distances are summed.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ EMBEDDING_BYTES = 2**28  # embeddings of the classes that are clustered together
 
 @dataclass(frozen=True)
 class Context:
-    """What a selection strategy may look at; all its random numbers come from `draws`."""
+    """Input of a selection strategy, whose random numbers all come from `draws`."""
 
     net: Network
     real: ImageSet
@@ -33,11 +34,6 @@ class Context:
     raw: bool = False  # embed un-normalised images, as the published code does
     kmeans: str = "batched"
     per_cluster: int = 1  # representatives of every cluster, those nearest its centroid
-
-    @property
-    def classes(self) -> list[int]:
-        """Classes whose images are selected from: all that have images here."""
-        return self.real.held
 
     def embedded(self, c: int) -> Tensor:
         """Embeddings of all images of class c, (counts[c], D), in the precision of `compute`."""
@@ -51,20 +47,14 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     are enough. The selection in a class does not depend on other classes, except by rounding on a GPU.
     """
     real = context.real
-    selected = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.classes])
+    selected = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.real.held])
     positions = []
-    for c, within in zip(context.classes, selected, strict=True):
+    for c, within in zip(real.held, selected, strict=True):
         if (available := real.counts[c]) < count:  # which images are repeated is random
             within = within[context.draws.of_class(c).permutation(available)]
             within = within[torch.arange(count, device=real.device) % available]
         positions.append(real.starts[c] + within)
     return torch.stack(positions)
-
-
-def random_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """Random images of every class, drawn without replacement."""
-    each = zip(context.classes, counts, strict=True)
-    return [context.draws.of_class(c).permutation(context.real.counts[c])[:k] for c, k in each]
 
 
 def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
@@ -73,13 +63,9 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     Clusters are of the network's embeddings, as many as images are selected. With per_cluster above 1 there are fewer
     clusters, by that factor, and as many images of each (DREAM+, Liu et al., 2023).
     """
-    real, picks = context.real, {}
-    todo = []
-    for c, k in zip(context.classes, counts, strict=True):
-        if k == real.counts[c]:
-            picks[c] = torch.arange(k, device=real.device)
-        else:
-            todo.append((c, k))
+    real, each = context.real, list(zip(context.real.held, counts, strict=True))
+    picks = {c: torch.arange(k, device=real.device) for c, k in each if k == real.counts[c]}
+    todo = [(c, k) for c, k in each if c not in picks]
     together = EMBEDDING_BYTES if context.compute.classes_together else 0
     while todo:
         group: list[int] = []
@@ -90,60 +76,62 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
             x.append(context.embedded(group[-1]))
         draws = [context.draws.of_class(c) for c in group]
         picks.update(zip(group, KMEANS[context.kmeans](x, clusters, draws, context.per_cluster), strict=True))
-    return [picks[c] for c in context.classes]
+    return [picks[c] for c in context.real.held]
 
 
-def central_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+def class_by_class(
+    choose: Callable[[Context, int, int], Tensor], context: Context, counts: Sequence[int]
+) -> list[Tensor]:
+    """Images that `choose(context, c, k)` chooses in every class by itself, k of class c."""
+    return [choose(context, c, k) for c, k in zip(context.real.held, counts, strict=True)]
+
+
+def random_images(context: Context, c: int, k: int) -> Tensor:
+    """Random images of a class, drawn without replacement."""
+    return context.draws.of_class(c).permutation(context.real.counts[c])[:k]
+
+
+def central_images(context: Context, c: int, k: int) -> Tensor:
     """Images nearest the mean of their class in the network's embedding: typical, and much alike."""
-    picks = []
-    for c, k in zip(context.classes, counts, strict=True):
-        x = widened(context.embedded(c))
-        picks.append((x - x.mean(0)).square().sum(1).topk(k, largest=False).indices)
-    return picks
+    x = widened(context.embedded(c))
+    return (x - x.mean(0)).square().sum(1).topk(k, largest=False).indices
 
 
-def boundary_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+def boundary_images(context: Context, c: int, k: int) -> Tensor:
     """Images with the smallest margin to another class under the network as it is now, rightly classified or not.
 
     The margin is the distance between the logit of the image's own class and the highest other logit.
     """
-    picks = []
-    for c, k in zip(context.classes, counts, strict=True):
-        x = widened(context.embedded(c))
-        with torch.no_grad():
-            logits = context.net.classifier(x)
-        own = logits[:, c].clone()
-        logits[:, c] = -torch.inf
-        picks.append((own - logits.amax(1)).abs().topk(k, largest=False).indices)
-    return picks
+    with torch.no_grad():
+        logits = context.net.classifier(widened(context.embedded(c)))
+    own = logits[:, c].clone()
+    logits[:, c] = -torch.inf
+    return (own - logits.amax(1)).abs().topk(k, largest=False).indices
 
 
-def herded_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
-    """Herded images of every class (Welling, ICML 2009): a greedy choice whose mean is near the mean of the class.
+def herded_images(context: Context, c: int, k: int) -> Tensor:
+    """Herded images of a class (Welling, ICML 2009): a greedy choice whose mean is near the mean of the class.
 
     One image is chosen after the other: each brings the mean of all chosen so far as near to the mean of the class as
     an image can, in the network's embedding.
     """
-    picks = []
-    for c, k in zip(context.classes, counts, strict=True):
-        x = widened(context.embedded(c))
-        mean, total, penalty = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
-        herd = []
-        for chosen in range(1, k + 1):
-            herd.append((((total + x) / chosen - mean).square().sum(1) + penalty).argmin())
-            total = total + x[herd[-1]]
-            penalty[herd[-1]] = torch.inf  # so that no image is chosen twice
-        picks.append(torch.stack(herd))
-    return picks
+    x = widened(context.embedded(c))
+    mean, total, penalty = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
+    herd = []
+    for chosen in range(1, k + 1):
+        herd.append((((total + x) / chosen - mean).square().sum(1) + penalty).argmin())
+        total = total + x[herd[-1]]
+        penalty[herd[-1]] = torch.inf  # so that no image is chosen twice
+    return torch.stack(herd)
 
 
 # A strategy returns positions within a class, (counts[i],) int64 for the i-th of the context's classes.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
-    "random": random_images,
-    "central": central_images,
-    "boundary": boundary_images,
-    "herding": herded_images,
+    "random": partial(class_by_class, random_images),
+    "central": partial(class_by_class, central_images),
+    "boundary": partial(class_by_class, boundary_images),
+    "herding": partial(class_by_class, herded_images),
 }
 
 
@@ -162,9 +150,9 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
     training = net.training
     net.eval()
     pieces = images.split(max(512, compute.images_at_once(images.shape[-1])))
-    found = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
+    embeddings = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
     net.train(training)
-    return found
+    return embeddings
 
 
 # --- Sets of real images, selected by a strategy ----------------------------------------------------------------------
@@ -181,7 +169,7 @@ def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Ten
     """
     real = context.real
     if init == "noise":
-        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.classes]
+        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.real.held]
         return (NOISE_MEAN + NOISE_STD * torch.stack(noise)).clamp_(0, 1)
     index = select(context, ipc * factor**2, strategy=init)
     return pack(to_unit(real.images[index]), factor=factor).clamp_(0, 1)
@@ -262,11 +250,9 @@ KMEANS: dict[str, Callable[[Sequence[Tensor], int, Sequence[Draws], int], list[T
 
 def padded(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Classes of different sizes padded to one tensor (classes, N, ...), and which rows are real, (classes, N) bool."""
-    longest = max(map(len, x))
     sizes = torch.tensor([len(points) for points in x]).to(x[0].device, non_blocking=True)
-    return torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True), torch.arange(
-        longest, device=x[0].device
-    ) < sizes[:, None]
+    real = torch.arange(max(map(len, x)), device=x[0].device) < sizes[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(x), batch_first=True), real
 
 
 def assign(points: Tensor, squares: Tensor, real: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

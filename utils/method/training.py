@@ -47,12 +47,11 @@ class Recipe:
 def fresh_network(spec: NetSpec, draws: Draws) -> Network:
     """Freshly initialised network whose weights depend on `draws` alone, on the device of `draws`."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(draws.network_seed())
+        torch.random.default_generator.manual_seed(draws.host.getrandbits(63))
         return models.build(spec).to(draws.device)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Random choices of a network's epoch over n images, drawn on the device at once."""
 
     order: Tensor  # (n,) positions in the set
@@ -101,10 +100,9 @@ class Trainer:
         self.source, self.together = source, together
         self.nets, self.recipe, self.compute = list(nets), recipe, compute
         shared = all(train is sets[0] for train in sets)
-        self.images, self.labels = (
-            tensors[0][None] if shared else torch.stack(tensors)
-            for tensors in ([train.images for train in sets], [train.labels for train in sets])
-        )  # (K or 1, N, C, H, W) and (K or 1, N)
+        # (K or 1, N, C, H, W) and (K or 1, N)
+        self.images = sets[0].images[None] if shared else torch.stack([train.images for train in sets])
+        self.labels = sets[0].labels[None] if shared else torch.stack([train.labels for train in sets])
         if source is not None:  # self.images and self.labels are then a buffer for a few batches
             batch = recipe.batch_size * sets[0].images[0].nbytes
             self.at_once = max(1, GATHERED // batch)
@@ -156,9 +154,7 @@ class Trainer:
             net.train()
         edges = batches(len(index), self.recipe.batch_size)
         plans = [plan(index, edges, d) for d in draws]
-        order, u, partner, mix = (
-            torch.stack([getattr(p, name) for p in plans]) for name in ("order", "u", "partner", "mix")
-        )
+        order, u, partner, mix = map(torch.stack, zip(*plans, strict=True))
         at_once = len(edges) if self.source is None else self.at_once
         for first in range(0, len(edges), max(1, at_once)):
             some = edges[first : first + at_once]
@@ -272,16 +268,14 @@ def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor) -> tuple[Ten
     numbers, see Plan. Returns the images, and targets that are weighted by the area that each of the two images has in
     pixels, after clipping and rounding of the box.
     """
-    inside = None
-    for size, centre, dim in ((x.shape[3], CENTRE_Y, 0), (x.shape[4], CENTRE_X, 1)):
+    strips = []
+    for size, centre in ((x.shape[3], CENTRE_Y), (x.shape[4], CENTRE_X)):
         half = (size * (1 - mix[:, SIZE].double()).sqrt()).floor() // 2  # lambda ~ Beta(1, 1), sides sqrt(1 - lambda)
         middle = (size * mix[:, centre].double()).floor()
         at = torch.arange(size, device=x.device)
-        strip = (at >= (middle - half)[:, None]) & (at < (middle + half)[:, None])  # (K, size)
-        strip = strip[:, :, None] if dim == 0 else strip[:, None, :]
-        inside = strip if inside is None else inside & strip
-    assert inside is not None
-    inside = inside & (mix[:, APPLY] < CUTMIX_PROBABILITY)[:, None, None]  # (K, H, W)
+        strips.append((at >= (middle - half)[:, None]) & (at < (middle + half)[:, None]))  # (K, size)
+    applied = (mix[:, APPLY] < CUTMIX_PROBABILITY)[:, None, None]
+    inside = strips[0][:, :, None] & strips[1][:, None, :] & applied  # (K, H, W)
     share = inside.to(x.dtype).mean((1, 2))[:, None, None]
     rows = torch.arange(len(x), device=x.device)[:, None]
     mixed = torch.where(inside[:, None, None], x[rows, partner], x)
@@ -295,6 +289,6 @@ def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
     counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
     for index in torch.arange(len(test), device=test.device).split(max(512, compute.images_at_once(test.side))):
         x, y = test.batch(index)
-        found = compute.retry(partial(derivatives.predict, net, x, compute))
-        counts += torch.bincount(y * test.classes + found, minlength=test.classes**2)
+        predicted = compute.retry(partial(derivatives.logits, net, x, compute)).argmax(1)
+        counts += torch.bincount(y * test.classes + predicted, minlength=test.classes**2)
     return counts.view(test.classes, test.classes)

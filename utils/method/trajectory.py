@@ -152,10 +152,8 @@ class TrajectoryStep:
         picks: not used, since no real images take part.
         """
         expert, start = draws.host.randrange(self.trajectories.count), draws.host.randrange(self.max_start)
-        pair = self.trajectories.pair
-        ends = self.group.broadcast(
-            lambda: [theta.clone() for theta in pair(expert, start, start + self.epochs)]
-        )  # no views
+        part = (expert, start, start + self.epochs)
+        ends = self.group.broadcast(lambda: [theta.clone() for theta in self.trajectories.pair(*part)])  # no views
         return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
@@ -173,10 +171,10 @@ class TrajectoryStep:
     def _step(self, start: Tensor, target: Tensor, *drawn: Tensor) -> Tensor:
         ahead = self.pixels.lookahead()
         if self.group.alone:
-            found = self.matcher.compute.retry(lambda: self._gradients(ahead, start, target, *drawn))
+            results = self.matcher.compute.retry(lambda: self._gradients(ahead, start, target, *drawn))
         else:  # without retry when memory is full: the other ranks have gone on, or wait
-            found = self._gradients(ahead, start, target, *drawn)
-        distance, by_pixels, by_size = found
+            results = self._gradients(ahead, start, target, *drawn)
+        distance, by_pixels, by_size = results
         self.pixels.step(by_pixels)
         size, velocity = self.learned["step_size"]
         velocity.mul_(self.pixels.momentum).add_(by_size)

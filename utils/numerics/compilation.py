@@ -43,14 +43,10 @@ def compiler_error(device: torch.device) -> str | None:
         if device.type == "cpu":
             cpu_functions()
         else:
-            compiled(_probe)(torch.ones(4, device=device))
+            compiled(lambda x: x * 2 + 1)(torch.ones(4, device=device))
     except Exception as error:  # whatever the compiler's parts raise: there is no common base
         return first_line(error)
     return None
-
-
-def _probe(x: Tensor) -> Tensor:
-    return x * 2 + 1
 
 
 # --- utils/numerics/block.cpp ----------------------------------------------------------------------------------------
@@ -87,7 +83,8 @@ def cpu_functions() -> BlockFunctions:
         name: str, tensors: Iterable[Tensor], groups: int, eps: float = 0, overwrite: bool = False
     ) -> list[Tensor]:
         """The results of one function. overwrite: write the first over the activation, the first of `tensors`."""
-        given = [_dense(x) for x in tensors]
+        # Activations are channels last there; numbers per group or per channel are dense already.
+        given = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in tensors]
         a, wide = given[0], given[1].dtype
         assert cpu_supports(a.shape[1], a.dtype, wide)
         (n, c, h, w), empty = a.shape, partial(torch.empty, memory_format=torch.channels_last, dtype=a.dtype)
@@ -154,11 +151,6 @@ class _Shape(ctypes.Structure):
 
 class _Tensor(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Activations in the layout of block.cpp, channels last; numbers per group or per channel are dense already."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 # --- Whether to compile -----------------------------------------------------------------------------------------------

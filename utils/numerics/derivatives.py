@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,11 +52,6 @@ def logits(net: Network, x: Tensor, compute: Compute) -> Tensor:
     return found
 
 
-def predict(net: Network, x: Tensor, compute: Compute) -> Tensor:
-    """(N, C, H, W) normalised images -> (N,) classes, in `net`'s mode."""
-    return logits(net, x, compute).argmax(1)
-
-
 def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compute) -> list[list[Tensor]]:
     """Gradients of each network's mean cross-entropy with respect to its parameters, in their order.
 
@@ -91,10 +87,7 @@ def match_by_autograd(
     net: Network, real: Tensor, syn: Tensor, labels: Tensor, distance: Distance, compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """The result of `match` for any network and any distance, in one graph."""
-
-    def of_class(real: Tensor, syn: Tensor, label: Tensor) -> Tensor:
-        return distance.between(net, real, syn, label)
-
+    of_class = partial(distance.between, net)
     syn = syn.detach().requires_grad_()
     # Under vmap, PyTorch takes batch norm's gradient of gamma for one of constants, and autocast for nothing.
     one_by_one = compute.precision == "bf16" or any(isinstance(m, nn.BatchNorm2d) for m in net.modules())

@@ -80,6 +80,17 @@ def weights_of(
     return Weights(tuple(blocks), torch.stack(classifier).to(dtype), torch.stack(offset)[:, None].to(dtype), functions)
 
 
+# --- What is compared, and along which directions it is differentiated ------------------------------------------------
+
+
+class Compared(NamedTuple):
+    """What is compared of the effects that images have on a network."""
+
+    gradients: bool  # of the cross-entropy with respect to the convolutions' weights
+    classifier: bool  # its gradient with respect to the classifier's weight as well
+    embedding: bool  # the mean of the last features
+
+
 class BlockDirection(NamedTuple):
     """Where one block's parameters move, like those of `Block`; None for those that stay."""
 
@@ -131,14 +142,6 @@ class Forward(NamedTuple):
 
     h: Tensor  # the last features, (N, C, H, W)
     norms: list[Norm]
-
-
-class Compared(NamedTuple):
-    """What is compared of the effects that images have on a network."""
-
-    gradients: bool  # of the cross-entropy with respect to the convolutions' weights
-    classifier: bool  # its gradient with respect to the classifier's weight as well
-    embedding: bool  # the mean of the last features
 
 
 class Slope(NamedTuple):

@@ -42,8 +42,7 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
-        self._path = folder / FOLDER / name
+        self._path = folder / FOLDER / f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
         with naming(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "ab")  # noqa: SIM115  # closed in `close`

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.files.atomic import CHECKSUM, parse_json
 from utils.files.tensors import write_tensors
-from utils.method.formation import BOUND, Formation
+from utils.method.formation import BOUND
 from utils.method.images import EPS
 from utils.system.errors import UserError
 
@@ -55,7 +55,7 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
         try:
             card = parse_json(file.with_name(CARD))[0] if file.with_name(CARD).exists() else {}
         except UserError as error:
-            log.warning("%s; passed over", str(error).split(";")[0])
+            log.warning("%s; passed over", error.problem)
             continue
         if factor in (None, card.get("factor")) and ipc in (None, card.get("ipc")):
             fitting.append(file)
@@ -64,71 +64,6 @@ def newest_distilled(results: Path, *, dataset: str | None, factor: int | None, 
         what = f" with {', '.join(wanted)}" if wanted else ""
         raise UserError(f"{results}: holds no distilled set{what}; make one with condense.py, or name a data.pt")
     return max(fitting, key=lambda file: file.stat().st_mtime).parent
-
-
-# --- Making a card ----------------------------------------------------------------------------------------------------
-
-
-def card_of_set(
-    *,
-    dataset: str,
-    image_folder: str | None,
-    class_names: Sequence[str],
-    ipc: int,
-    factor: int,
-    decode_type: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-    settings: Mapping[str, Any],
-) -> Card:
-    """The card of a set of whose making nothing is known: how to use it.
-
-    image_folder: an absolute path, or None for a data set known by name. mean, std: per channel, in units of [0, 1].
-    settings: the other options, as far as they are known.
-    """
-    return {
-        "dataset": dataset,
-        "image_folder": image_folder,
-        "class_names": list(class_names),
-        "ipc": ipc,
-        "factor": factor,
-        "decode_type": decode_type,
-        "decoded_per_class": Formation(factor, decode_type).decoded_count(ipc),
-        "value_range": [0.0, 1.0],
-        "normalized": False,
-        "normalization": {"mean": list(mean), "std": list(std)},
-        "settings": dict(settings),
-        "finished": True,
-    }
-
-
-def card_of_run(
-    card: Card,
-    *,
-    shape: Sequence[int],
-    network: Mapping[str, Any],
-    learned: Mapping[str, float],
-    outer_iterations: int,
-    seconds: float,
-    finished: bool,
-    expert_seconds: float | None = None,
-) -> Card:
-    """The card of a set, see above, together with how a run made it and how far the run has come.
-
-    shape: (C, H, W). network: the fields of its NetSpec. learned: step sizes that --method mtt has learned. seconds: of
-    distilling, without evaluations; expert_seconds: of training the experts, where there are any.
-    """
-    return {
-        "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, shape[-1])}.",
-        **card,
-        "shape": list(shape),
-        "network": dict(network),
-        "learned": dict(learned),
-        "outer_iterations": outer_iterations,
-        "seconds": round(seconds, 1),
-        "finished": finished,
-        **({} if expert_seconds is None else {"expert_seconds": round(expert_seconds, 1)}),
-    }
 
 
 # --- A card in words --------------------------------------------------------------------------------------------------
@@ -187,11 +122,6 @@ FIELDS: dict[str, type | tuple[type, ...]] = {  # that evaluation needs, with th
 }
 
 
-def read_card(file: Path) -> Card:
-    """The content of a data.json. Raises UserError when it is damaged or lacks something that evaluation needs."""
-    return check_card(load_card(file), file)
-
-
 def load_card(file: Path) -> Card:
     """The content of a data.json, whatever it holds; if it was edited since it was written, this gives a warning.
 
@@ -211,19 +141,15 @@ def check_card(card: object, file: Path) -> Card:
     wrong = [name for name, kind in FIELDS.items() if not isinstance(known.get(name), kind)]
     if not wrong:
         mean, std = known["normalization"].get("mean"), known["normalization"].get("std")
-        if not (_are_statistics(mean) and _are_statistics(std) and len(mean) == len(std) and min(std) > 1 / LARGE):
+        lists = isinstance(mean, list) and isinstance(std, list) and 0 < len(mean) == len(std)
+        if (
+            not lists
+            or not all(type(v) in (int, float) and abs(v) <= LARGE for v in mean + std)
+            or min(std) <= 1 / LARGE
+        ):
             wrong = ["normalization"]
         elif not isinstance(known.get("normalized", False), bool):
             wrong = ["normalized"]
     if wrong:
         raise UserError(f"{file}: lacks a valid {wrong[0]!r}; move the file away and describe the set with -d and -f")
     return known
-
-
-def _are_statistics(values: object) -> bool:
-    """Whether this is a list of numbers as means and standard deviations are."""
-    return (
-        isinstance(values, list)
-        and len(values) > 0
-        and all(type(v) in (int, float) and abs(v) <= LARGE for v in values)
-    )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from utils.files.tensors import is_plain
 from utils.runs.card import Card, snapshot_iteration
-from utils.runs.folder import RunFolder, valid_checkpoint
+from utils.runs.folder import RunFolder, differing, valid_checkpoint
 from utils.runs.sets import load_distilled
 from utils.system.errors import UsageError, UserError
 
@@ -24,8 +23,7 @@ REMEDY = "--resume_from takes a run folder, or its checkpoint.pt, checkpoint_pre
 MUST_AGREE = ("dataset", "ipc", "factor", "decode_type")  # without which the pixels would mean something else
 
 
-@dataclass(frozen=True)
-class Earlier:
+class Earlier(NamedTuple):
     """Earlier state of another run; its outer iteration begins anew, since the network is another one here."""
 
     source: str  # path, for messages
@@ -34,19 +32,6 @@ class Earlier:
     learned: dict[str, Tensor]  # what --method mtt learns besides pixels; empty from a snapshot
     it: int  # number of finished outer iterations
     seconds: float  # of distilling so far; 0 from a snapshot
-
-    def must_fit(self, shape: tuple[int, ...], niter: int) -> None:
-        """Check that a run with pixels of this shape and `niter` outer iterations can begin here. Raises UsageError."""
-        if self.pixels.shape != shape:
-            raise UsageError(
-                f"--resume_from {self.source}: holds pixels of {tuple(self.pixels.shape)}, this run has {shape} "
-                "(classes, images per class, channels, height, width); use the same -d, --ipc and --size"
-            )
-        if self.it >= niter:
-            raise UsageError(
-                f"--resume_from {self.source}: is after outer iteration {self.it} already; use --niter {self.it + 1} "
-                "or more"
-            )
 
 
 def resumed_from(source: str | None, folder: RunFolder, shape: tuple[int, ...]) -> Earlier | None:
@@ -58,18 +43,24 @@ def resumed_from(source: str | None, folder: RunFolder, shape: tuple[int, ...]) 
     if source is None:
         return None
     fields = folder.group.broadcast(lambda: _fields(Path(source), folder, shape))
-    return None if fields is None else Earlier(**fields)
+    return None if fields is None else Earlier(*fields)
 
 
-def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> dict[str, Any] | None:
+def _fields(path: Path, folder: RunFolder, shape: tuple[int, ...]) -> list[Any] | None:
     """Fields of the Earlier at a path, as plain values that ranks can send each other."""
-    if folder.begun and not folder.restart:
+    if folder.checkpoints and not folder.restart:
         return None
     if folder.path.resolve() in (path.resolve(), *path.resolve().parents):
         raise UsageError(f"--resume_from {path}: is in this run's own folder; use --tag NAME for another")
     earlier = read_earlier(path, folder.options)
-    earlier.must_fit(shape, folder.options["niter"])
-    return vars(earlier)
+    if earlier.pixels.shape != shape:
+        raise UsageError(
+            f"--resume_from {path}: holds pixels of {tuple(earlier.pixels.shape)}, this run has {shape} "
+            "(classes, images per class, channels, height, width); use the same -d, --ipc and --size"
+        )
+    if (it := earlier.it) >= folder.options["niter"]:
+        raise UsageError(f"--resume_from {path}: is after outer iteration {it} already; use --niter {it + 1} or more")
+    return list(earlier)
 
 
 def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
@@ -88,7 +79,7 @@ def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
     try:
         content = valid_checkpoint(path) if snapshot_iteration(path) is None else load_distilled(path)
     except UserError as error:
-        raise UserError(f"{str(error).split(';')[0]}; {REMEDY}") from error
+        raise UserError(f"{error.problem}; {REMEDY}") from error
     if isinstance(content, dict):
         return _of_checkpoint(path, content, options)
     return _of_snapshot(path, *content, options)
@@ -122,14 +113,11 @@ def _of_snapshot(path: Path, images: Tensor, labels: Tensor, card: Card | None, 
 
 def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Check that two runs have the same kind of set: the options in MUST_AGREE. Raises UsageError."""
-    differ = [
-        f"--{name} {there.get(name)} there, {here[name]} here" for name in MUST_AGREE if there.get(name) != here[name]
-    ]
-    if differ:
-        raise UsageError(f"--resume_from {path}: is of another kind of set ({'; '.join(differ)})")
+    if differ := differing(there, here, MUST_AGREE, prefix="--"):
+        raise UsageError(f"--resume_from {path}: is of another kind of set ({differ})")
 
 
 def _are_numbers(x: Any, dimensions: int) -> bool:
     """Whether x is a contiguous float32 tensor of so many dimensions, without NaN and infinity."""
-    plain = is_plain(x) and x.dtype == torch.float32 and x.is_contiguous()
-    return plain and x.dim() == dimensions and bool(x.isfinite().all())
+    sound = is_plain(x) and x.dtype == torch.float32 and x.is_contiguous() and x.dim() == dimensions
+    return sound and bool(x.isfinite().all())

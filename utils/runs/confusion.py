@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Sequence
 
@@ -20,10 +21,9 @@ def as_text(matrix: Tensor, names: Sequence[str]) -> str:
     for, in per cent of the row."""
     shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
     wide = max(map(len, names))
-    lines = []
     show = len(names) <= WIDEST
-    if show:
-        lines.append(f"{'class':{wide}}  accuracy %  taken for % " + "".join(f"{c:5}" for c in range(len(names))))
+    head = f"{'class':{wide}}  accuracy %  taken for % " + "".join(f"{c:5}" for c in range(len(names)))
+    lines = [head] if show else []
     for c, (name, right) in enumerate(zip(names, per_class(matrix), strict=True)):
         row = "".join(f"{share:5.0f}" for share in shares[c].tolist()) if show else ""
         lines.append(f"{name:{wide}}  {right:10.1f}  {f'{c:11} ' + row if show else ''}".rstrip())
@@ -32,8 +32,6 @@ def as_text(matrix: Tensor, names: Sequence[str]) -> str:
 
 def as_csv(matrix: Tensor, names: Sequence[str]) -> str:
     """The matrix of counts as CSV, a row per class, with the class's accuracy in per cent in the last column."""
-    import csv
-
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["class", *names, "accuracy %"])

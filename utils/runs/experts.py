@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,7 +22,7 @@ from utils.files.tensors import is_plain
 from utils.method.selection import Context, select
 from utils.method.training import Trainer, batches
 from utils.numerics.derivatives import flattened
-from utils.runs.folder import CHECKPOINT_SECONDS
+from utils.runs.folder import CHECKPOINT_SECONDS, differing
 from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
 
@@ -41,7 +40,7 @@ class Experts:
         """identity: everything that trajectories depend on. Raises UserError when the folder has other experts."""
         self.folder, self.count, self.epochs = folder, count, epochs
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self._at_hand: OrderedDict[int, Tensor] = OrderedDict()  # the last used one at the end
+        self._at_hand: dict[int, Tensor] = {}  # the last used one at the end
         self._damaged: set[int] = set()
         self._check()
 
@@ -63,18 +62,10 @@ class Experts:
         try:
             there = atomic.read_json(file)
         except UserError as error:  # harmless: every expert's file says what it belongs to
-            log.warning("%s; written again", str(error).split(";")[0])
+            log.warning("%s; written again", error.problem)
             return False
-        names = {*there, *self.identity}
-        differ = [
-            f"{name} {there.get(name)} there, {self.identity.get(name)} here"
-            for name in sorted(names)
-            if there.get(name) != self.identity.get(name)
-        ]
-        if differ:
-            raise UserError(
-                f"{self.folder}: holds other experts ({'; '.join(differ)}); use another folder, or delete this one"
-            )
+        if differ := differing(there, self.identity, sorted({*there, *self.identity})):
+            raise UserError(f"{self.folder}: holds other experts ({differ}); use another folder, or delete this one")
         return True
 
     # --- What is there ------------------------------------------------------------------------------------------------
@@ -85,7 +76,7 @@ class Experts:
 
     def done(self) -> int:
         """Epochs that are trained already, all experts together."""
-        return sum(max(0, self._epochs_done(k)) for k in range(self.count))
+        return sum(self._epochs_done(k) for k in range(self.count))
 
     @cached_property
     def seconds(self) -> float:
@@ -94,11 +85,10 @@ class Experts:
 
     def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """An expert's parameters after so many epochs, (P,) each, on the CPU. Raises UserError for a damaged file."""
-        if expert in self._at_hand:
-            self._at_hand.move_to_end(expert)
-        else:
-            self._keep(expert, self._read(expert)["trajectory"])
-        trajectory = self._at_hand[expert]
+        trajectory = self._at_hand.pop(expert, None)
+        if trajectory is None:
+            trajectory = self._read(expert)["trajectory"]
+        self._keep(expert, trajectory)
         return trajectory[start], trajectory[end]
 
     def _file(self, k: int) -> Path:
@@ -109,31 +99,25 @@ class Experts:
         return atomic.checksum([self.identity, k])
 
     def _read(self, k: int) -> dict[str, Any]:
-        """The content of an expert's file. Raises UserError unless it is whole and belongs to this expert."""
+        """The content of an expert's file: its trajectory so far, (epochs done + 1, P), and more.
+
+        Raises UserError unless it is whole and belongs to this expert.
+        """
         content = tensors.read_tensors(self._file(k), AGAIN)
         if not isinstance(content, dict) or content.get("of") != self._owner(k):
             raise UserError(f"{self._file(k)}: is of another expert; {AGAIN}")
-        if not self._fits(content.get("trajectory")) or not isinstance(content.get("seconds"), float):
+        rows = content.get("trajectory")
+        plain = is_plain(rows) and rows.dtype == torch.get_default_dtype() and rows.dim() == 2
+        if rows is None or not plain or not 1 <= len(rows) <= self.epochs + 1 or not rows.isfinite().all():
             raise UserError(f"{self._file(k)}: holds no trajectory of {self.epochs} epochs; {AGAIN}")
+        if not isinstance(content.get("seconds"), float):
+            raise UserError(f"{self._file(k)}: does not say how long its training took; {AGAIN}")
         return content
-
-    def _fits(self, rows: object) -> bool:
-        """Whether these are the rows of a trajectory, (epochs done + 1, P)."""
-        if (
-            not isinstance(rows, Tensor)
-            or not is_plain(rows)
-            or rows.dtype != torch.get_default_dtype()
-            or rows.dim() != 2
-        ):
-            return False
-        return 1 <= len(rows) <= self.epochs + 1 and bool(rows.isfinite().all())
 
     def _read_if_whole(self, k: int) -> dict[str, Any] | None:
         """The content of an expert's file, or None where there is none or, after a warning, where it is damaged."""
-        if not self._file(k).exists():
-            return None
         try:
-            return self._read(k)
+            return self._read(k) if self._file(k).exists() else None
         except UserError as error:
             self._warn(k, error)
             return None
@@ -141,26 +125,25 @@ class Experts:
     def _warn(self, k: int, error: UserError) -> None:
         """Say once that an expert's file is damaged."""
         if k not in self._damaged:
-            log.warning("%s; trained again", str(error).split(";")[0])
+            log.warning("%s; trained again", error.problem)
         self._damaged.add(k)
 
     def _epochs_done(self, k: int) -> int:
-        """Epochs that an expert is trained already; -1 where even its beginning is missing."""
+        """Epochs that an expert is trained already."""
         if k in self._at_hand:
             return self.epochs
         file = self._read_if_whole(k)
         if file is None:
-            return -1
-        trajectory: Tensor = file["trajectory"]
-        if len(trajectory) == self.epochs + 1:
-            self._keep(k, trajectory)
-        return len(trajectory) - 1
+            return 0
+        if (done := len(file["trajectory"]) - 1) == self.epochs:
+            self._keep(k, file["trajectory"])
+        return done
 
     def _keep(self, k: int, trajectory: Tensor) -> None:
         """Keep a finished expert's trajectory in memory, in place of those that were not used for longest."""
         self._at_hand[k] = trajectory
         while sum(other.nbytes for other in self._at_hand.values()) > MEMORY and len(self._at_hand) > 1:
-            self._at_hand.popitem(last=False)
+            del self._at_hand[next(iter(self._at_hand))]
 
     # --- Training -----------------------------------------------------------------------------------------------------
 

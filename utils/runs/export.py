@@ -10,10 +10,10 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from models import NetSpec
@@ -29,20 +29,14 @@ log = logging.getLogger("dream")
 
 def check_target(path: Path) -> None:
     """Check that an export would replace nothing. Raises UsageError when something is there already."""
-    if path.is_dir() and path.suffix.lower() != SAFETENSORS:
-        if any(path.iterdir()):
-            raise UsageError(f"--export {path}: is not empty; name a new folder, or a file ending in {SAFETENSORS}")
-    elif path.exists():
-        raise UsageError(f"--export {path}: is there already; name a new folder, or a new file ending in {SAFETENSORS}")
+    is_folder = path.is_dir() and path.suffix.lower() != SAFETENSORS
+    if any(path.iterdir()) if is_folder else path.exists():
+        there = "is not empty" if is_folder else "is there already"
+        raise UsageError(f"--export {path}: {there}; name a new folder, or a new file ending in {SAFETENSORS}")
 
 
 def export_set(
-    target: Path,
-    *,
-    stored: DistilledSet,
-    decoded: ImageSet,
-    class_names: Sequence[str],
-    card: Mapping[str, Any],
+    target: Path, *, stored: DistilledSet, decoded: ImageSet, class_names: Sequence[str], card: Mapping[str, Any]
 ) -> None:
     """Write a set in the form that the target's suffix asks for. decoded: the images that networks train on."""
     if target.suffix.lower() == SAFETENSORS:
@@ -97,10 +91,8 @@ def export_folder(
     directory = directory.resolve()
     if 0 in train.counts:
         name = class_names[train.counts.index(0)]
-        raise UserError(
-            f"--export {directory}: class {name} has no images, so that readers of folders would number the others "
-            f"differently; export a {SAFETENSORS} file"
-        )
+        problem = f"class {name} has no images, so that readers of folders would number the others differently"
+        raise UserError(f"--export {directory}: {problem}; export a {SAFETENSORS} file")
     if train.soft is not None:
         log.warning("--export %s: a folder cannot hold soft labels: only the most probable classes are kept", directory)
     folders = folder_names(class_names)
@@ -124,6 +116,10 @@ def export_folder(
     log.info("exported %d decoded images to %s", len(train), directory)
 
 
+REDUCED = f"""
+The set has soft labels, probabilities of every class for every image, which folders cannot hold: each image lies in \
+the folder of its most probable class. A {SAFETENSORS} export keeps them.
+"""
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}  # Hugging Face's words
 
 
@@ -132,15 +128,10 @@ def readme(
 ) -> str:
     """README.md of an exported folder: Hugging Face's header, what the set is, how it was made, how to train on it."""
     n, channels, side = len(train), train.images.shape[1], train.side
-    mean, std = _short(train.normalize.mean), _short(train.normalize.std)
+    # As a person wrote them: float32 turns 0.4914 into 0.4914000034332275.
+    mean, std = ([float(f"{v:.7g}") for v in x.flatten().tolist()] for x in (train.normalize.mean, train.normalize.std))
     name = title(card)
     size = next((word for most, word in SIZES.items() if n < most), "n>1M")
-    reduced = (
-        "\nThe set has soft labels, probabilities of every class for every image, which folders cannot hold: each "
-        f"image lies in the folder of its most probable class. A {SAFETENSORS} export keeps them.\n"
-        if train.soft is not None
-        else ""
-    )
     grey = "    transforms.Grayscale(),\n" if channels == 1 else ""
     whitened = f", and {WHITENING}, which the lines below leave out" if is_whitened(card) else ""
     about = [
@@ -152,10 +143,8 @@ def readme(
         *_making(card),
     ]  # fmt: skip
     rows = "\n".join(f"| {what} | {table_cell(value)} |" for what, value in about)
-    classes = "\n".join(
-        f"| {c} | {folder} | {table_cell(known)} |"
-        for c, (folder, known) in enumerate(zip(folders, class_names, strict=True))
-    )
+    labels = enumerate(zip(folders, class_names, strict=True))
+    classes = "\n".join(f"| {c} | {folder} | {table_cell(known)} |" for c, (folder, known) in labels)
     settings = json.dumps({k: v for k, v in card.get("settings", {}).items() if v is not None}, indent=2)
     return f"""---
 pretty_name: {json.dumps(f"{name}, distilled")}
@@ -177,7 +166,7 @@ images.
 {rows}
 
 PNG rounds pixels to 8 bits, so that accuracies may differ slightly from those of the stored set.
-{reduced}
+{REDUCED if train.soft is not None else ""}
 ## Training on it
 
 Networks were trained on images normalised with mean {mean} and standard deviation {std}, in units of [0, 1]{whitened}:
@@ -206,11 +195,6 @@ or `datasets.load_dataset("imagefolder", data_dir="PATH_OF_THIS_FOLDER")` with H
 """
 
 
-def _short(x: Tensor) -> list[float]:
-    """Numbers as a person wrote them: float32 turns 0.4914 into 0.4914000034332275."""
-    return [float(f"{value:.7g}") for value in x.flatten().tolist()]
-
-
 def _making(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of the README's table: how the set was made and how good it is, as far as the card says."""
     if "outer_iterations" not in card:
@@ -223,14 +207,8 @@ def _making(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("outer iterations", f"{card['outer_iterations']}" + ("" if card.get("finished") else ", unfinished")),
     ]  # fmt: skip
     for what, key in (("test accuracy, %", "accuracy"), ("of as many random real images, %", "random_real")):
-        try:
+        # An unfinished run has no scores yet, and a card may say anything.
+        with suppress(KeyError, TypeError, ValueError, ArithmeticError):
             score = Score(tuple(map(float, card[key]["accuracies"])))
             rows.append((what, f"{score}, {NetSpec(**card['network']).name}"))
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-        ):  # an unfinished run has no scores yet, and a card may say anything
-            continue
     return rows

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -113,51 +113,43 @@ class RunFolder:
         if record is None:
             return "new"
         self._record, finished = record, self._finished()
-        differ = [
-            f"--{k} {record['options'].get(k)} there, {v} here"
-            for k, v in json.loads(json.dumps(self.options)).items()
-            if k not in self._free and not (k in self._resumable and not finished) and record["options"].get(k) != v
-        ]
-        if differ:
+        may_differ = {*self._free, *(() if finished else self._resumable)}
+        here = json.loads(json.dumps(self.options))
+        if differ := differing(record["options"], here, [k for k in here if k not in may_differ], prefix="--"):
             remedy = "--tag NAME keeps both runs, --restart deletes the old one"
-            raise UsageError(f"{self.path}: belongs to another command ({'; '.join(differ)}); {remedy}")
+            raise UsageError(f"{self.path}: belongs to another command ({differ}); {remedy}")
         return "finished" if finished and not self.flaws else "started"
 
     def _read_record(self) -> dict[str, Any] | None:
         """Content of options.json, or its copy in a checkpoint; None where neither was ever complete."""
         file = self.path / OPTIONS
+        flaw = UserError(f"{file}: is missing")
         try:
             if file.exists():
                 return _valid_record(atomic.read_json(file), str(file))
-            flaw = f"{file}: is missing"
         except UserError as error:
-            flaw = str(error)
+            flaw = error
         saved = self.newest()
         if saved is not None:
-            self.flaws.append(f"{flaw.split(';')[0]}; made again from the checkpoint")
+            self.flaws.append(f"{flaw.problem}; made again from the checkpoint")
             return saved["record"]
         if not file.exists():
-            raise UsageError(
-                f"{self.path}: is not empty and no run folder; --tag NAME uses another, --restart this one"
-            )
+            raise UsageError(f"{self.path}: is not empty and no run folder; --tag NAME uses another, --restart this")
         if (self.path / cards.DATA).exists():
             raise UserError(f"{flaw}; --tag NAME uses another folder, --restart deletes the results in this one")
-        self.flaws.append(f"{flaw.split(';')[0]}; nothing had been saved yet, so the run begins again")
+        self.flaws.append(f"{flaw.problem}; nothing had been saved yet, so the run begins again")
         return None
 
     def _finished(self) -> bool:
         """Whether the run is finished. Its damaged files are added to `flaws`."""
-        card = self.path / cards.CARD
-        if not card.exists():
-            return False
-        remedy = "made again from the checkpoint"
+        card, remedy = self.path / cards.CARD, "made again from the checkpoint"
         try:
-            content = atomic.read_json(card)
+            content = atomic.read_json(card) if card.exists() else {}
             if not content.get("finished"):
                 return False
             tensors.read_tensors(self.path / cards.DATA, remedy)
         except UserError as error:
-            self.flaws.append(f"{str(error).split(';')[0]}; {remedy}")
+            self.flaws.append(f"{error.problem}; {remedy}")
             return True
         if content.get(OF_METRICS) not in (None, atomic.checksum(self._read_metrics())):
             self.flaws.append(f"{self.path / METRICS}: is damaged; {remedy}")
@@ -168,25 +160,20 @@ class RunFolder:
 
         Damaged ones are added to `flaws`, with the words on_flaw. Raises UserError when all checkpoints are damaged.
         """
-        missing = 0
-        for file in (self.path / CHECKPOINT, self.path / PREVIOUS):
-            if not file.exists():
-                missing += 1
-                continue
+        for file in self.checkpoints:
             try:
                 return valid_checkpoint(file)
             except UserError as error:
-                self.flaws.append(f"{str(error).split(';')[0]}; {on_flaw}")
-        if missing < 2:
-            raise UserError(
-                f"{self.flaws.pop().split(';')[0]}, and there is no other checkpoint; --restart begins again"
-            )
+                self.flaws.append(f"{error.problem}; {on_flaw}")
+        if self.checkpoints:
+            problem = self.flaws.pop().split(";")[0]
+            raise UserError(f"{problem}, and there is no other checkpoint; --restart begins again")
         return None
 
     @property
-    def begun(self) -> bool:
-        """Whether there are checkpoints, damaged or not."""
-        return any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS))
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that are there, damaged or not, the newest first."""
+        return [file for name in (CHECKPOINT, PREVIOUS) if (file := self.path / name).exists()]
 
     # --- Beginning ----------------------------------------------------------------------------------------------------
 
@@ -205,11 +192,10 @@ class RunFolder:
 
         So a process that is killed in between leaves nothing that another could go on from.
         """
-        for name in (CHECKPOINT, PREVIOUS, METRICS, LOG, cards.DATA, cards.CARD, "eval.json"):
-            (self.path / name).unlink(missing_ok=True)
-        for pattern in ("stored_*.png", "decoded_*.png", cards.SNAPSHOTS):
+        files = (CHECKPOINT, PREVIOUS, METRICS, LOG, cards.DATA, cards.CARD, "eval.json")
+        for pattern in (*files, "stored_*.png", "decoded_*.png", cards.SNAPSHOTS):
             for old in self.path.glob(pattern):
-                old.unlink()
+                old.unlink(missing_ok=True)
         shutil.rmtree(self.path / BOARD, ignore_errors=True)
         (self.path / OPTIONS).unlink(missing_ok=True)
 
@@ -243,10 +229,8 @@ class RunFolder:
         elif saved is not None and not (self.path / CHECKPOINT).exists():
             log.info("%s: is missing; going on from the one before", self.path / CHECKPOINT)
         if saved is None and (self.path / cards.DATA).exists():
-            raise UserError(
-                f"{self.path}: has a {cards.DATA}, but no checkpoint to go on from; --tag NAME keeps it, --restart "
-                "begins again"
-            )
+            remedy = "--tag NAME keeps it, --restart begins again"
+            raise UserError(f"{self.path}: has a {cards.DATA}, but no checkpoint to go on from; {remedy}")
         self._metrics = "" if saved is None else saved["metrics"]
         on_disk = self._read_metrics()
         if not on_disk.startswith(self._metrics):
@@ -304,16 +288,16 @@ class RunFolder:
     def say_results(self, before: str = "", after: str = "") -> None:
         """Show the accuracies in a finished run's data.json, with lines before and after them."""
         card = atomic.read_json(self.path / cards.CARD)
-        rows = []
-        for what, key, count in (
-            ("distilled set", "accuracy", f"{card['ipc']} stored, {card['decoded_per_class']} decoded"),
-            ("random real images", "random_real", f"{card['ipc']}"),
-        ):
-            rows.append(f"  {what:20}{count:>24}     {Score(tuple(card[key]['accuracies']))}")
+        rows = [
+            f"  {what:20}{count:>24}     {Score(tuple(score['accuracies']))}"
+            for what, count, score in (
+                ("distilled set", f"{card['ipc']} stored, {card['decoded_per_class']} decoded", card["accuracy"]),
+                ("random real images", str(card["ipc"]), card["random_real"]),
+            )
+        ]
         net, epochs = NetSpec(**card["network"]).name, card["settings"]["epochs"]
         head = f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {epochs} epochs"
-        lines = [before, f"run folder: {self.path}", head, *rows, after]
-        log.info("%s", "\n".join(filter(None, lines)))
+        log.info("%s", "\n".join(filter(None, [before, f"run folder: {self.path}", head, *rows, after])))
 
     def say_finished(self) -> int:
         """Show that the run is finished, and its accuracies. Returns the exit status."""
@@ -325,10 +309,9 @@ def _valid_record(record: Any, file: str) -> dict[str, Any]:
     """Content of options.json, if it has options and sessions. Raises UserError otherwise."""
     content = record if isinstance(record, dict) else {}
     sessions = content.get("sessions")
-    if not isinstance(content.get("options"), dict) or not isinstance(sessions, list):
-        raise UserError(f"{file}: holds no options; restore it, or begin again with --restart")
-    if not all(isinstance(session, dict) for session in sessions):
-        raise UserError(f"{file}: holds no sessions; restore it, or begin again with --restart")
+    sound = isinstance(sessions, list) and all(isinstance(session, dict) for session in sessions)
+    if not isinstance(content.get("options"), dict) or not sound:
+        raise UserError(f"{file}: holds no options and sessions; restore it, or begin again with --restart")
     return content
 
 
@@ -349,6 +332,12 @@ def _conditions(session: dict[str, Any]) -> dict[str, Any]:
     versions = session.get("versions")
     entries = {**session, **(versions if isinstance(versions, dict) else {})}
     return {name: entries.get(name) for name in (*CONDITIONS, "git_commit")}
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str], *, prefix: str = "") -> str:
+    """Entries in which two records differ, for a message: `lr 0.01 there, 0.1 here; ...`; prefix: of the names."""
+    differ = [name for name in names if there.get(name) != here.get(name)]
+    return "; ".join(f"{prefix}{name} {there.get(name)} there, {here.get(name)} here" for name in differ)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:

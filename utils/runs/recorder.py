@@ -28,17 +28,17 @@ class Recorder:
     def __init__(
         self, folder: RunFolder, stopper: Stopper, group: Group, *, niter: int, inner_loop: int, interval: int
     ) -> None:
-        """Prepare the progress bar of niter * inner_loop steps; interval: inner steps between two reads of the loss."""
+        """interval: inner steps, of niter * inner_loop, between two reads of the loss."""
         self.folder, self.stopper, self.group = folder, stopper, group
         self.niter, self.inner_loop, self.interval = niter, inner_loop, interval
-        self.progress = Progress(niter * inner_loop, "distilling", "step", keep=True)
         self.steps_here = 0
         self._first_step = self._started = time.monotonic()
 
     def start(self, state: State) -> None:
         """Begin to record at the position of the state."""
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
-        self.progress.start_at(state.it * self.inner_loop + state.step)
+        done = state.it * self.inner_loop + state.step
+        self.progress = Progress(self.niter * self.inner_loop, "distilling", "step", done=done, keep=True)
 
     def seconds(self, state: State) -> float:
         """Seconds of distilling so far, in all sessions; evaluations don't count."""

@@ -55,9 +55,8 @@ def find(file: Path, wanted: Mapping[str, Any], *, repeat: int) -> Record | None
     """
     for record in read_records(file):
         if of_the_same(record, wanted) and len(record["accuracies"]) >= repeat:
-            score = Score(tuple(record["accuracies"][:repeat]))
-            whole = len(record["accuracies"]) == repeat
-            return {**record, **score.as_dict(), **({} if whole else {"confusion": None})}
+            score = Score(tuple(record["accuracies"][:repeat])).as_dict()
+            return {**record, **score, **({} if len(record["accuracies"]) == repeat else {"confusion": None})}
     return None
 
 
@@ -88,10 +87,9 @@ def low_accuracies(records: Sequence[Record], ours: str, random: str, *, chance:
         least = mine.get(random, 1.5 * chance)
         if mine[ours] <= least:
             other = "as many random real images" if random in mine else "1.5 times chance"
-            warnings.append(
-                f"{net}: the distilled set gives {mine[ours]:.1f} %, no more than {other} ({least:.1f} %); if that is "
-                "unexpected, check the data set (-d), the factor (-f) and --normalized"
-            )
+            remedy = "if that is unexpected, check the data set (-d), the factor (-f) and --normalized"
+            result = f"the distilled set gives {mine[ours]:.1f} %, no more than {other} ({least:.1f} %)"
+            warnings.append(f"{net}: {result}; {remedy}")
     return warnings
 
 
@@ -175,8 +173,4 @@ def as_json(records: Sequence[Record], about: Mapping[str, Any]) -> str:
     return json.dumps({**about, "results": list(records)}, indent=2) + "\n"
 
 
-TABLES: dict[str, Callable[[Sequence[Record], Mapping[str, Any]], str]] = {
-    ".md": as_markdown,
-    ".csv": as_csv,
-    ".json": as_json,
-}
+TABLES = {".md": as_markdown, ".csv": as_csv, ".json": as_json}

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor
 
 from data import Dataset
-from utils.files.imagefiles import EXTENSIONS, for_each, is_grey, mode_and_size, read_image
+from utils.files.imagefiles import for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.files.tensors import is_plain, read_tensors
 from utils.method.images import Normalize, to_unit
-from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, read_card
+from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
 from utils.system.device import free_memory
 from utils.system.errors import UserError, first_line, printable
 
@@ -59,6 +60,13 @@ class SetFile:
             return self.file / CARD
         return self.file if self.file.suffix.lower() == SAFETENSORS else self.file.with_name(CARD)
 
+    @property
+    def normalize(self) -> Normalize | None:
+        """The normalisation that the images went through, as the card says; None for plain pixels."""
+        if self.card is None or not self.card.get("normalized", False):
+            return None
+        return Normalize(self.card["normalization"]["mean"], self.card["normalization"]["std"])
+
 
 class DistilledSet(NamedTuple):
     """A set that fits its data set."""
@@ -90,14 +98,12 @@ def _read_pt(file: Path) -> SetFile:
     if not isinstance(content, (list, tuple)) or len(content) != 2 or not all(isinstance(x, Tensor) for x in content):
         raise _refusal(file, "is not a list of two tensors")
     card_file = file.with_name(CARD)
-    return _checked(file, *content, card=read_card(card_file) if card_file.exists() else None)
+    return _checked(file, *content, card=check_card(load_card(card_file), card_file) if card_file.exists() else None)
 
 
 def _refusal(file: Path, what: str) -> UserError:
-    return UserError(
-        f"{file}: {what}; expected images (N, C, H, W), floats in [0, 1] or bytes, and labels, (N,) whole numbers or "
-        "(N, classes) probabilities"
-    )
+    labels = "labels, (N,) whole numbers or (N, classes) probabilities"
+    return UserError(f"{file}: {what}; expected images (N, C, H, W), floats in [0, 1] or bytes, and {labels}")
 
 
 def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -> SetFile:
@@ -105,17 +111,14 @@ def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -
     must_fit(file, images.numel() + labels.numel())
     for x in (images, labels):
         if not is_plain(x):
-            what = f"{type(x).__name__}, {x.layout}, {x.device}, {x.numel()} numbers"
-            raise _refusal(file, f"holds a tensor of an unusual kind ({what})")
+            raise _refusal(file, f"holds a tensor of an unusual kind ({type(x).__name__}, {x.layout}, {x.device})")
     images, labels = images.detach(), labels.detach()
     if images.dim() != 4 or images.dtype not in (*FLOATS, torch.uint8) or not images.numel():
         raise _refusal(file, f"images are {images.dtype} of shape {tuple(images.shape)}")
-    if images.dtype != torch.uint8:
-        images = images.float()
+    images = images if images.dtype == torch.uint8 else images.float()
     if labels.shape == images.shape[:1] and labels.dtype in INTEGERS:
         return SetFile(file, images, labels.long(), card=card)
-    soft = labels.dim() == 2 and len(labels) == len(images) and labels.shape[1] > 0 and labels.dtype in FLOATS
-    if not soft:
+    if not (labels.dim() == 2 and len(labels) == len(images) and labels.shape[1] and labels.dtype in FLOATS):
         raise _refusal(file, f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
     labels = labels.float()
     if not labels.isfinite().all():
@@ -127,10 +130,8 @@ def must_fit(file: Path, numbers: int, why: str = "") -> None:
     """Raise UserError when so many float32 numbers do not fit into memory. why: a reason besides the file's size."""
     need, free = 4 * numbers, free_memory(torch.device("cpu"))
     if need > SPARE_MEMORY * free:
-        raise UserError(
-            f"{file}: needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}; it is damaged, no "
-            "distilled set, or one for a larger machine"
-        )
+        problem = f"needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}"
+        raise UserError(f"{file}: {problem}; it is damaged, no distilled set, or one for a larger machine")
 
 
 def _read_safetensors(file: Path) -> SetFile:
@@ -138,14 +139,12 @@ def _read_safetensors(file: Path) -> SetFile:
         from safetensors import safe_open
     except ImportError as error:
         raise UserError(f"{file}: cannot be read without safetensors; pip install safetensors") from error
-    if file.exists() and not file.is_file():  # reading a pipe would wait for a writer
-        raise UserError(f"{file}: is no regular file; {REMEDY}")
+    if not file.is_file():  # reading a pipe would wait for a writer
+        raise UserError(f"{file}: {'is no regular file' if file.exists() else 'no such file'}; {REMEDY}")
     try:
         with safe_open(file, framework="pt", device="cpu") as content:
             names, header = list(content.keys()), content.metadata() or {}
             tensors = [content.get_tensor(name) for name in ("images", "labels") if name in names]
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; {REMEDY}") from error
     except Exception as error:  # a broken header, broken JSON in it, types that PyTorch lacks
         raise UserError(f"{file}: is truncated or damaged ({first_line(error)}); {REMEDY}") from error
     if len(tensors) != 2:
@@ -159,46 +158,36 @@ def _card_in(header: dict[str, str], file: Path) -> Card | None:
     if "card" not in header:
         return None
     try:
-        if len(header["card"]) > CARD_BYTES:
-            raise ValueError
-        return check_card(json.loads(header["card"]), file)
+        return check_card(json.loads(header["card"][:CARD_BYTES]), file)  # cut off, a longer one is no JSON
     except (ValueError, RecursionError):
         log.warning("%s: the card in its header is no JSON, and is not used", file)
     except UserError as error:
-        log.warning("%s; the card in its header is not used", str(error).split(";")[0])
+        log.warning("%s; the card in its header is not used", error.problem)
     return None
 
 
 def _read_folder(folder: Path) -> SetFile:
     """A set of image files DIR/CLASS/*; hidden files, and folders without images, do not count."""
-    paths: dict[str, list[Path]] = {}
-    ignored: list[Path] = []
-    for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        inside = sorted(p for p in place.iterdir() if not p.name.startswith("."))
-        images = [p for p in inside if p.suffix.lower() in EXTENSIONS]
-        if images:
-            paths[place.name] = images
-            ignored += [p for p in inside if p.suffix.lower() not in EXTENSIONS]
-    files = [str(path) for images in paths.values() for path in images]
+    found = {name: image_files(str(folder / name), nested=False) for name in inside(str(folder))[0]}
+    classes = {name: images for name, (images, _) in found.items() if images}
+    files = [path for images in classes.values() for path in images]
+    ignored = [path for name in classes for path in found[name][1]]
     if not files:
         raise UserError(f"{folder / DATA}: no such file, nor are there images in {folder}/CLASS/*; {REMEDY}")
     if ignored:
-        log.warning("ignored, being no image file: %s (%d such files)", printable(str(ignored[0])), len(ignored))
-    grey, side, shown = True, 0, printable(str(folder))
+        log.warning("ignored, being no image file: %s (%d such files)", printable(ignored[0]), len(ignored))
+    shown = printable(str(folder))
     heads = for_each(files, mode_and_size, what=f"looking at {shown}")
-    for path, (mode, size) in zip(files, heads, strict=True):
-        side = side or size[0]
-        if size != (side, side):
-            raise UserError(
-                f"{path}: is {size[0]} x {size[1]} pixels, the first image of the set is {side} pixels wide; make all "
-                "images squares of one size"
-            )
-        grey = grey and is_grey(mode)
-    channels = 1 if grey else 3
+    side = heads[0][1][0]
+    for path, (_, (w, h)) in zip(files, heads, strict=True):
+        if (w, h) != (side, side):
+            problem = f"is {w} x {h} pixels, the first image of the set is {side} pixels wide"
+            raise UserError(f"{path}: {problem}; make all images squares of one size")
+    channels = 1 if all(is_grey(mode) for mode, _ in heads) else 3
     must_fit(folder, len(files) * channels * side**2)
-    labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(images) for images in paths.values()]))
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(list(map(len, classes.values()))))
     pixels = for_each(files, partial(read_image, channels=channels), what=f"reading {shown}")
-    return SetFile(folder, torch.stack(pixels), labels, names=list(paths))
+    return SetFile(folder, torch.stack(pixels), labels, names=list(classes))
 
 
 # --- Interpreting -----------------------------------------------------------------------------------------------------
@@ -216,23 +205,17 @@ def interpret(source: SetFile, dataset: Dataset, *, normalized: bool = False) ->
         images = _with_channels(images, dataset.channels)
         labels = torch.tensor(class_numbers(source.names, dataset, file))[labels]
     if tuple(images.shape[1:]) != expected:
-        raise UserError(
-            f"{file}: holds images of {tuple(images.shape[1:])}, {dataset.name} has {expected}; name the data set "
-            "with -d, or --size"
-        )
-    soft = source.soft
+        problem = f"holds images of {tuple(images.shape[1:])}, {dataset.name} has {expected}"
+        raise UserError(f"{file}: {problem}; name the data set with -d, or --size")
+    soft, expects = source.soft, f"{dataset.name} has {dataset.classes} classes, from 0; name the data set with -d"
     if soft is not None and soft.shape[1] != dataset.classes:
-        raise UserError(f"{file}: has soft labels of {soft.shape[1]} classes, {_expects(dataset)}")
+        raise UserError(f"{file}: has soft labels of {soft.shape[1]} classes, {expects}")
     for label in (int(labels.min()), int(labels.max())):
         if not 0 <= label < dataset.classes:
-            raise UserError(f"{file}: has a label {label}, {_expects(dataset)}")
-    present = len(labels.unique())
-    if present < dataset.classes:
+            raise UserError(f"{file}: has a label {label}, {expects}")
+    if (present := len(labels.unique())) < dataset.classes:
         log.warning("%s: holds %d of the %d classes", file, present, dataset.classes)
-    if normalized or _card_says_normalized(source):
-        images = _put_back(images, dataset.normalize if source.card is None else _normalize_of(source.card), file)
-    else:
-        images = _in_range(images, file)
+    images = _in_range(images, source.normalize or (dataset.normalize if normalized else None), file)
     return DistilledSet(images, labels, None if soft is None else _probabilities(soft, file))
 
 
@@ -242,73 +225,41 @@ def load_distilled(path: Path) -> tuple[Tensor, Tensor, Card | None]:
     source = read(path)
     if source.labels.min() < 0:
         raise _refusal(source.file, f"a label is {int(source.labels.min())}")
-    if source.card is not None and _card_says_normalized(source):
-        images = _put_back(source.images, _normalize_of(source.card), source.file)
-    else:
-        images = _in_range(source.images, source.file)
-    return images, source.labels, source.card
+    return _in_range(source.images, source.normalize, source.file), source.labels, source.card
 
 
-def _expects(dataset: Dataset) -> str:
-    return f"{dataset.name} has {dataset.classes} classes, from 0; name the data set with -d"
+def _in_range(images: Tensor, normalize: Normalize | None, file: Path) -> Tensor:
+    """Pixels as float32 in [0, 1], clamped; normalize: what they went through, if anything.
 
-
-def _card_says_normalized(source: SetFile) -> bool:
-    return source.card is not None and source.card.get("normalized", False)
-
-
-def _normalize_of(card: Card) -> Normalize:
-    return Normalize(card["normalization"]["mean"], card["normalization"]["std"])
-
-
-def _in_range(images: Tensor, file: Path) -> Tensor:
-    """Pixels that should be in [0, 1], clamped. Raises UserError when they are far from it."""
-    if images.dtype == torch.uint8:
+    Raises UserError when they are far from what they should be.
+    """
+    if normalize is not None:
+        mean, std = normalize.mean.cpu(), normalize.std.cpu()
+        if mean.shape[1] != images.shape[1]:
+            raise UserError(f"{file}: has {images.shape[1]} channels, its normalisation {mean.shape[1]}; check -d")
+        if images.dtype == torch.uint8:
+            raise UserError(f"{file}: holds bytes from 0 to 255, which are not normalised; leave --normalized out")
+    elif images.dtype == torch.uint8:
         return to_unit(images)
-    low, high = _range(images, file)
-    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+    low, high = (x.item() for x in images.aminmax())
+    seen = f"{file}: pixels range from {low:.3g} to {high:.3g}"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{file}: pixels hold NaN or infinity; the set is damaged, make it again")
+    if normalize is not None:
+        if low >= 0:
+            log.warning("%s, none is negative: they look un-normalised, as without --normalized", seen)
+        images = images * std + mean
+        if images.min() < -OVERSHOOT or images.max() > 1 + OVERSHOOT:
+            expected = (-mean / std).min().item(), ((1 - mean) / std).max().item()
+            log.warning("%s, but %.3g to %.3g was expected of normalised ones; clamped", seen, *expected)
+    elif low < -OVERSHOOT or high > 1 + OVERSHOOT:
         remedy = "say --normalized if mean and std have been taken out of them"
         if low >= 0 and 2 < high <= 255:
             remedy = f"they look like 0 to 255: divide them by 255 or save them as uint8, or {remedy}"
-        raise UserError(f"{file}: pixels range from {low:.3g} to {high:.3g} in place of 0 to 1; {remedy}")
-    if low < 0 or high > 1:
-        log.warning("%s: pixels range from %.3g to %.3g; clamped to [0, 1]", file, low, high)
+        raise UserError(f"{seen} in place of 0 to 1; {remedy}")
+    elif low < 0 or high > 1:
+        log.warning("%s; clamped to [0, 1]", seen)
     return images.clamp(0, 1)
-
-
-def _put_back(images: Tensor, normalize: Normalize, file: Path) -> Tensor:
-    """Normalised pixels in [0, 1] again, clamped. Raises UserError when they cannot be normalised ones."""
-    mean, std = normalize.mean.cpu(), normalize.std.cpu()
-    if mean.shape[1] != images.shape[1]:
-        raise UserError(f"{file}: has {images.shape[1]} channels, its normalisation {mean.shape[1]}; check -d")
-    if images.dtype == torch.uint8:
-        raise UserError(f"{file}: holds bytes from 0 to 255, which are not normalised; leave --normalized out")
-    low, high = _range(images, file)
-    if low >= 0:
-        log.warning(
-            "%s: pixels range from %.3g to %.3g, none is negative: they look un-normalised, as without --normalized",
-            file,
-            low,
-            high,
-        )
-    pixels = images * std + mean
-    if pixels.min() < -OVERSHOOT or pixels.max() > 1 + OVERSHOOT:
-        log.warning(
-            "%s: normalised pixels range from %.3g to %.3g, %.3g to %.3g was expected; clamped",
-            file,
-            low,
-            high,
-            (-mean / std).min().item(),
-            ((1 - mean) / std).max().item(),
-        )
-    return pixels.clamp(0, 1)
-
-
-def _range(images: Tensor, file: Path) -> tuple[float, float]:
-    low, high = (x.item() for x in images.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise UserError(f"{file}: pixels hold NaN or infinity; the set is damaged, make it again")
-    return low, high
 
 
 def _probabilities(soft: Tensor, file: Path) -> Tensor:
@@ -316,15 +267,8 @@ def _probabilities(soft: Tensor, file: Path) -> Tensor:
     sums = soft.sum(1)
     if soft.min() >= 0 and (sums - 1).abs().max() <= ROUNDING:
         return soft / sums[:, None]
-    log.warning(
-        "%s: soft labels range from %.3g to %.3g and sum to %.3g to %.3g per image, so they are no probabilities; "
-        "taken as logits, with softmax",
-        file,
-        soft.min().item(),
-        soft.max().item(),
-        sums.min().item(),
-        sums.max().item(),
-    )
+    ranges = " and sum to ".join(f"{x.min():.3g} to {x.max():.3g}" for x in (soft, sums))
+    log.warning("%s: soft labels range from %s per image: no probabilities, so taken as logits", file, ranges)
     return soft.softmax(1)
 
 
@@ -366,11 +310,9 @@ def class_numbers(names: Sequence[str], dataset: Dataset, file: Path) -> list[in
     It is never the folder's place in the alphabet. Raises UserError listing the folders that fit no class.
     """
     wanted = list(dataset.class_names)
-    numbers: dict[str, set[int]] = {}
-    for c, spellings in enumerate(zip(wanted, map(safe_name, wanted), folder_names(wanted), strict=True)):
-        for spelling in spellings:
-            numbers.setdefault(spelling, set()).add(c)
-    known = {name: classes.pop() for name, classes in numbers.items() if len(classes) == 1}
+    spellings = [{name, safe_name(name), folder} for name, folder in zip(wanted, folder_names(wanted), strict=True)]
+    times = Counter(spelling for own in spellings for spelling in own)
+    known = {spelling: c for c, own in enumerate(spellings) for spelling in own if times[spelling] == 1}
     by_name = [known.get(name) for name in names]
     by_number = [_number(name, known) for name in names]
     chosen = by_number if None in by_name and None not in by_number else by_name

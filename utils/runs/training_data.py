@@ -1,4 +1,4 @@
-"""What train.py trains networks on: a distilled set, real images beside it, or all real images."""
+"""Training data of train.py's networks: a distilled set, coresets for comparison, or all real images."""
 
 from __future__ import annotations
 
@@ -60,17 +60,14 @@ class TrainingDataOf:
 
     def distilled(self, source: SetFile, content: DistilledSet, formation: Formation) -> TrainingData:
         """Training data of a distilled set, by condense.py or somebody else."""
-        images, labels, soft = content
+        device, classes = self.device, len(content.labels.unique())
+        images, labels, soft = content.images.to(device), content.labels.to(device), content.soft
+        soft = None if soft is None else soft.to(device)
         decoded = training_images(
-            images.to(self.device),
-            labels.to(self.device),
-            formation,
-            soft=None if soft is None else soft.to(self.device),
-            classes=self.data.classes,
-            normalize=self.data.normalize,
+            images, labels, formation, soft=soft, classes=self.data.classes, normalize=self.data.normalize
         )
-        classes = len(labels.unique())
-        content_bytes = b"".join(x.contiguous().numpy().tobytes() for x in content if x is not None)
+        sha256 = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in content if x is not None))
+        in_run_folder = source.card is not None and source.card_file.name == CARD
         return TrainingData(
             name=DISTILLED,
             images_per_class=len(images) / classes,
@@ -78,25 +75,13 @@ class TrainingDataOf:
             stored_bytes=source.images.nbytes + (0 if source.soft is None else source.soft.nbytes),
             epochs=self.epochs,
             training_set=lambda spec, r: decoded,
-            folder=self._folder_of(source),
-            identity={
-                **self.data_identity,
-                **dataclasses.asdict(formation),
-                "sha256": hashlib.sha256(content_bytes).hexdigest(),
-            },
+            folder=source.file.parent if in_run_folder else self._made(f"evaluated_{source.file.stem}"),
+            identity={**self.data_identity, **dataclasses.asdict(formation), "sha256": sha256.hexdigest()},
         )
-
-    def _folder_of(self, source: SetFile) -> Path:
-        """Folder for the results of a set: its run folder, or for a set from elsewhere one under results_dir."""
-        if source.card is not None and source.card_file.name == CARD:
-            return source.file.parent
-        return self._made(f"evaluated_{source.file.stem}")
 
     def _made(self, name: str) -> Path:
         """Create a folder for results under results_dir, and return it."""
-        folder = Path(self.results_dir) / self.data.name / name
-        make_folder(folder)
-        return folder
+        return make_folder(Path(self.results_dir) / self.data.name / name)
 
     def baselines(self, distilled: TrainingData, strategies: Sequence[str]) -> list[TrainingData]:
         """Coresets for comparison with a distilled set: of its stored size by every strategy.

@@ -46,12 +46,6 @@ def backends() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until a device has finished the work that was given to it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def device_name(device: torch.device) -> str:
     """Name of a device for people: the GPU's model, or the processor and its threads."""
     if device.type == "cuda":

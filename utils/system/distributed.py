@@ -66,7 +66,7 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
 
 
 def restart_count() -> int:
-    """How often torchrun has started this process again after a failure (--max-restarts)."""
+    """Number of times that torchrun has started this process again after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
 
 
@@ -161,20 +161,21 @@ class Group:
         if self.alone:
             return function()
         outcome: Any = None  # [result or message, exit status of the error or 0]
+        buffer = io.BytesIO()
         if self.rank == 0:
             try:
                 outcome = [function(), 0]
             except UserError as error:
                 outcome = [str(error), error.status]
-        content = _packed(outcome) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([len(content)])
+            torch.save(outcome, buffer)
+        size = torch.tensor([buffer.tell()])
         self._waiting(lambda: dist.broadcast(size, 0))
-        if self.rank != 0:
-            content = torch.empty(int(size), dtype=torch.uint8)
+        given = bytearray(buffer.getvalue() or int(size))  # zeros elsewhere, filled through `content`
+        content = torch.frombuffer(given, dtype=torch.uint8)
         self._waiting(lambda: dist.broadcast(content, 0))
         self.sent += len(content)
         if self.rank != 0:
-            outcome = _unpacked(content)
+            outcome = torch.load(io.BytesIO(given), map_location="cpu", weights_only=True)
         result, status = outcome
         if status:
             raise (UsageError if status == UsageError.status else UserError)(result)
@@ -254,15 +255,3 @@ def balanced(work: Sequence[float], count: int) -> list[list[int]]:
 
 
 SINGLE = Group()
-
-
-def _packed(content: Any) -> Tensor:
-    """Bytes of tensors and plain values, (n,) uint8, for another rank."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _unpacked(content: Tensor) -> Any:
-    """Content that `_packed` made bytes of, with tensors on the CPU."""
-    return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)

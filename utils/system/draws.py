@@ -38,7 +38,3 @@ class Draws:
     def permutation(self, n: int) -> Tensor:
         """Integers below n in random order, (n,) int64; the first k are a draw without replacement."""
         return torch.randperm(n, generator=self.generator, device=self.device)
-
-    def network_seed(self) -> int:
-        """Seed for PyTorch's global generator, from which networks are initialised."""
-        return self.host.getrandbits(63)

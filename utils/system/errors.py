@@ -16,6 +16,11 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
+    @property
+    def problem(self) -> str:
+        """The message without its remedy, which follows the first semicolon."""
+        return str(self).split(";")[0]
+
 
 class UsageError(UserError):
     """The command line is wrong. The message names the flag."""

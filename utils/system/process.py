@@ -54,12 +54,12 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except KeyboardInterrupt as stop:
         status, message = 130, f"stopped {stop}".rstrip()
     except (RuntimeError, MemoryError, ImportError) as error:
-        if "does not have a deterministic implementation" in str(error):
-            message = f"error: --deterministic: {first_line(error)}"
-        elif not out_of_memory(error):
-            raise
-        else:
+        if out_of_memory(error):
             message = OUT_OF_MEMORY.format(first_line(error))
+        elif "does not have a deterministic implementation" in str(error):
+            message = f"error: --deterministic: {first_line(error)}"
+        else:
+            raise
     if message is not None and (text := distributed.message_of_rank(message, lost=lost)) is not None:
         with suppress(OSError):
             print(f"{name}: {printable(text)}", file=sys.stderr)
@@ -203,13 +203,8 @@ def versions() -> dict[str, str]:
 
     here = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     return {

@@ -89,27 +89,23 @@ def logged_to(path: Path) -> Iterator[None]:
 class Progress:
     """Progress bar with the time left; into a file or pipe, a line now and then."""
 
-    def __init__(self, total: int, what: str, unit: str, *, keep: bool = False) -> None:
-        """Begin at 0 of `total` units of the work called `what`; keep: leave the finished bar on the screen."""
-        self.what, self.unit, self.total, self.done = what, unit, total, 0
+    def __init__(self, total: int, what: str, unit: str, *, done: int = 0, keep: bool = False) -> None:
+        """Begin at `done` of `total` units of the work called `what`; keep: leave the finished bar on the screen.
+
+        Units that an earlier process has done do not count for the pace.
+        """
+        self.what, self.unit, self.total, self.done = what, unit, total, done
         self.note = ""
-        self._started, self._from = time.monotonic(), 0
+        self._started, self._from = time.monotonic(), done
         self._next_line = self._started + FIRST_LINE
-        self._bar = tqdm(total=total, desc=what, unit=unit, leave=keep, disable=not on_terminal(), dynamic_ncols=True)
+        off = not on_terminal()
+        self._bar = tqdm(total=total, desc=what, initial=done, unit=unit, leave=keep, disable=off, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.close()
-
-    def start_at(self, done: int) -> None:
-        """Count units that an earlier process finished as done, but not for the pace."""
-        self.done = self._from = done
-        self._started = time.monotonic()
-        if not self._bar.disable:
-            self._bar.initial = self._bar.n = self._bar.last_print_n = done
-            self._bar.start_t = self._bar.last_print_t = time.time()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
