@@ -11,7 +11,6 @@ import importlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -291,7 +290,3 @@ def test_the_lines_of_python_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if re.fullmatch(r"convnet2 [a-z ]+ [\d.]+ [\d.]+ 2", line)]
     assert len(rows) >= 2 and "distilled set" in rows[0]
-
-
-def test_bash_is_there_to_split_words() -> None:
-    assert shutil.which("bash") and shell("A=x\npython3 a.py $A 'b c'  # d") == ["python3", "a.py", "x", "b c"]
