@@ -24,7 +24,7 @@ import condense
 import train
 from models import FAMILIES
 from tests.faults.encodings import encoded
-from tests.files import Payload, image_folder, last_json, quick, refused
+from tests.files import Payload, image_folder, last_json, quick, refused, tree
 from tests.killing import ROOT
 from tests.tally import injected
 from utils.config.options import DATASET_SETTINGS
@@ -391,3 +391,11 @@ def test_nan_and_infinity_stop_the_run_before_anything_is_overwritten(
         assert before == {name: (folder / name).read_bytes() for name in before}
         assert condense.main(argv) == 0
         fault.kept((folder / "data.pt").read_bytes() == (finished / "data.pt").read_bytes())
+
+
+def test_one_image_per_class_under_batch_norm_is_no_crash(here: Path) -> None:
+    before = tree(here)
+    try:
+        assert condense.main(quick(Path("results"), "-n", "resnet10", "--depth", "10", "--width", "4")) == 0
+    except UserError as error:
+        assert "norm" in str(error) and tree(here) == before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -499,3 +500,43 @@ def test_torchrun_starts_a_killed_run_again_and_ctrl_c_ends_it_once(server: Serv
         last = server.run(tiny(results, *argv), checkpoint_seconds=1000.0)
         assert last.status == 0, last
     assert outcome(tmp_path / FOLDER).distilled == outcome(tmp_path / "alone" / FOLDER).distilled
+
+
+OFTEN = """import sys
+sys.path.insert(0, {root!r})
+import condense
+from utils.runs import folder as run
+from utils.system import process
+run.CHECKPOINT_SECONDS = 0.3
+process.run_main(condense.main)
+"""
+KILLS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_twenty_kills_at_random_moments_change_nothing(server: Server, tmp_path: Path) -> None:
+    """One rank or the other, while they load, find each other, distil, or save, which they do three times a second."""
+    script, chance = tmp_path / "often.py", random.Random(0)
+    script.write_text(OFTEN.format(root=str(ROOT)))
+    argv = shlex.split("--ipc 1 -f 1 --niter 700 --snapshot_every 0 --eval_every 0 --share_update off")
+    alone = server.start(tiny(tmp_path / "alone", *argv), checkpoint_seconds=1000.0).wait(300)
+    assert alone.status == 0, alone
+    run = Torchrun(2, tiny(tmp_path, *argv), restarts=KILLS, script=script)
+    workers: dict[int, int] = {}
+    for _ in range(KILLS):
+        old = set(workers.values())
+        while len(workers := run.workers()) < 2 or set(workers.values()) & old:
+            assert run.process.poll() is None, run.wait()
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 7))  # loading takes four of them
+        os.kill(workers[chance.randrange(2)], signal.SIGKILL)
+    ended = run.wait()
+    assert ended.status == 0, ended
+    sessions = [event for event in metrics(tmp_path / "digits" / "convnet2_f1_ipc1") if "session" in event]
+    assert len(sessions) > KILLS // 4 and len({event["iteration"] for event in sessions}) > KILLS // 5
+    results = [outcome(path / "digits" / "convnet2_f1_ipc1") for path in (tmp_path, tmp_path / "alone")]
+    for _ in range(KILLS):
+        with injected("a rank under torchrun is killed") as fault:
+            fault.kept(results[0].distilled == results[1].distilled)
