@@ -10,13 +10,28 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background, wher
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch, and for child processes
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests import tally
 from tests.killing import FOLDER, Operation, Server, recorded, tiny
 from tests.outcome import Outcome, outcome
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker process (pytest -n) hands its tally of faults over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = [dataclasses.asdict(fault) for fault in tally.TALLY.values()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up the tallies of the worker processes."""
+    for counts in getattr(node, "workeroutput", {}).get("tally", []):
+        tally.add(tally.Fault(**counts))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -42,6 +42,14 @@ def injected(name: str, times: int = 1) -> Iterator[Fault]:
     fault.survived += times
 
 
+def add(counts: Fault) -> None:
+    """Count what another process has counted."""
+    fault = TALLY.setdefault(counts.name, Fault(counts.name))
+    fault.injected += counts.injected
+    fault.survived += counts.survived
+    fault.lost += counts.lost
+
+
 def table() -> list[str]:
     """The tally, and its totals in the last line."""
     faults = [*TALLY.values()]

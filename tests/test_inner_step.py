@@ -109,7 +109,7 @@ MATCHERS: list[tuple[Matcher, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("match", "norm"), MATCHERS, ids=str)
+@pytest.mark.parametrize(("match", "norm"), MATCHERS)
 def test_inner_steps_with_network_updates_equal_the_published_loop(match: Matcher, norm: str) -> None:
     check_inner_steps(match, network(norm), steps=2)
 

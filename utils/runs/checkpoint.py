@@ -70,7 +70,7 @@ def read_earlier(path: Path, options: Mapping[str, Any]) -> Earlier:
     """
     if path.is_dir():
         folder = RunFolder(path)
-        saved = folder.newest()
+        saved = folder.read_newest()
         for flaw in folder.flaws:
             log.warning("%s", flaw)
         if saved is None:

@@ -112,7 +112,7 @@ class RunFolder:
         record = self._read_record()
         if record is None:
             return "new"
-        self._record, finished = record, self._finished()
+        self._record, finished = record, self._read_results()
         may_differ = {*self._free, *(() if finished else self._resumable)}
         here = json.loads(json.dumps(self.options))
         if differ := differing(record["options"], here, [k for k in here if k not in may_differ], prefix="--"):
@@ -129,7 +129,7 @@ class RunFolder:
                 return _valid_record(atomic.read_json(file), str(file))
         except UserError as error:
             flaw = error
-        saved = self.newest()
+        saved = self.read_newest()
         if saved is not None:
             self.flaws.append(f"{flaw.problem}; made again from the checkpoint")
             return saved["record"]
@@ -140,8 +140,8 @@ class RunFolder:
         self.flaws.append(f"{flaw.problem}; nothing had been saved yet, so the run begins again")
         return None
 
-    def _finished(self) -> bool:
-        """Whether the run is finished. Its damaged files are added to `flaws`."""
+    def _read_results(self) -> bool:
+        """Read data.json, data.pt and metrics.jsonl, and note in `flaws` what is damaged. True if the run is finished."""
         card, remedy = self.path / cards.CARD, "made again from the checkpoint"
         try:
             content = atomic.read_json(card) if card.exists() else {}
@@ -155,7 +155,7 @@ class RunFolder:
             self.flaws.append(f"{self.path / METRICS}: is damaged; {remedy}")
         return True
 
-    def newest(self, on_flaw: str = "not used") -> dict[str, Any] | None:
+    def read_newest(self, on_flaw: str = "not used") -> dict[str, Any] | None:
         """Content of the newest undamaged checkpoint, or None if there never was one.
 
         Damaged ones are added to `flaws`, with the words on_flaw. Raises UserError when all checkpoints are damaged.
@@ -221,7 +221,7 @@ class RunFolder:
 
     def _load_checkpoint(self) -> dict[str, Any] | None:
         self.flaws = []
-        saved = self.newest("going on from the one before")
+        saved = self.read_newest("going on from the one before")
         for flaw in self.flaws:
             log.warning("%s", flaw)
         if self.flaws:  # otherwise the next checkpoint would take the place of the only undamaged one
