@@ -141,7 +141,7 @@ class RunFolder:
         return None
 
     def _read_results(self) -> bool:
-        """Read data.json, data.pt and metrics.jsonl, and note in `flaws` what is damaged. True if the run is finished."""
+        """Read the results, and note in `flaws` which are damaged. True if the run is finished."""
         card, remedy = self.path / cards.CARD, "made again from the checkpoint"
         try:
             content = atomic.read_json(card) if card.exists() else {}
