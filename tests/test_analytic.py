@@ -84,8 +84,8 @@ def test_distances_and_their_gradients_are_those_of_autograd(
 ) -> None:
     net, (real, syn, labels) = network(norm, *sizes), classes(sizes[0])
     how = comparison(matched, metric)
-    losses, gradients = derivatives.match(net, real, syn, labels, how.distance, compute(piece * sizes[0] ** 2))
-    expected, exact = derivatives.match_by_autograd(net, real, syn, labels, how.distance, compute())
+    losses, gradients = derivatives.distances(net, real, syn, labels, how.distance, compute(piece * sizes[0] ** 2))
+    expected, exact = derivatives.distances_by_autograd(net, real, syn, labels, how.distance, compute())
     assert close(losses, expected, 1e-10) and close(gradients, exact, 1e-10)
 
 
@@ -106,8 +106,8 @@ def test_the_way_is_chosen_by_the_network_and_by_what_is_matched(
 ) -> None:
     taken: list[str] = []
     monkeypatch.setattr(analytic.Analytic, "match", lambda *rest: taken.append("written out"))
-    monkeypatch.setattr(derivatives, "match_by_autograd", lambda *rest: taken.append("autograd"))
-    derivatives.match(network(norm), *classes(8), how.distance, compute())
+    monkeypatch.setattr(derivatives, "distances_by_autograd", lambda *rest: taken.append("autograd"))
+    derivatives.distances(network(norm), *classes(8), how.distance, compute())
     assert taken == [way]
 
 
@@ -233,16 +233,16 @@ def test_the_error_in_float32_is_of_autograd_s_size(norm: str, metric: str) -> N
     net, real, syn = net.float(), real.float(), syn.float()
     theirs = per_class(net, real, syn, labels, metric)
     for pixels in (0, 3 * 16**2):
-        _, ours = derivatives.match(net, real, syn, labels, Comparison(metric=metric).distance, compute(pixels))
+        _, ours = derivatives.distances(net, real, syn, labels, Comparison(metric=metric).distance, compute(pixels))
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() <= 10 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize(
     ("by", "norm", "how"),
-    [(derivatives.match, norm, comparison(matched)) for norm in NORMS for matched in MATCHED]
+    [(derivatives.distances, norm, comparison(matched)) for norm in NORMS for matched in MATCHED]
     + [
-        (derivatives.match_by_autograd, norm, Comparison(objective, fc=True))
+        (derivatives.distances_by_autograd, norm, Comparison(objective, fc=True))
         for norm in ("instance", "batch", "none")
         for objective in ("grad", "feat", "embed")
     ],
@@ -300,7 +300,9 @@ def test_compiled_passes_give_the_same_numbers(norm: str, how: str) -> None:
         for matched, metric in itertools.product(("gradients", "embeddings", "all"), ("mse", "cos")):
             distance = comparison(matched, metric).distance
             assert distance.compared is not None
-            found = (each[0].match(real, syn, labels, distance.compared, distance.metric) for each in (quick, plain))
+            found = (
+                each[0].distances(real, syn, labels, distance.compared, distance.metric) for each in (quick, plain)
+            )
             for ours, exact in zip(*found, strict=True):
                 cancels = (matched, metric) == ("embeddings", "cos")  # 1 - the cosine of two almost equal means
                 assert close(ours, exact, 1e-4 if cancels else 1e-5), (matched, metric)
@@ -318,7 +320,9 @@ def test_what_cpu_functions_do_not_support_is_computed_without_them() -> None:
     for width, dtype, precision in ((12, torch.float64, "fp32"), (16, torch.float64, "bf16")):
         net = network("instance", width=width)
         plain, quick = (
-            derivatives.match(net, real, syn, labels, Comparison().distance, compute(precision=precision, compile=c))
+            derivatives.distances(
+                net, real, syn, labels, Comparison().distance, compute(precision=precision, compile=c)
+            )
             for c in (False, True)
         )
         assert plain[1].dtype == dtype and all(torch.equal(*pair) for pair in zip(plain, quick, strict=True))

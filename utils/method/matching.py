@@ -59,7 +59,7 @@ class Matcher:
                 syn = syn[torch.arange(len(group), device=pixels.device)[:, None], chosen[group]]
             syn = self._prepared(syn, real, shared[group])
             wanted = self._prepared(real.images[picks[group]], real, shared[group])
-            distance, gradient = derivatives.match(
+            distance, gradient = derivatives.distances(
                 net, wanted, syn.detach(), classes[group], self.how.distance, self.compute
             )
             # From the augmented images back through augmentation and decoding, which autograd differentiates.

@@ -110,7 +110,7 @@ class Analytic:
             yield Traced(self, len(x), *self.passes.traced_gradients(self.net, *part, len(x), gradients))
 
     @torch.no_grad()
-    def match(
+    def distances(
         self, real: Tensor, syn: Tensor, labels: Tensor, compared: Compared, metric: Metric
     ) -> tuple[Tensor, Tensor]:
         """Distances of K classes, (K,), and their derivatives, like syn.

@@ -71,7 +71,7 @@ def gradients(nets: Sequence[Network], x: Tensor, target: Tensor, compute: Compu
 # --- A distance between real and synthetic images, and its gradient by the latter -------------------------------------
 
 
-def match(
+def distances(
     net: Network, real: Tensor, syn: Tensor, labels: Tensor, distance: Distance, compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """Distances of K classes, (K,), and their derivatives, like syn.
@@ -79,14 +79,14 @@ def match(
     real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,).
     """
     if analytic.is_supported(net) and distance.compared is not None:
-        return Analytic([net], compute, syn.dtype).match(real, syn, labels, distance.compared, distance.metric)
-    return match_by_autograd(net, real, syn, labels, distance, compute)
+        return Analytic([net], compute, syn.dtype).distances(real, syn, labels, distance.compared, distance.metric)
+    return distances_by_autograd(net, real, syn, labels, distance, compute)
 
 
-def match_by_autograd(
+def distances_by_autograd(
     net: Network, real: Tensor, syn: Tensor, labels: Tensor, distance: Distance, compute: Compute
 ) -> tuple[Tensor, Tensor]:
-    """The result of `match` for any network and any distance, in one graph."""
+    """Distances of K classes and their derivatives for any network and any distance, in one autograd graph."""
     of_class = partial(distance.between, net)
     syn = syn.detach().requires_grad_()
     # Under vmap, PyTorch takes batch norm's gradient of gamma for one of constants, and autocast for nothing.
