@@ -105,7 +105,7 @@ def test_the_way_is_chosen_by_the_network_and_by_what_is_matched(
     monkeypatch: pytest.MonkeyPatch, norm: str, how: Comparison, way: str
 ) -> None:
     taken: list[str] = []
-    monkeypatch.setattr(analytic.Analytic, "match", lambda *rest: taken.append("written out"))
+    monkeypatch.setattr(analytic.Analytic, "distances", lambda *rest: taken.append("written out"))
     monkeypatch.setattr(derivatives, "distances_by_autograd", lambda *rest: taken.append("autograd"))
     derivatives.distances(network(norm), *classes(8), how.distance, compute())
     assert taken == [way]

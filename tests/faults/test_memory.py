@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def scarce(function: Callable[..., Any], most: int, failures: list[int]) -> Callable[..., Any]:
-    """`derivatives.distances` or `derivatives.gradients` on a device whose memory suffices for pieces of `most` pixels."""
+    """A function of derivatives.py on a device whose memory suffices for pieces of `most` pixels."""
 
     def limited(*words: Any) -> Any:
         compute = words[-1]
