@@ -40,7 +40,7 @@ def scarce(function: Callable[..., Any], most: int, failures: list[int]) -> Call
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["match", "gradients", "embed"])
+@pytest.mark.parametrize("name", ["distances", "gradients", "embed"])
 def test_a_step_that_does_not_fit_is_made_in_smaller_pieces(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
