@@ -60,7 +60,7 @@ def condense(run: Run) -> None:
             context = parts.context(state.net, parts.draws("select", it, step), per_cluster=o.per_cluster)
             state.set_picks(select(context, o.batch_real, strategy=o.select))  # (classes, batch_real)
 
-        # (classes,), on the device: reading them at every step would stall a GPU.
+        # Moves the pixels. Its distances (classes,) stay on the device: reading them at every step would stall a GPU.
         state.losses += state.matching_step(state.picks, parts.draws("match", it, step))
         if step + 1 < o.inner_loop:  # after the last step a fresh network follows
             update_network(state.trainer, n_data=parts.n_data, draws=parts.draws("update", it, step))

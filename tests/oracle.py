@@ -176,7 +176,7 @@ class PublishedPixels:
         fc: bool = False,
         normalize: Normalize,
     ) -> list[float]:
-        """Every class in turn. shared: (classes, 9), the draws. chosen: which decoded images take part; else all.
+        """Every class in turn. shared: (classes, COLUMNS), the draws. chosen: which decoded images take part; else all.
 
         Returns the distances.
         """

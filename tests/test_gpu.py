@@ -12,7 +12,7 @@ from torch import Tensor
 
 import models
 from tests.oracle import trained_networks
-from utils.method.augment import Augment
+from utils.method.augment import COLUMNS, Augment
 from utils.method.formation import Formation
 from utils.method.images import ImageSet, Normalize, RealImages
 from utils.method.matching import Matcher, MatchingStep
@@ -172,7 +172,7 @@ def test_the_matching_gradient_is_that_of_float64_on_a_cpu(precision: str, toler
         Matcher(Comparison(), Formation(2), 128, Augment("none"), how)
         for how in (compute(device, precision), compute("cpu"))
     )
-    shared = torch.zeros(3, 9)  # without augmentation it has no part in it
+    shared = torch.zeros(3, COLUMNS)  # without augmentation it has no part in it
     set_precision(torch.device(device), precision)
     try:
         _, ours = match(net.to(device), pixels.to(device), real, picks.to(device), shared.to(device))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import augment_one
-from utils.method.augment import ALWAYS, GEOMETRY, ONE_OF, Augment, parse, without
+from utils.method.augment import ALWAYS, COLUMNS, GEOMETRY, ONE_OF, Augment, parse, without
 from utils.system.draws import Draws
 
 EVERYTHING = "_".join(ALWAYS + ONE_OF)
@@ -14,33 +14,33 @@ EVERYTHING = "_".join(ALWAYS + ONE_OF)
 @pytest.mark.parametrize("names", ["color_cutout_flip", *ONE_OF, EVERYTHING, "crop_rotate"])
 def test_a_batch_is_augmented_as_each_image_alone(names: str, side: int) -> None:
     x = torch.randn(16, 3, side, side, dtype=torch.float64)
-    augment, u = Augment(names), torch.rand(16, 9)
+    augment, u = Augment(names), torch.rand(16, COLUMNS)
     expected = torch.stack([augment_one(x[i], u[i], augment.names, augment.geometries) for i in range(16)])
     torch.testing.assert_close(augment(x, u), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("side", [8, 11, 28])
 def test_a_crop_among_other_operations_is_the_exact_one(side: int) -> None:
-    x, u = torch.randn(9, 3, side, side, dtype=torch.float64), torch.rand(9, 9)
+    x, u = torch.randn(9, 3, side, side, dtype=torch.float64), torch.rand(9, COLUMNS)
     u[:, GEOMETRY] = 0
     torch.testing.assert_close(Augment("crop_rotate")(x, u), Augment("crop")(x, u), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("geometry", range(len(ONE_OF)))
 def test_a_shared_draw_treats_both_halves_alike(geometry: int) -> None:
-    half, u = torch.randn(3, 3, 12, 12), torch.rand(1, 9)
+    half, u = torch.randn(3, 3, 12, 12), torch.rand(1, COLUMNS)
     u[:, GEOMETRY] = geometry / len(ONE_OF)
     ours = Augment(EVERYTHING)(torch.cat([half, half]), u)
     torch.testing.assert_close(ours[:3], ours[3:], rtol=0, atol=0)
-    torch.testing.assert_close(ours, Augment(EVERYTHING)(torch.cat([half, half]), u.expand(6, 9)), rtol=0, atol=0)
+    torch.testing.assert_close(ours, Augment(EVERYTHING)(torch.cat([half, half]), u.expand(6, COLUMNS)), rtol=0, atol=0)
 
 
 def test_draws_per_image_differ_and_shared_draws_per_class_differ() -> None:
     augment = Augment("color_crop")
     drawn = augment.draw(2, 5, Draws("cpu", 0))
-    assert drawn.shape == (10, 9) and len(drawn[:, :GEOMETRY].unique(dim=0)) == 10
+    assert drawn.shape == (10, COLUMNS) and len(drawn[:, :GEOMETRY].unique(dim=0)) == 10
     shared = augment.draw_shared(4, Draws("cpu", 0))
-    assert shared.shape == (4, 9) and len(shared.unique(dim=0)) == 4
+    assert shared.shape == (4, COLUMNS) and len(shared.unique(dim=0)) == 4
 
 
 def test_one_geometric_operation_is_drawn_per_call_and_each_one_comes_up() -> None:
@@ -53,13 +53,13 @@ def test_one_geometric_operation_is_drawn_per_call_and_each_one_comes_up() -> No
 
 def test_crop_shifts_by_an_eighth_of_the_side_at_most_and_brings_zeros_in() -> None:
     x = torch.ones(1000, 1, 32, 32)
-    shown = Augment("crop")(x, torch.rand(1000, 9)).sum((1, 2, 3))
+    shown = Augment("crop")(x, torch.rand(1000, COLUMNS)).sum((1, 2, 3))
     assert shown.max() == 32 * 32 and shown.min() == 28 * 28
 
 
 def test_cutout_hides_a_square_of_half_the_side_clipped_at_the_border() -> None:
     x = torch.ones(1000, 1, 32, 32)
-    hidden = (Augment("cutout")(x, torch.rand(1000, 9)) == 0).sum((1, 2, 3))
+    hidden = (Augment("cutout")(x, torch.rand(1000, COLUMNS)) == 0).sum((1, 2, 3))
     assert hidden.max() == 16 * 16 and hidden.min() >= 8 * 8
 
 

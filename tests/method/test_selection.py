@@ -246,7 +246,7 @@ def test_clustering_sees_normalised_images_unless_the_published_raw_ones_are_ask
     assert not torch.equal(expected[False][0], expected[True][0])
 
 
-@pytest.mark.parametrize("init", ["kmeans", "random"])
+@pytest.mark.parametrize("init", STRATEGIES)
 def test_initial_pixels_without_a_factor_are_real_images(init: str) -> None:
     real = real_set()
     pixels = initial_pixels(context(real), init, ipc=3, factor=1)

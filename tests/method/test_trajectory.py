@@ -13,7 +13,7 @@ from torch.func import functional_call
 import models
 from models import Network
 from tests.oracle import augment_one, decode_naively
-from utils.method.augment import Augment
+from utils.method.augment import COLUMNS, Augment
 from utils.method.formation import Formation
 from utils.method.images import ImageSet, Normalize
 from utils.method.matching import Matcher
@@ -194,7 +194,7 @@ def test_pixels_and_step_size_move_as_torch_moves_them(factor: int, ipc: int, sy
         first, last = step.trajectories.pair(expert, start, start + 2)
         u, *chosen = step.draw(draws)
         each = min(ipc * factor**2, syn_max)
-        assert u.shape == (3, CLASSES * each, 9) and bool(chosen) == (each < ipc * factor**2)
+        assert u.shape == (3, CLASSES * each, COLUMNS) and bool(chosen) == (each < ipc * factor**2)
         x = [naive_batch(step, z, u[t], chosen[0][t] if chosen else None) for t in range(3)]
         y = torch.arange(CLASSES).repeat_interleave(each)
         loss = distance(student(net, first, x, [y] * 3, size), first, last)

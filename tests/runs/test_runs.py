@@ -181,10 +181,11 @@ def settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_in_bfloat16_and_its_evaluation(
+def test_a_run_in_bfloat16_repeats_and_its_evaluation_is_in_float32(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = distilled(tmp_path, [*OFTEN, "--precision", "bf16"])
+    first, again = (distilled(tmp_path / name, [*OFTEN, "--precision", "bf16"]) for name in ("first", "again"))
+    assert outcome(first).files == outcome(again).files
     assert re.fullmatch(r"peak memory: [\d.]+ GB", capsys.readouterr().out.splitlines()[-1])
     assert outcome(first).files != outcome(finished).files
     assert settings(first)["precision"] == "bf16" and settings(finished)["precision"] == "fp32"

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from utils.config.presets import DATASET_SETTINGS, METHODS, TRAJECTORY
 from utils.method import augment, objectives
+from utils.method.selection import INITS
 from utils.system.errors import UsageError
 
 
@@ -71,8 +72,8 @@ def matching(text: str) -> str:
 def initialisation(text: str) -> str:
     """Parser of --init; `mix` is the published name of k-means initialisation with a factor above 1."""
     name = "kmeans" if text == "mix" else text
-    if name not in ("kmeans", "random", "noise"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of kmeans, random, noise")
+    if name not in INITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(INITS)}")
     return name
 
 

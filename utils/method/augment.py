@@ -1,9 +1,9 @@
 """Differentiable augmentation of normalised images (DSA, Zhao & Bilen 2021, with the strengths that DREAM uses).
 
-A draw is nine uniform numbers in [0, 1) per image, (n, 9). Eight are for the operations; the ninth, equal for all
-images of a call, picks one of the geometric operations named. A draw with one row, (1, 9), treats all images alike: so
-real and synthetic images get the same, "siamese", augmentation (Sec. 3.1). Python never looks at the values of a draw,
-so that a CUDA graph can replay the operations.
+A draw is a table of uniform numbers in [0, 1), one row per image and COLUMNS wide. The column GEOMETRY, equal for all
+images of a call, picks one of the geometric operations named; the others are for the operations. A draw of a single row
+treats all images alike: that is how real and synthetic images get the same, "siamese", augmentation (Sec. 3.1). Python
+never looks at the values of a draw, so that a CUDA graph can replay the operations.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 CROP, CUTOUT, TRANSLATE = 0.125, 0.5, 0.125  # fractions of the side
 SCALE, ROTATE = 1.2, 15.0  # a factor, degrees
 
-# The columns of a draw
-FLIP, BRIGHT, SATURATE, CONTRASTED, MOVE_Y, MOVE_X, CUT_Y, CUT_X, GEOMETRY = range(9)
+COLUMNS = 9  # of a draw; an operation that needs numbers of its own adds its columns here
+FLIP, BRIGHT, SATURATE, CONTRASTED, MOVE_Y, MOVE_X, CUT_Y, CUT_X, GEOMETRY = range(COLUMNS)
 
 
 class Augment:
@@ -37,17 +37,17 @@ class Augment:
         self.geometries = [name for name in ONE_OF if name in self.names]
 
     def draw(self, calls: int, n: int, draws: Draws) -> Tensor:
-        """Draws for `calls` calls on n images each, (calls * n, 9), every image with its own numbers."""
-        u = draws.uniform(calls, n, 9)
+        """Draws for `calls` calls on n images each, (calls * n, COLUMNS), every image with its own numbers."""
+        u = draws.uniform(calls, n, COLUMNS)
         u[:, :, GEOMETRY] = u[:, :1, GEOMETRY]
         return u.flatten(0, 1)
 
     def draw_shared(self, calls: int, draws: Draws) -> Tensor:
-        """Draws for several calls, (calls, 9): one row for all images of a call, e.g. of a class."""
-        return draws.uniform(calls, 9)
+        """Draws for several calls, (calls, COLUMNS): one row for all images of a call, e.g. of a class."""
+        return draws.uniform(calls, COLUMNS)
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
-        """Augmented images: colour, flip, geometry, cutout. x: (N, C, H, W) normalised, u: (N or 1, 9)."""
+        """Augmented images: colour, flip, geometry, cutout. x: (N, C, H, W) normalised, u: (N or 1, COLUMNS)."""
         u = u.to(x.dtype)
         if "color" in self.names:
             x = color(x, u)

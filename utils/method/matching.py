@@ -31,8 +31,11 @@ class Matcher:
     compute: Compute
 
     def draw(self, classes: int, ipc: int, draws: Draws) -> tuple[Tensor, ...]:
-        """The random numbers of one update: one siamese augmentation per class, (classes, 9), and, where more images
-        are decoded than `batch_syn_max`, which of each class take part, (classes, batch_syn_max)."""
+        """Random numbers of one update, which `__call__` takes as `shared` and `chosen`.
+
+        shared: one siamese augmentation per class, (classes, COLUMNS) of augment.py. chosen: which decoded images of
+        each class take part, (classes, batch_syn_max); left out where all of them do.
+        """
         shared = self.augment.draw_shared(classes, draws)
         count = self.formation.decoded_count(ipc)
         if count <= self.batch_syn_max:
@@ -45,8 +48,8 @@ class Matcher:
         """Distances of the classes, (classes,), and their gradients, like pixels; both stay on the device.
 
         pixels: (classes, ipc, C, H, W) stored images. picks: (classes, B) positions in `real`, whose labels say which
-        classes these are. shared, chosen: from `draw`. The network is fixed meanwhile, so that classes are independent
-        of each other and can be computed in groups of any size.
+        classes these are. shared, chosen: from `draw`, rows of the same classes; chosen None: all images take part.
+        The network is fixed meanwhile, so classes do not depend on each other: groups of any size give the same.
         """
         classes = real.labels[picks[:, 0]]
         each = picks.shape[1] + self.formation.decoded_count(pixels.shape[1])

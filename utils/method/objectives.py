@@ -51,9 +51,9 @@ class Comparison:
 
     @property
     def distance(self) -> Distance:
-        """The distance as utils/numerics takes it: as a function, and by what is compared where that has a fast way.
+        """The distance as a function and, where its derivatives are written out in utils/numerics, a description of it.
 
-        The fast way knows gradients of weights and mean embeddings, but no gradients of biases and norms, no features.
+        Written out are gradients of weights and mean embeddings, but not gradients of biases and norms, nor features.
         """
         gradients, embedding = "grad" in self.parts, "embed" in self.parts
         fast = {*self.parts} <= {"grad", "embed"} and not (gradients and self.bias)

@@ -9,8 +9,8 @@ the whole sweep has a closed form. With C classes, rate eta, momentum mu and S(k
     p_c <- p_c - eta (mu S(C) v_c + S(C - c) g_c)
     v_c <- mu^C v_c + mu^(C-1-c) g_c
 
-DC, DM and MTT step all classes together instead, which is the same with C = 1 and c = 0 for all of them, and they do so
-on normalised images.
+DC, DM and MTT step all classes together instead, and on normalised images. Put C = 1 and c = 0 for every class: with
+S(0) = 0 and S(1) = 1 the formulas are then those of an ordinary step of SGD.
 """
 
 from __future__ import annotations

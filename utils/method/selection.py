@@ -60,8 +60,8 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
 def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """Representatives of every class: the image nearest each k-means centroid of ALL its images (Sec. 3.3).
 
-    Clusters are of the network's embeddings, as many as images are selected. With per_cluster above 1 there are fewer
-    clusters, by that factor, and as many images of each (DREAM+, Liu et al., 2023).
+    The network's embeddings are clustered, into as many clusters as images are selected. With `per_cluster` = m there
+    are m times fewer clusters, and the m images nearest each centroid are selected (DREAM+, Liu et al., 2023).
     """
     real, each = context.real, list(zip(context.real.held, counts, strict=True))
     picks = {c: torch.arange(k, device=real.device) for c, k in each if k == real.counts[c]}
@@ -125,7 +125,8 @@ def herded_images(context: Context, c: int, k: int) -> Tensor:
     return torch.stack(herd)
 
 
-# A strategy returns positions within a class, (counts[i],) int64 for the i-th of the context's classes.
+# A strategy takes how many images to select of each of the context's classes, and returns their positions within the
+# class, one int64 tensor (counts[i],) per class. `class_by_class` makes one of a function that looks at one class.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
     "random": partial(class_by_class, random_images),
@@ -157,6 +158,7 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
 
 # --- Sets of real images, selected by a strategy ----------------------------------------------------------------------
 
+INITS = (*STRATEGIES, "noise")
 NOISE_MEAN, NOISE_STD = 0.5, 0.25
 BASELINE = "random real"  # key of the draws of the random real images shown beside a set, in both scripts
 
@@ -164,7 +166,7 @@ BASELINE = "random real"  # key of the draws of the random real images shown bes
 def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Tensor:
     """Initial stored images, (classes, ipc, C, H, W) float in [0, 1] (Sec. 3.3, "clustering initialisation").
 
-    init = kmeans or random: ipc * factor^2 real images per class, selected by that strategy and shrunk into the cells.
+    init = one of STRATEGIES: ipc * factor^2 real images per class, selected by it and shrunk into the cells.
     init = noise: normal random numbers of mean 0.5 and standard deviation 0.25, clamped to [0, 1].
     """
     real = context.real

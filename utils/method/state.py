@@ -69,8 +69,8 @@ class State:
     def selection_due(self, interval: int, inner_loop: int) -> bool:
         """Whether real images are to be selected before the next inner step (Sec. 3.3).
 
-        They are every `interval` inner steps of an outer iteration, its first step included. An interval longer than
-        an outer iteration counts the inner steps of the run instead.
+        The steps of every outer iteration are counted from zero, and real images selected where `interval` divides the
+        count. If an interval is longer than an outer iteration, the steps of the whole run are counted instead.
         """
         taken = self.step if interval <= inner_loop else self.it * inner_loop + self.step
         return not self.selected or taken % interval == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import models
 from models import NetSpec, Network
-from utils.method.augment import GEOMETRY, Augment
+from utils.method.augment import COLUMNS, GEOMETRY, Augment
 from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.numerics import derivatives
 from utils.numerics.compute import Captured, Compute
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     """Random choices of a network's epoch over n images, drawn on the device at once."""
 
     order: Tensor  # (n,) positions in the set
-    u: Tensor  # (n, 9) for the augmentation, see utils/method/augment.py
+    u: Tensor  # (n, COLUMNS) for the augmentation, see utils/method/augment.py
     partner: Tensor  # (n,) CutMix: the image whose box is pasted into this one, by its position in the batch
     mix: Tensor  # (batches, 4) CutMix: whether, and with which box
 
@@ -64,7 +64,7 @@ def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
     """Random choices of a pass over the images at `index` (n,), in batches from edges[i][0] to edges[i][1]."""
     n, device = len(index), index.device
     order = index[draws.permutation(n)]
-    u, chance, mix = draws.uniform(n, 9), draws.uniform(n), draws.uniform(len(edges), 4)
+    u, chance, mix = draws.uniform(n, COLUMNS), draws.uniform(n), draws.uniform(len(edges), 4)
     sizes = torch.tensor([end - start for start, end in edges], dtype=torch.int64).to(device, non_blocking=True)
     batch = torch.arange(len(edges), device=device).repeat_interleave(sizes, output_size=n)
     first = (sizes.cumsum(0) - sizes)[batch]
@@ -197,7 +197,7 @@ class Trainer:
         return total / n
 
     def _step(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
-        """Take an SGD step of every network on its batch. index, partner: (K, n); u: (K, n, 9); mix: (K, 4)."""
+        """Take an SGD step of every network on its batch. index, partner: (K, n); u: (K, n, COLUMNS); mix: (K, 4)."""
         images = self.images[self.rows, index]
         x = self.recipe.augment(self.normalize(images.flatten(0, 1)), u.flatten(0, 1)).unflatten(0, index.shape)
         if self.soft is None:

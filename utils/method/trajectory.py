@@ -157,7 +157,7 @@ class TrajectoryStep:
         return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
-        """Random choices of a student's steps: augmentations (steps, n, 9), and images (steps, classes, each).
+        """Random choices of a student's steps: augmentations (steps, n, COLUMNS), and images (steps, classes, each).
 
         The latter are positions within the class, drawn only where more images are decoded than may take part.
         """
