@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models import Network
 from utils.method.images import ImageSet, Normalize
+from utils.method.objectives import METRICS
 from utils.method.training import Recipe, plan, train_networks
 from utils.system.draws import Draws
 
@@ -48,9 +49,9 @@ def decode_naively(stored: Tensor, factor: int, decode_type: str) -> Tensor:
 
 
 def augment_one(x: Tensor, u: Tensor, names: tuple[str, ...], geometries: list[str]) -> Tensor:
-    """One image (C, H, W) under one draw of nine numbers, operation by operation, pixel by pixel where it can be."""
+    """One image (C, H, W) under one draw, operation by operation, pixel by pixel where it can be."""
     channels, height, width = x.shape
-    flip, bright, saturate, contrast, move_y, move_x, cut_y, cut_x, pick = (float(v) for v in u)
+    flip, bright, saturate, contrast, move_y, move_x, cut_y, cut_x, pick = u[:9].tolist()
     geometry = geometries[math.floor(pick * len(geometries))] if geometries else None
     if "color" in names:
         x = x + (bright - 0.5) * 1.0
@@ -96,13 +97,15 @@ def augment_shared(x: Tensor, u: Tensor, names: tuple[str, ...], geometries: lis
 
 
 def layer_distance(metric: str, real: Tensor, syn: Tensor) -> Tensor:
-    """The metrics, written out."""
+    """The metrics, written out; one that is not known here stands for itself."""
     if metric == "mse":
         return ((real - syn) ** 2).sum()
     if metric == "l1":
         return (real - syn).abs().sum()
     if metric == "l1_mean":
         return (real - syn).abs().sum() / real.numel()
+    if metric != "cos":
+        return METRICS[metric](real, syn)
     total = real.new_zeros(())
     channels = len(real) if real.dim() > 1 else 1
     for a, b in zip(real.reshape(channels, -1), syn.reshape(channels, -1), strict=True):

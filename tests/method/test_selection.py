@@ -178,9 +178,8 @@ def test_the_same_draws_select_the_same_images_and_others_do_not(strategy: str, 
         return select(context(real_set((40, 40, 40)), key, kmeans=kmeans), 10, strategy=strategy)
 
     assert torch.equal(once(0), once(0))
-    assert torch.equal(once(0), once(1)) == (
-        strategy in ("central", "boundary", "herding")
-    )  # these leave nothing to chance
+    if strategy in ("kmeans", "random"):  # others leave nothing to chance
+        assert not torch.equal(once(0), once(1))
 
 
 @pytest.mark.parametrize("raw", [False, True])

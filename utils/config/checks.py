@@ -99,7 +99,7 @@ def check_method(o: CondenseOptions, spec: models.NetSpec) -> None:
     if o.experts_only and o.match != TRAJECTORY:
         raise UsageError(f"--experts_only: --match {o.match} has no experts; use --method mtt")
     # Some layers, such as hardsigmoid, have no second derivative in PyTorch.
-    if ("grad" in o.match or o.match == TRAJECTORY) and (problem := models.second_derivative_error(spec)):
+    if ("grad" in o.match.split("+") or o.match == TRAJECTORY) and (problem := models.second_derivative_error(spec)):
         raise UsageError(
             f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match {o.match} "
             "needs; use another network, or --match feat or embed"

@@ -91,7 +91,7 @@ def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
     synthetic = min(formation(o).decoded_count(o.ipc), o.batch_syn_max)
     if o.match == TRAJECTORY:
         return [10.0 * o.student_steps * synthetic] * len(counts)
-    first, second = (3, 7) if "grad" in o.match else (1, 3)
+    first, second = (3, 7) if "grad" in o.match.split("+") else (1, 3)
     matched = first * o.batch_real + second * synthetic
     return [matched + (count / o.interval if o.select != "random" else 0) for count in counts]
 
@@ -121,7 +121,7 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
     o = resolved.options
     rate = pixel_rate(o, side=dataset.side, base_side=dataset.base_side)
     lines = [
-        f"{name:16}{printable(str(value)):28}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
+        f"{name:16}{printable(str(value)):42}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
     ]
     images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
     update = f"{images}, {o.net_epoch} x, {update_augmentation(o)}" if has_update(o) else "none"

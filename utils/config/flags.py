@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from utils.config.presets import DATASET_SETTINGS, METHODS, TRAJECTORY
 from utils.method import augment, objectives
-from utils.method.selection import INITS
+from utils.method.selection import NOISE, STRATEGIES
 from utils.system.errors import UsageError
 
 
@@ -72,8 +72,8 @@ def matching(text: str) -> str:
 def initialisation(text: str) -> str:
     """Parser of --init; `mix` is the published name of k-means initialisation with a factor above 1."""
     name = "kmeans" if text == "mix" else text
-    if name not in INITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(INITS)}")
+    if name not in (*STRATEGIES, NOISE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(STRATEGIES)}, {NOISE}")
     return name
 
 
@@ -192,11 +192,14 @@ def as_argv(values: Mapping[str, Any]) -> list[str]:
 
 def default_text(field: dataclasses.Field[Any]) -> str:
     """Default of a flag for --help, and the data sets and methods that have another one."""
-    others: dict[str, list[str]] = {}
-    rows = {**DATASET_SETTINGS, **{f"--method {name}": method.settings for name, method in METHODS.items()}}
-    for name, settings in rows.items():
-        value = settings.get(field.name, field.default)
-        if value != field.default and not callable(value):
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            others.setdefault(text, []).append(name)
-    return "; ".join([str(field.default), *(f"{value} for {', '.join(names)}" for value, names in others.items())])
+    texts = [str(field.default)]
+    methods = {name: method.settings for name, method in METHODS.items()}
+    for flag, rows in (("-d", DATASET_SETTINGS), ("--method", methods)):
+        others: dict[str, list[str]] = {}
+        for name, settings in rows.items():
+            value = settings.get(field.name, field.default)
+            if value != field.default:
+                number = f"{value:.4g}" if isinstance(value, float) else str(value)
+                others.setdefault("another (see --dry_run)" if callable(value) else number, []).append(name)
+        texts += [f"{value} for {flag} {', '.join(names)}" for value, names in others.items()]
+    return "; ".join(texts)

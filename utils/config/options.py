@@ -122,9 +122,9 @@ class CondenseOptions(Options):
     factor: int = _synthetic(1, "-f", parse=integer(1), metavar="F",
         help="multi-formation: every stored image holds F x F training images")
     ipc: int = _synthetic(1, "-i", parse=integer(1), metavar="N", help="stored images per class")
-    init: str = _synthetic("kmeans", parse=initialisation, metavar="{" + ",".join(selection.INITS) + "}",
-        help="initial pixels: real images selected like those of --select (kmeans is published as mix for F > 1), or "
-             "noise")
+    init: str = _synthetic("kmeans", parse=initialisation, metavar="NAME",
+        help="initial pixels: real images selected by one of the names of --select (mix, the published name of kmeans "
+             "for F > 1, is accepted too), or noise")
     decode_type: str = _synthetic("single", choices=formation.DECODE_TYPES,
         help="decode every stored image with factor F (single), with every factor up to F (multi), or with F as long "
              f"as a class stays within {formation.BOUND} images and smaller factors after (bound)")

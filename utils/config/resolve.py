@@ -1,7 +1,7 @@
 """Complete options from a command line, data set settings, and presets.
 
-Precedence is default < the data set's settings (and --reproduce) < the method's < flag. A flag that the user gave is
-never changed.
+Precedence is default < the data set's settings < --reproduce < the data set's exceptions for some -f and --ipc < the
+method's settings < flag. A flag that the user gave is never overridden.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def condense_options(given: dict[str, Any]) -> Resolved:
     for name, layer in layers:
         if layer is not given and layer is not defaults and "net_type" in given:
             layer = concerning(layer, given["net_type"])
+        if unknown := layer.keys() - defaults.keys():
+            raise UsageError(f"utils/config/presets.py: unknown settings of the {name}: {', '.join(sorted(unknown))}")
         values.update(layer)
         origin.update(dict.fromkeys(layer, name))
     options = CondenseOptions(**values)

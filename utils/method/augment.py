@@ -1,9 +1,9 @@
 """Differentiable augmentation of normalised images (DSA, Zhao & Bilen 2021, with the strengths that DREAM uses).
 
 A draw is a table of uniform numbers in [0, 1), one row per image and COLUMNS wide. The column GEOMETRY, equal for all
-images of a call, picks one of the geometric operations named; the others are for the operations. A draw of a single row
-treats all images alike: that is how real and synthetic images get the same, "siamese", augmentation (Sec. 3.1). Python
-never looks at the values of a draw, so that a CUDA graph can replay the operations.
+images of a call, says which of the geometric operations named is applied; operations take their numbers from the other
+columns. A draw of a single row treats all images alike: that is how real and synthetic images get the same, "siamese",
+augmentation (Sec. 3.1). Python never looks at the values of a draw, so that a CUDA graph can replay the operations.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from torch import Tensor
 
 from utils.system.draws import Draws
 
-ALWAYS = ("flip", "color", "cutout")  # applied whenever named
-ONE_OF = ("crop", "scale", "rotate", "translate")  # one of those named is drawn per call
-
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 CROP, CUTOUT, TRANSLATE = 0.125, 0.5, 0.125  # fractions of the side
 SCALE, ROTATE = 1.2, 15.0  # a factor, degrees
 
-COLUMNS = 9  # of a draw; an operation that needs numbers of its own adds its columns here
+COLUMNS = 9  # more of them, for an operation of your own, change the random numbers of every run
 FLIP, BRIGHT, SATURATE, CONTRASTED, MOVE_Y, MOVE_X, CUT_Y, CUT_X, GEOMETRY = range(COLUMNS)
 
 
@@ -34,7 +31,7 @@ class Augment:
     def __init__(self, names: str) -> None:
         """Parse the names. Raises ValueError, which lists the operations, for an unknown one."""
         self.names = parse(names)
-        self.geometries = [name for name in ONE_OF if name in self.names]
+        self.geometries = [name for name in GEOMETRIC if name in self.names]
 
     def draw(self, calls: int, n: int, draws: Draws) -> Tensor:
         """Draws for `calls` calls on n images each, (calls * n, COLUMNS), every image with its own numbers."""
@@ -47,29 +44,29 @@ class Augment:
         return draws.uniform(calls, COLUMNS)
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
-        """Augmented images: colour, flip, geometry, cutout. x: (N, C, H, W) normalised, u: (N or 1, COLUMNS)."""
+        """Augmented images: the operations of BEFORE, a geometric one, those of AFTER, as far as they are named.
+
+        x: (N, C, H, W) normalised, u: (N or 1, COLUMNS).
+        """
         u = u.to(x.dtype)
-        if "color" in self.names:
-            x = color(x, u)
-        if "flip" in self.names:
-            x = torch.where(column(u, FLIP) < 0.5, x.flip(3), x)
+        for operation in (BEFORE[name] for name in BEFORE if name in self.names):
+            x = operation(x, u)
         if self.geometries == ["crop"]:
             x = crop(x, u)
         elif self.geometries:
             x = warp(x, u, self.geometries)
-        if "cutout" in self.names:
-            x = cutout(x, u)
+        for operation in (AFTER[name] for name in AFTER if name in self.names):
+            x = operation(x, u)
         return x
 
 
 def parse(names: str) -> tuple[str, ...]:
     """Operations of a name: `color_crop_cutout` -> ("color", "crop", "cutout"). Raises ValueError for unknown ones."""
+    known = (*BEFORE, *GEOMETRIC, *AFTER)
     operations = tuple(name for name in names.split("_") if name and name != "none")
     for name in operations:
-        if name not in ALWAYS + ONE_OF:
-            raise ValueError(
-                f"unknown augmentation {name!r}: join any of {', '.join(ALWAYS + ONE_OF)} with '_', or none"
-            )
+        if name not in known:
+            raise ValueError(f"unknown augmentation {name!r}: join any of {', '.join(known)} with '_', or none")
     return operations
 
 
@@ -90,6 +87,11 @@ def color(x: Tensor, u: Tensor) -> Tensor:
     x = (x - grey) * (column(u, SATURATE) * SATURATION) + grey
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x - mean) * (column(u, CONTRASTED) + CONTRAST) + mean
+
+
+def flip(x: Tensor, u: Tensor) -> Tensor:
+    """Mirror half of the images, left to right."""
+    return torch.where(column(u, FLIP) < 0.5, x.flip(3), x)
 
 
 def shifts(u: Tensor, i: int, size: int) -> Tensor:
@@ -128,7 +130,7 @@ def warp(x: Tensor, u: Tensor, geometries: list[str]) -> Tensor:
 
     All operations are affine maps, so that one resampling does them, whichever is picked.
     """
-    matrices = torch.stack([MATRICES[name](u, x.shape[2], x.shape[3]) for name in geometries])
+    matrices = torch.stack([GEOMETRIC[name](u, x.shape[2], x.shape[3]) for name in geometries])
     picked = (u[:, GEOMETRY] * len(geometries)).long()
     theta = matrices[picked, torch.arange(len(u), device=x.device)].expand(len(x), 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
@@ -169,9 +171,13 @@ def translation(u: Tensor, height: int, width: int) -> Tensor:
     return rows(one, zero, dx, zero, one, dy)
 
 
-MATRICES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+# Operations by name, which has no "_": functions of images (N, C, H, W) and a draw (N or 1, COLUMNS). Those of BEFORE
+# that are named are applied first, then one of GEOMETRIC (affine maps), drawn anew for every call, then those of AFTER.
+BEFORE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"color": color, "flip": flip}
+GEOMETRIC: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "crop": cropping,
     "scale": scaling,
     "rotate": rotation,
     "translate": translation,
 }
+AFTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cutout": cutout}

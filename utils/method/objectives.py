@@ -53,7 +53,8 @@ class Comparison:
     def distance(self) -> Distance:
         """The distance as a function and, where its derivatives are written out in utils/numerics, a description of it.
 
-        Written out are gradients of weights and mean embeddings, but not gradients of biases and norms, nor features.
+        Those of gradients of weights and of mean embeddings are written out. All else (biases, norms, features,
+        objectives of your own) goes through autograd.
         """
         gradients, embedding = "grad" in self.parts, "embed" in self.parts
         fast = {*self.parts} <= {"grad", "embed"} and not (gradients and self.bias)
@@ -85,8 +86,9 @@ def embedding_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, h
     return total(how.metric, [wanted.detach()], [given])
 
 
-# An objective gives a scalar that is differentiable with respect to the synthetic images. All classes go through it
-# at once under torch.func.vmap, so it takes gradients by torch.func and never looks at a value from Python.
+# Objectives by name, which has no "+". Each gives a scalar that is differentiable with respect to the synthetic images;
+# what comes from the real ones is detached. All classes go through it at once under torch.func.vmap, so it takes
+# gradients by torch.func and never looks at a value from Python.
 OBJECTIVES: dict[str, Callable[[Network, Tensor, Tensor, Tensor, Comparison], Tensor]] = {
     "grad": gradient_distance,
     "feat": feature_distance,

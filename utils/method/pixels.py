@@ -41,7 +41,8 @@ class PixelSGD:
         """Begin with zero velocity.
 
         joint: the normalisation of images for steps of all classes together; None for the published sweep over the
-        classes. held: the classes that the pixels are of, `classes` the number of all classes; None: they are of all.
+        classes. held: the numbers of the classes in `pixels`; classes: how many there are in all. None for both:
+        `pixels` holds every class.
         """
         self.pixels = pixels
         self.velocity = torch.zeros_like(pixels)

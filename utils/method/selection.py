@@ -50,7 +50,11 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     selected = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.real.held])
     positions = []
     for c, within in zip(real.held, selected, strict=True):
-        if (available := real.counts[c]) < count:  # which images are repeated is random
+        available = real.counts[c]
+        if within.shape != (min(count, available),):  # values are not looked at, since that would stall a GPU
+            wanted = min(count, available)
+            raise ValueError(f"--select {strategy}: {wanted} positions in class {c} wanted, got {tuple(within.shape)}")
+        if available < count:  # which images are repeated is random
             within = within[context.draws.of_class(c).permutation(available)]
             within = within[torch.arange(count, device=real.device) % available]
         positions.append(real.starts[c] + within)
@@ -127,6 +131,7 @@ def herded_images(context: Context, c: int, k: int) -> Tensor:
 
 # A strategy takes how many images to select of each of the context's classes, and returns their positions within the
 # class, one int64 tensor (counts[i],) per class. `class_by_class` makes one of a function that looks at one class.
+# Random numbers for class c are those of context.draws.of_class(c), so that classes do not depend on each other.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
     "random": partial(class_by_class, random_images),
@@ -158,7 +163,7 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
 
 # --- Sets of real images, selected by a strategy ----------------------------------------------------------------------
 
-INITS = (*STRATEGIES, "noise")
+NOISE = "noise"  # the other way to begin, beside STRATEGIES
 NOISE_MEAN, NOISE_STD = 0.5, 0.25
 BASELINE = "random real"  # key of the draws of the random real images shown beside a set, in both scripts
 
@@ -170,7 +175,7 @@ def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Ten
     init = noise: normal random numbers of mean 0.5 and standard deviation 0.25, clamped to [0, 1].
     """
     real = context.real
-    if init == "noise":
+    if init == NOISE:
         noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.real.held]
         return (NOISE_MEAN + NOISE_STD * torch.stack(noise)).clamp_(0, 1)
     index = select(context, ipc * factor**2, strategy=init)
