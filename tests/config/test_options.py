@@ -152,7 +152,7 @@ def test_help_states_every_default_and_the_data_sets_that_differ() -> None:
                 default = " ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
                 assert default in text
     text = " ".join(make_parser(CondenseOptions, "").format_help().split())
-    assert "0.0001 for mnist" in text
+    assert "0.0001 for -d mnist" in text
 
 
 def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -> None:

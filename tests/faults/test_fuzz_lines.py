@@ -178,7 +178,7 @@ def check_dry_run(place: Path, example: tuple[Line, str]) -> None:
         rows = shown.getvalue().splitlines()
         assert all(map(str.isprintable, rows))
         for name, value in {**(meant(line, CondenseOptions) or {}), **last}.items():
-            assert f"{name:16}{printable(str(value)):28}flag" in rows
+            assert f"{name:16}{printable(str(value)):41} flag" in rows
     assert set(place.rglob("*")) == before
 
 

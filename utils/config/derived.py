@@ -121,7 +121,7 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
     o = resolved.options
     rate = pixel_rate(o, side=dataset.side, base_side=dataset.base_side)
     lines = [
-        f"{name:16}{printable(str(value)):42}{resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
+        f"{name:16}{printable(str(value)):41} {resolved.origin[name]}" for name, value in dataclasses.asdict(o).items()
     ]
     images = f"{o.n_data} real images" if o.train_on == "real" else "all synthetic images"
     update = f"{images}, {o.net_epoch} x, {update_augmentation(o)}" if has_update(o) else "none"
