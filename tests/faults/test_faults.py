@@ -105,7 +105,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", CASES)
+SLOW = (  # much like others, which are usual tests
+    "stdout closed", "stdout full", "stderr closed", "stderr full", "SIGHUP", "readers that leave", "a disk that fails",
+    "a kill before the older checkpoint",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] if w in SLOW else []) for w in CASES])
 def test_the_same_command_ends_with_the_same_bits_after(
     what: str, server: Server, operations: list[Operation], undisturbed: Outcome, tmp_path: Path
 ) -> None:

@@ -189,12 +189,12 @@ def test_repeated_updates_give_the_same_bits(server: Server, tmp_path: Path, und
 
 
 CASES = {
-    "random": "--select random --init random --norm_type batch",
     "few": "--batch_syn_max 3 --decode_type multi --batch_real 200",  # more than a class has: some twice
     "pretrained": "--method dream+ --niter 1 --match grad+embed --metric cos",
     "dc": "--method dc --batch_real 8 --niter 2 --inner_loop 3 --net_epoch 2",
 }
 MORE = {
+    "random": "--select random --init random --norm_type batch",
     "sklearn": "--select kmeans --kmeans sklearn --interval 1",
     "herding": "--select herding --init noise",
     "boundary": "--select boundary --n_data 0",
