@@ -103,7 +103,7 @@ def test_thousands_of_iterations_leave_memory_and_handles(tmp_path: Path, capsys
     results, every = tmp_path / "results", SOAK // 6
     more = shlex.split(f"--niter {SOAK} --batch_real 2 --n_data 4 --eval_every {every} --tag soak")
     with injected(f"soak: {SOAK:,} outer iterations in one process") as fault:
-        output, measured = soaked(tmp_path / "notes", "condense", quick(results, *more), timeout=400)
+        output, measured = soaked(tmp_path / "notes", "condense", quick(results, *more), timeout=1200)
         (folder,) = results.glob("digits/*soak")
         events = metrics(folder)
         assert [e["iteration"] for e in events if "loss" in e] == list(range(1, SOAK + 1))

@@ -523,20 +523,25 @@ def test_twenty_kills_at_random_moments_change_nothing(server: Server, tmp_path:
     argv = shlex.split("--ipc 1 -f 1 --niter 700 --snapshot_every 0 --eval_every 0 --share_update off")
     alone = server.start(tiny(tmp_path / "alone", *argv), checkpoint_seconds=1000.0).wait(300)
     assert alone.status == 0, alone
+    there, began = tmp_path / "digits" / "convnet2_f1_ipc1", time.monotonic()
     run = Torchrun(2, tiny(tmp_path, *argv), restarts=KILLS, script=script)
+    while not (there / "metrics.jsonl").exists():
+        assert run.process.poll() is None, run.wait()
+        time.sleep(0.01)
+    loading = time.monotonic() - began
     workers: dict[int, int] = {}
     for _ in range(KILLS):
         old = set(workers.values())
         while len(workers := run.workers()) < 2 or set(workers.values()) & old:
             assert run.process.poll() is None, run.wait()
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 7))  # loading takes four of them
+        time.sleep(chance.uniform(0, 1.75 * loading))
         os.kill(workers[chance.randrange(2)], signal.SIGKILL)
     ended = run.wait()
     assert ended.status == 0, ended
-    sessions = [event for event in metrics(tmp_path / "digits" / "convnet2_f1_ipc1") if "session" in event]
+    sessions = [event for event in metrics(there) if "session" in event]
     assert len(sessions) > KILLS // 4 and len({event["iteration"] for event in sessions}) > KILLS // 5
-    results = [outcome(path / "digits" / "convnet2_f1_ipc1") for path in (tmp_path, tmp_path / "alone")]
+    results = [outcome(folder) for folder in (there, tmp_path / "alone" / "digits" / "convnet2_f1_ipc1")]
     for _ in range(KILLS):
         with injected("a rank under torchrun is killed") as fault:
             fault.kept(results[0].distilled == results[1].distilled)
