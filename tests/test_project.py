@@ -41,6 +41,7 @@ def test_every_module_and_package_is_installed(settings: dict[str, Any]) -> None
     folders = {p.parent for name in ("models", "utils", "figs") for p in (ROOT / name).rglob("*.py")}
     assert sorted(found) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
     others = {p.relative_to(ROOT) for folder in folders for p in folder.glob("*.cpp")}
+    assert tool["package-dir"] == {"": "."}  # otherwise a working folder's data/ would hide data.py
     named = tool["package-data"]
     assert {p for p in others if f"*{p.suffix}" in named.get(".".join(p.parent.parts), [])} == others
 
