@@ -29,7 +29,7 @@ from tests.outcome import outcome
 from utils.config import resolve
 from utils.config.derived import update_recipe
 from utils.config.options import CondenseOptions
-from utils.config.presets import METHODS
+from utils.config.presets import METHODS, Method
 from utils.method.augment import Augment
 from utils.method.images import ImageSet
 from utils.method.selection import Context, batched_kmeans, initial_pixels, select
@@ -115,6 +115,12 @@ def test_a_flag_beats_every_method(method: str) -> None:
         more = [] if dataset == "digits" else ["--reproduce"]
         o = parsed("-d", dataset, "-f", "2", "-m", method, *more, *words)
         assert {name: str(getattr(o, name)) for name in other} == other
+
+
+def test_an_unknown_setting_of_a_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "dm", Method("misspelt", {"lr_imgg": 1.0}))
+    with pytest.raises(UsageError, match=r"presets.py: unknown settings of the method: lr_imgg"):
+        parsed("-m", "dm")
 
 
 def test_mirror_images_are_left_out_where_they_are_other_classes() -> None:

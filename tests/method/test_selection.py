@@ -172,6 +172,12 @@ def test_every_class_gives_its_own_images_and_a_small_one_repeats_in_turn(strate
     assert coreset(context(real), strategy, ipc=4).counts == [4, 4, 4]
 
 
+def test_a_strategy_that_selects_too_few_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "lazy", lambda context, counts: [torch.arange(k - 1) for k in counts])
+    with pytest.raises(ValueError, match=r"--select lazy: 7 positions in class 0 wanted, got \(6,\)"):
+        select(context(real_set()), 7, strategy="lazy")
+
+
 @pytest.mark.parametrize(("strategy", "kmeans"), [*((s, "batched") for s in STRATEGIES), ("kmeans", "sklearn")])
 def test_the_same_draws_select_the_same_images_and_others_do_not(strategy: str, kmeans: str) -> None:
     def once(key: int) -> Tensor:

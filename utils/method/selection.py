@@ -51,8 +51,8 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     positions = []
     for c, within in zip(real.held, selected, strict=True):
         available = real.counts[c]
-        if within.shape != (min(count, available),):  # values are not looked at, since that would stall a GPU
-            wanted = min(count, available)
+        wanted = min(count, available)
+        if within.shape != (wanted,):  # values are not looked at, since that would stall a GPU
             raise ValueError(f"--select {strategy}: {wanted} positions in class {c} wanted, got {tuple(within.shape)}")
         if available < count:  # which images are repeated is random
             within = within[context.draws.of_class(c).permutation(available)]
