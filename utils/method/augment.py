@@ -49,14 +49,14 @@ class Augment:
         x: (N, C, H, W) normalised, u: (N or 1, COLUMNS).
         """
         u = u.to(x.dtype)
-        for operation in (BEFORE[name] for name in BEFORE if name in self.names):
-            x = operation(x, u)
+        for name, operation in BEFORE.items():
+            x = operation(x, u) if name in self.names else x
         if self.geometries == ["crop"]:
             x = crop(x, u)
         elif self.geometries:
             x = warp(x, u, self.geometries)
-        for operation in (AFTER[name] for name in AFTER if name in self.names):
-            x = operation(x, u)
+        for name, operation in AFTER.items():
+            x = operation(x, u) if name in self.names else x
         return x
 
 
