@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -89,9 +90,11 @@ def everything(state: State) -> list[Tensor]:
 @contextmanager
 def no_host_sync(device: str) -> Iterator[None]:
     """On CUDA, any wait for the device is an error meanwhile."""
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
     try:
+        if device == "cuda":
+            with warnings.catch_warnings():  # that the mode is a prototype
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         if device == "cuda":
