@@ -9,8 +9,11 @@ import sys
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background, where child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch, and for child processes
+if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # likewise: kernels for a GPU are tried on a CPU
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +22,13 @@ import pytest
 from tests import tally
 from tests.killing import FOLDER, Operation, Server, recorded, tiny
 from tests.outcome import Outcome, outcome
+
+
+def interpreter_error() -> str | None:
+    """Why kernels for a GPU cannot be tried on a CPU; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "there is no Triton"
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton compiles for a GPU"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

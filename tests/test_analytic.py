@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import models
 from models import Network
+from tests.conftest import interpreter_error
 from tests.oracle import class_distance
 from utils.method.objectives import METRICS, Comparison
 from utils.method.training import fresh_network
-from utils.numerics import analytic, derivatives
-from utils.numerics.compilation import compiler_error
+from utils.numerics import analytic, derivatives, passes
+from utils.numerics.compilation import compiler_error, gpu_functions
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 
@@ -278,39 +279,39 @@ def test_bfloat16_slopes_are_float32_up_to_their_own_rounding(norm: str) -> None
         assert ours.dtype == torch.float32 and close(ours, exact, 0.2)
 
 
-@pytest.mark.parametrize("how", ["for a CPU", pytest.param("by torch.compile", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("norm", ["instance", "group"])
-def test_compiled_passes_give_the_same_numbers(norm: str, how: str) -> None:
-    if problem := compiler_error(CPU):
+@pytest.mark.parametrize(("norm", "how"), [("instance", "CPU"), ("group", "CPU"), ("instance", "GPU")])
+def test_compiled_functions_give_the_same_derivatives(norm: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if problem := compiler_error(CPU) if how == "CPU" else interpreter_error():
         pytest.skip(problem)
-    side = 11
+    side = 11 if how == "CPU" else 5
     made = [network(norm, side=side, width=16, key=k).float() for k in range(2)]
     nets = [net for net in made if analytic.is_supported(net)]
     real, syn, labels = (x.float() if x.is_floating_point() else x for x in classes(side))
     x, target = noise(2, REAL, 3, side, side).float(), mixed(2, REAL).float()
     _, _, direction = batch_and_direction(made[0], side)
-    for pixels in (0, 5 * side**2):
-        plain, quick = (
-            [analytic.Analytic(group, c, torch.float32) for group in (nets[:1], nets)]
-            for c in (compute(pixels), compute(pixels, compile=how == "for a CPU"))
+
+    def every_result(pixels: int, quick: bool) -> list[Tensor]:
+        one, both = (
+            analytic.Analytic(group, compute(pixels, compile=quick and how == "CPU"), torch.float32)
+            for group in (nets[:1], nets)
         )
-        if how == "by torch.compile":
-            for each in quick:
-                each.passes = analytic.compiled_passes()
-        for matched, metric in itertools.product(("gradients", "embeddings", "all"), ("mse", "cos")):
+        if quick and how == "GPU":
+            one.net, both.net = (each.net._replace(functions=gpu_functions()) for each in (one, both))
+        found: list[Tensor] = []
+        for matched, metric in (("gradients", "cos"), ("embeddings", "mse"), ("all", "mse")):
             distance = comparison(matched, metric).distance
             assert distance.compared is not None
-            found = (
-                each[0].distances(real, syn, labels, distance.compared, distance.metric) for each in (quick, plain)
-            )
-            for ours, exact in zip(*found, strict=True):
-                cancels = (matched, metric) == ("embeddings", "cos")  # 1 - the cosine of two almost equal means
-                assert close(ours, exact, 1e-4 if cancels else 1e-5), (matched, metric)
-        for ours, exact in zip(*(each[1].gradients(x, target) for each in (quick, plain)), strict=True):
-            assert close(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in exact]), 1e-5)
-        assert close(quick[0].embed(x[0]), plain[0].embed(x[0]), 1e-5)
-        for ours, exact in zip(*(slopes(each[0], x[0], target[0], direction) for each in (quick, plain)), strict=True):
-            assert close(ours, exact, 1e-5)
+            found += one.distances(real, syn, labels, distance.compared, distance.metric)
+        found += [torch.cat([g.flatten() for g in gradients]) for gradients in both.gradients(x, target)]
+        return [*found, one.embed(x[0]), *slopes(one, x[0], target[0], direction)]
+
+    for pixels in (0, 5 * side**2)[: 2 if how == "CPU" else 1]:
+        exact = every_result(pixels, quick=False)
+        with monkeypatch.context() as patch:
+            if how == "GPU":  # what is made for one works on a CPU too: products of patches, kernels by an interpreter
+                patch.setattr(passes, "on_gpu", lambda x: True)
+            quick = every_result(pixels, quick=True)
+        assert all(close(*pair, 1e-5) for pair in zip(quick, exact, strict=True))
 
 
 def test_what_cpu_functions_do_not_support_is_computed_without_them() -> None:

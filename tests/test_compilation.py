@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import interpreter_error
 from utils.numerics import block, compilation
 from utils.numerics.block import BlockFunctions
-from utils.numerics.compilation import LANES, compiler_error, cpu_functions, cpu_supports
+from utils.numerics.compilation import LANES, compiler_error, cpu_functions, cpu_supports, gpu_functions
 
 EXACT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 NORMS = {"instance": LANES * 2, "group": 4, "layer": 1}
@@ -59,6 +60,28 @@ def every_result(
     a_bar, _ = how.adjoint(norm, gradient, tangent, h_bar)
     a_moved, means = how.adjoint(norm, gradient, tangent, h_bar, moving[0])
     return [h, m, r, da, s0, s1, h_dot, t0, t1, h_moved, m0, m1, a_bar, a_moved, *means]
+
+
+@pytest.mark.parametrize(
+    ("case", "values", "dtype"),
+    [
+        *(((7, 5, 20, True), 2**14, dtype) for dtype in EXACT),  # channels that do not fill a program
+        ((4, 4, LANES, False), 2**14, torch.float32),
+        ((6, 5, LANES, False), 2**8, torch.float64),  # an image in several parts
+    ],
+    ids=str,
+)
+def test_kernels_give_the_same(
+    case: tuple[int, int, int, bool], values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if problem := interpreter_error():
+        pytest.skip(problem)
+    monkeypatch.setattr("utils.numerics.block_triton.VALUES", values)
+    for ours, exact in zip(
+        *(every_result(how, dtype, case[2], case) for how in (gpu_functions(), BlockFunctions())), strict=True
+    ):
+        assert ours.shape == exact.shape and ours.dtype == exact.dtype
+        assert (ours - exact).double().norm() <= EXACT[dtype] * exact.double().norm()
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)

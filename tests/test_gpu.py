@@ -107,7 +107,7 @@ def no_host_sync(device: str) -> Iterator[None]:
 def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool, device: str) -> None:
     real, state = real_set(device), new_state(device)
     if not captured:
-        captured_step(state).off = state.trainer.step.off = True
+        captured_step(state).off = state.trainer.steps.off = True
     start = state.optimizer.pixels.clone()
     for step in range(STEPS):  # the first steps may wait: libraries start and choose their kernels
         with no_host_sync(device if step == STEPS - 1 else "cpu"):
@@ -132,15 +132,15 @@ def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool,
 )
 def test_a_captured_step_gives_the_same(names: str, norm: str, matched: Comparison, joint: bool, device: str) -> None:
     captured, plain = (new_state(device, names=names, norm=norm, matched=matched, joint=joint) for _ in range(2))
-    captured_step(plain).off = plain.trainer.step.off = True
+    captured_step(plain).off = plain.trainer.steps.off = True
     for state in (captured, plain):
         for step in range(STEPS):
             if step == STEPS - 2:  # the replayed steps see the new network
                 state.begin_iteration(fresh_network(SPEC, Draws(device, 1)) if norm == "instance" else state.net)
             inner_step(state, device, step)
     if device == "cuda":
-        assert captured_step(captured).graphs and captured.trainer.step.graphs
-        assert not captured_step(captured).off and not captured.trainer.step.off
+        assert captured_step(captured).graphs and captured.trainer.steps.graphs
+        assert not captured_step(captured).off and not captured.trainer.steps.off
     for ours, expected in zip(everything(captured), everything(plain), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
 

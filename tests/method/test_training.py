@@ -216,13 +216,50 @@ def test_a_single_left_over_image_joins_the_batch_before_it() -> None:
     assert batches(0, 4) == []
 
 
+def test_batches_that_are_mixed_together_are_mixed_as_each_by_itself() -> None:
+    n, size = 13, 4  # the last batch has five images
+    x, target = (Draws("cpu", "images", k).uniform(2, n, *shape) for k, shape in enumerate(((3, 8, 8), (5,))))
+    edges = batches(n, size)
+    partner = torch.cat([torch.stack([Draws("cpu", k, a).permutation(b - a) for k in range(2)]) for a, b in edges], 1)
+    for key in range(10):
+        mix = Draws("cpu", "mix", key).uniform(2, len(edges), 4)
+        together = cutmix(x, target, partner, mix, size)
+        each = [
+            cutmix(x[:, a:b], target[:, a:b], partner[:, a:b], mix[:, i : i + 1], b - a)
+            for i, (a, b) in enumerate(edges)
+        ]
+        for found, parts in zip(together, zip(*each, strict=True), strict=True):
+            assert torch.equal(found, torch.cat(parts, 1))
+
+
+def test_steps_of_batches_that_are_prepared_together_are_those_of_each_by_itself() -> None:
+    found = []
+    for together in (False, True):
+        trainer = Trainer([fresh_network(SPEC, Draws("cpu", 0))], [easy_set(30, 0)], recipe(batch_size=8), CPU)
+        draws, n = Draws("cpu", "epoch"), 30
+        edges = batches(n, 8)
+        order, u, partner, mix = (x[None] for x in plan(torch.arange(n), edges, draws))
+        for a, b in [(0, n)] if together else edges:
+            numbers = slice(a // 8, -(-b // 8))
+            trainer._steps(order[:, a:b], u[:, a:b], partner[:, a:b], mix[:, numbers])
+        found.append(list(trainer.nets[0].parameters()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_partner_is_of_the_same_batch_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Draws, "uniform", lambda self, *shape: torch.full(shape, 1 - 2.0**-24))  # the largest number
+    edges = batches(40 * 4, 4)
+    partner = plan(torch.arange(160), edges, Draws("cpu", 0)).partner
+    assert all(partner[a:b].sort().values.tolist() == [0, 1, 2, 3] for a, b in edges)
+
+
 def test_cutmix_pastes_a_box_of_the_named_image_and_knows_its_area() -> None:
     k, n = 200, 6
     x = torch.arange(float(n)).view(1, n, 1, 1, 1).expand(k, n, 2, 8, 8)
     target = torch.eye(n).expand(k, n, n)
     partner = torch.stack([Draws("cpu", key).permutation(n) for key in range(k)])
     mix = Draws("cpu", "mix").uniform(k, 4)
-    mixed, weighted = cutmix(x, target, partner, mix)
+    mixed, weighted = cutmix(x, target, partner, mix[:, None], n)
     shares = []
     for row in range(k):
         other = partner[row]

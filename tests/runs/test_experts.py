@@ -223,9 +223,9 @@ class Watched(Trainer):
 
         def noted(index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
             seen.append(index[0].tolist())
-            self._step(index, u, partner, mix)
+            self._steps(index, u, partner, mix)
 
-        self.step = noted  # type: ignore[assignment]  # on a CPU, Captured is the function
+        self.steps = noted  # type: ignore[assignment]  # on a CPU, Captured is the function
         return seen
 
 

@@ -69,7 +69,8 @@ def plan(index: Tensor, edges: list[tuple[int, int]], draws: Draws) -> Plan:
     batch = torch.arange(len(edges), device=device).repeat_interleave(sizes, output_size=n)
     first = (sizes.cumsum(0) - sizes)[batch]
     u[:, GEOMETRY] = u[first, GEOMETRY]  # one geometric operation per batch
-    return Plan(order, u, (batch + chance).argsort() - first, mix)
+    # In double precision: in float32, 15 + 0.99999997 is 16, and a partner would be of another batch.
+    return Plan(order, u, (batch + chance.double()).argsort() - first, mix)
 
 
 class Together(NamedTuple):
@@ -103,9 +104,8 @@ class Trainer:
         # (K or 1, N, C, H, W) and (K or 1, N)
         self.images = sets[0].images[None] if shared else torch.stack([train.images for train in sets])
         self.labels = sets[0].labels[None] if shared else torch.stack([train.labels for train in sets])
+        self.at_once = max(1, GATHERED // (recipe.batch_size * sets[0].images[0].nbytes))
         if source is not None:  # self.images and self.labels are then a buffer for a few batches
-            batch = recipe.batch_size * sets[0].images[0].nbytes
-            self.at_once = max(1, GATHERED // batch)
             room = min(len(source), self.at_once * recipe.batch_size + 1)  # see `batches`
             self.images = self.images.new_empty(1, room, *self.images.shape[2:])
             self.labels = self.labels.new_empty(1, room)
@@ -122,8 +122,8 @@ class Trainer:
             self.sgd.param_groups[0]["lr"] = torch.tensor(recipe.lr, device=compute.device)
         for p in self.parameters:
             self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        # No CUDA graph of a step with other ranks: it waits for them, and its share of a batch is of random size.
-        self.step = Captured(self._step, compute.device, replay=together is None)
+        # No CUDA graph of steps with other ranks: they wait for them, and a share of a batch is of random size.
+        self.steps = Captured(self._steps, compute.device, replay=together is None)
 
     def __len__(self) -> int:
         """Number of images that each network trains on."""
@@ -155,14 +155,16 @@ class Trainer:
         edges = batches(len(index), self.recipe.batch_size)
         plans = [plan(index, edges, d) for d in draws]
         order, u, partner, mix = map(torch.stack, zip(*plans, strict=True))
-        at_once = len(edges) if self.source is None else self.at_once
-        for first in range(0, len(edges), max(1, at_once)):
-            some = edges[first : first + at_once]
+        # A GPU takes all batches that are at hand in one go. A CPU takes one, whose images then are in its cache.
+        in_one_go = 1 if self.compute.device.type == "cpu" else self.at_once
+        for first in range(0, len(edges), self.at_once):
+            some = edges[first : first + self.at_once]
             offset = some[0][0]
             rows = self._gathered(order[:, offset : some[-1][1]])
-            for number, (start, end) in enumerate(some, first):
-                here = slice(start, end)
-                self.step(rows[:, start - offset : end - offset], u[:, here], partner[:, here], mix[:, number])
+            for i in range(0, len(some), in_one_go):
+                start, end = some[i][0], some[i : i + in_one_go][-1][1]
+                here, numbers = slice(start, end), slice(first + i, first + i + in_one_go)
+                self.steps(rows[:, start - offset : end - offset], u[:, here], partner[:, here], mix[:, numbers])
 
     def _gathered(self, order: Tensor) -> Tensor:
         """Rows of self.images that hold the images at these positions, fetched from the source if there is one.
@@ -196,20 +198,29 @@ class Trainer:
                 total[k] += F.cross_entropy(derivatives.logits(net, x, self.compute), target, reduction="sum")
         return total / n
 
-    def _step(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
-        """Take an SGD step of every network on its batch. index, partner: (K, n); u: (K, n, COLUMNS); mix: (K, 4)."""
-        images = self.images[self.rows, index]
+    def _steps(self, index: Tensor, u: Tensor, partner: Tensor, mix: Tensor) -> None:
+        """Take an SGD step of every network on each of its batches, whose images are prepared together.
+
+        index, partner: (K, n); u: (K, n, COLUMNS); mix: (K, batches, 4).
+        """
+        labels, images = self.labels[self.rows, index], self.images[self.rows, index]
         x = self.recipe.augment(self.normalize(images.flatten(0, 1)), u.flatten(0, 1)).unflatten(0, index.shape)
         if self.soft is None:
-            target = torch.eye(self.classes, dtype=x.dtype, device=x.device)[self.labels[self.rows, index]]
+            target = torch.eye(self.classes, dtype=x.dtype, device=x.device)[labels]
         else:
             target = self.soft[self.rows, index].to(x.dtype)
         if self.recipe.mixup == "cut":
-            x, target = cutmix(x, target, partner, mix)
+            x, target = cutmix(x, target, partner, mix, self.recipe.batch_size)
+        for start, end in batches(index.shape[1], self.recipe.batch_size):
+            here = slice(start, end)
+            self._step(x[:, here], target[:, here], labels[0, here])
+
+    def _step(self, x: Tensor, target: Tensor, labels: Tensor) -> None:
+        """Take an SGD step of every network on a batch. x: (K, n, C, H, W); target: (K, n, classes); labels: (n,)."""
         if self.together is None:
             gradients = self._gradients(x, target)
         else:
-            gradients = [self._gradients_together(x, target, self.together, self.labels[0, index[0]])]
+            gradients = [self._gradients_together(x, target, self.together, labels)]
         for p, g in zip(self.parameters, [g for of_net in gradients for g in of_net], strict=True):
             p.grad = g.contiguous()  # the layout of p: the fused step reads both in memory order
         self.sgd.step()
@@ -261,25 +272,29 @@ def batches(n: int, size: int) -> list[tuple[int, int]]:
     return edges
 
 
-def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Paste a box of another image into every image of half of the batches (Yun et al., ICCV 2019).
 
-    x: (K, n, C, H, W); target: (K, n, classes); partner: (K, n) positions of the other images; mix: (K, 4) uniform
-    numbers, see Plan. Returns the images, and targets that are weighted by the area that each of the two images has in
-    pixels, after clipping and rounding of the box.
+    x: (K, n, C, H, W), images of some `batches` of `batch_size` one after the other; target: (K, n, classes); partner:
+    (K, n) positions of the other images within their batch; mix: (K, batches, 4) uniform numbers, see Plan. Returns the
+    images, and targets that are weighted by the area that each of the two images has in pixels, after clipping and
+    rounding of the box.
     """
     strips = []
     for size, centre in ((x.shape[3], CENTRE_Y), (x.shape[4], CENTRE_X)):
-        half = (size * (1 - mix[:, SIZE].double()).sqrt()).floor() // 2  # lambda ~ Beta(1, 1), sides sqrt(1 - lambda)
-        middle = (size * mix[:, centre].double()).floor()
+        half = (size * (1 - mix[..., SIZE].double()).sqrt()).floor() // 2  # lambda ~ Beta(1, 1), sides sqrt(1 - lambda)
+        middle = (size * mix[..., centre].double()).floor()
         at = torch.arange(size, device=x.device)
-        strips.append((at >= (middle - half)[:, None]) & (at < (middle + half)[:, None]))  # (K, size)
-    applied = (mix[:, APPLY] < CUTMIX_PROBABILITY)[:, None, None]
-    inside = strips[0][:, :, None] & strips[1][:, None, :] & applied  # (K, H, W)
-    share = inside.to(x.dtype).mean((1, 2))[:, None, None]
+        strips.append((at >= (middle - half)[..., None]) & (at < (middle + half)[..., None]))  # (K, batches, size)
+    applied = (mix[..., APPLY] < CUTMIX_PROBABILITY)[..., None, None]
+    inside = strips[0][..., :, None] & strips[1][..., None, :] & applied  # (K, batches, H, W)
+    share = inside.to(x.dtype).mean((2, 3))[..., None]
+    # The batch of every image; a single image more than fits belongs to the last one.
+    batch = (torch.arange(x.shape[1], device=x.device) // batch_size).clamp(max=mix.shape[1] - 1)
+    inside, share = inside[:, batch, None], share[:, batch]
     rows = torch.arange(len(x), device=x.device)[:, None]
-    mixed = torch.where(inside[:, None, None], x[rows, partner], x)
-    return mixed, (1 - share) * target + share * target[rows, partner]
+    other = partner + batch * batch_size
+    return torch.where(inside, x[rows, other], x), (1 - share) * target + share * target[rows, other]
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ minimum for an exact step. Matching mean embeddings needs first derivatives only
 and 1 of the real ones; next to gradients it costs none, as all that it needs is on the way. Matching trajectories asks
 for the gradients of a directional derivative by all parameters as well: 8 convolutions.
 
-No graph is kept. Images pass in pieces that stay in a CPU's cache or fit a GPU's memory, and every pass over a piece
-(utils/numerics/passes.py) is a plain function of tensors, which compiles. Images come as (K, n, C, H, W): K classes
-that meet one network, or K networks that train side by side.
+No graph is kept. Images pass in pieces that stay in a CPU's cache or fit a GPU's memory; utils/numerics/passes.py has
+the passes over a piece. Images come as (K, n, C, H, W): K classes that meet one network, or K networks that train side
+by side.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ConvNet, Network
+from utils.numerics import passes
 from utils.numerics.block import BlockFunctions
-from utils.numerics.compilation import cpu_functions, cpu_supports
+from utils.numerics.compilation import block_functions
 from utils.numerics.compute import Compute
 from utils.numerics.passes import (
     BlockDirection,
@@ -32,11 +33,9 @@ from utils.numerics.passes import (
     Directions,
     FirstOrder,
     Parameters,
-    Passes,
     Slope,
     Weights,
     channels_last,
-    compiled_passes,
     weights_of,
 )
 
@@ -67,12 +66,10 @@ class Analytic:
         own."""
         self.nets, self.compute, self.dtype = nets, compute, dtype
         parameters = parameters or [list(net.parameters()) for net in nets]
-        on_cpu = compute.device.type == "cpu"
-        self.passes = compiled_passes() if compute.compile and not on_cpu else Passes()
         self.functions = BlockFunctions()
-        channels = nets[0].layers[0][0].out_channels  # the same in all blocks
-        if compute.compile and on_cpu and cpu_supports(channels, compute.dtype(dtype), parameters[0][0].dtype):
-            self.functions = cpu_functions()
+        if compute.compile:
+            norms = [norm for _, norm in nets[0].layers if isinstance(norm, nn.GroupNorm)]
+            self.functions = block_functions(compute.device, norms, compute.dtype(dtype))
         self.net = self.weights(parameters)
 
     def weights(self, parameters: Sequence[Sequence[Tensor]]) -> Weights:
@@ -87,7 +84,7 @@ class Analytic:
             # Classes differ in size: zeros fill up the last piece, so that compiled passes meet one shape.
             short = size - len(piece)
             full = F.pad(piece, [0] * 7 + [short]) if short and len(x) > size else piece
-            found.append(self.passes.features(self.net, full[None])[0, : len(piece)])
+            found.append(passes.features(self.net, full[None])[0, : len(piece)])
         return torch.cat(found)
 
     @torch.no_grad()
@@ -98,7 +95,7 @@ class Analytic:
         """
         sums: list[Tensor] = []
         for span in self._spans(x):
-            found = self.passes.all_gradients(self.net.of(span[0]), x[span], target[span], x.shape[1])
+            found = passes.all_gradients(self.net.of(span[0]), x[span], target[span], x.shape[1])
             sums = self._add(sums, found, span[0], len(x))
         return [[g[i] for g in sums] for i in range(len(x))]
 
@@ -107,7 +104,7 @@ class Analytic:
         """Pieces of one network's images: x (n, C, H, W), target (n, classes). gradients: whether they are wanted."""
         for rows in even(len(x), self.compute.images_at_once(x.shape[-1])):
             part = (x[None, rows], target[None, rows])
-            yield Traced(self, len(x), *self.passes.traced_gradients(self.net, *part, len(x), gradients))
+            yield Traced(self, len(x), *passes.traced_gradients(self.net, *part, len(x), gradients))
 
     @torch.no_grad()
     def distances(
@@ -123,11 +120,11 @@ class Analytic:
         wanted: list[Tensor] = []
         given: list[Tensor] = []
         for span in self._spans(real):
-            found = self.passes.effect(self.net, real[span], target[span[0]], real.shape[1], compared)
+            found = passes.effect(self.net, real[span], target[span[0]], real.shape[1], compared)
             wanted = self._add(wanted, found, span[0], len(real))
         traces = []
         for span in self._spans(syn):
-            found, kept = self.passes.traced_effect(self.net, syn[span], target[span[0]], syn.shape[1], compared)
+            found, kept = passes.traced_effect(self.net, syn[span], target[span[0]], syn.shape[1], compared)
             given = self._add(given, found, span[0], len(syn))
             traces.append((span, kept))
 
@@ -141,7 +138,7 @@ class Analytic:
             slopes = list(torch.autograd.grad(losses.sum(), given))
         directions, result = self._directions(slopes, compared, syn.shape[1]), torch.empty_like(syn)
         for span, kept in traces:
-            result[span] = self.passes.pull_back(self.net, kept, directions.of(span[0]), syn.shape[1])
+            result[span] = passes.pull_back(self.net, kept, directions.of(span[0]), syn.shape[1])
         return losses.detach(), result
 
     def _directions(self, slopes: list[Tensor], compared: Compared, count: int) -> Directions:
@@ -158,6 +155,8 @@ class Analytic:
 
     def _add(self, sums: list[Tensor], found: list[Tensor], rows: slice, k: int) -> list[Tensor]:
         """Sums of K rows plus what was found for some of them. An empty list stands for zeros."""
+        if not sums and len(found[0]) == k:
+            return [part.to(self.dtype) for part in found]
         sums = sums or [self._zeros(k, part) for part in found]
         for so_far, part in zip(sums, found, strict=True):
             so_far[rows] += part
@@ -192,7 +191,7 @@ class Traced(NamedTuple):
     def slope(self, direction: Sequence[Tensor]) -> Slope:
         """What these images add to the slope of the mean cross-entropy in a direction, like the parameters."""
         analytic = self.analytic
-        found = analytic.passes.slope(analytic.net, self.kept, analytic.weights([direction]), self.n)
+        found = passes.slope(analytic.net, self.kept, analytic.weights([direction]), self.n)
         return Slope(found.value, [g[0] for g in found.by_parameters], found.by_images[0].to(analytic.dtype))
 
 

@@ -1,7 +1,7 @@
-"""Compiled code: whole passes by torch.compile on a GPU, the block functions in C++ on a CPU.
+"""Compiled block functions: in C++ on a CPU (block.cpp), as Triton kernels on a GPU (block_triton.py).
 
-On a CPU what counts is that an image stays in the cache while it is swept over several times, which torch.compile does
-not arrange and utils/numerics/block.cpp does.
+What counts on both is that an activation stays in a cache or in registers while it is swept over several times, which
+neither PyTorch's operators nor torch.compile arrange.
 """
 
 from __future__ import annotations
@@ -11,28 +11,39 @@ import logging
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.numerics.block import BlockFunctions, Gradient, Norm, Tangent
 from utils.numerics.compute import Compute
 from utils.system.errors import UsageError, first_line
 
 log = logging.getLogger("dream")
-T = TypeVar("T")
 
 
-def compiled(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, compiled for every new combination of shapes at its first call (a few seconds each)."""
-    import torch._dynamo  # not at the top, as importing it is slow
+def block_functions(device: torch.device, norms: Sequence[nn.GroupNorm], activations: torch.dtype) -> BlockFunctions:
+    """The fastest functions for blocks with these norms, whose activations have this dtype."""
+    channels, parameters = norms[0].num_channels, norms[0].weight.dtype  # the same in all blocks
+    if device.type == "cpu" and cpu_supports(channels, activations, parameters):
+        return cpu_functions()
+    if device.type == "cuda" and all(norm.num_groups == norm.num_channels for norm in norms):
+        return gpu_functions()
+    return BlockFunctions()
 
-    torch._dynamo.config.recompile_limit = 256  # every block, piece and remainder has its own shapes
-    return torch.compile(function, dynamic=False, fullgraph=True)
+
+def gpu_functions() -> BlockFunctions:
+    """The functions of utils/numerics/block.py as Triton kernels, for norms that look at one channel at a time.
+
+    Every kernel is compiled for every size and dtype of activations at its first use, in about a second. Raises
+    ImportError where there is no Triton.
+    """
+    from utils.numerics.block_triton import FUNCTIONS  # not at the top, as PyTorch brings Triton for GPUs alone
+
+    return FUNCTIONS
 
 
 def compiler_error(device: torch.device) -> str | None:
@@ -43,7 +54,8 @@ def compiler_error(device: torch.device) -> str | None:
         if device.type == "cpu":
             cpu_functions()
         else:
-            compiled(lambda x: x * 2 + 1)(torch.ones(4, device=device))
+            a = torch.ones(1, LANES, 2, 2, device=device)
+            gpu_functions().forward(a, a[:, :, :1, :1], a[:, :, :1, :1], LANES, 1e-5)
     except Exception as error:  # whatever the compiler's parts raise: there is no common base
         return first_line(error)
     return None
@@ -155,7 +167,7 @@ class _Tensor(ctypes.Structure):
 
 # --- Whether to compile -----------------------------------------------------------------------------------------------
 
-WORTH_COMPILING = {"cpu": 1e12, "cuda": 2e15}  # operations that save the 5 s and the half minute that compiling takes
+WORTH_COMPILING = {"cpu": 1e12, "cuda": 2e14}  # operations that save the seconds that compiling takes
 
 
 def computing(device: torch.device, compile: str, precision: str, flop: float) -> Compute:

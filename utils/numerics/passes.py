@@ -1,4 +1,4 @@
-"""The passes of utils/numerics/analytic.py over one piece of images: plain functions of tensors, which compile.
+"""The passes of utils/numerics/analytic.py over one piece of images: plain functions of tensors.
 
 Images come as (k, n, C, H, W): k classes that meet one network, or k networks with n images each. Inside a pass they
 are one batch (N, C, H, W), N = k n. Notation as in utils/numerics/block.py; in addition z are the logits and p their
@@ -7,8 +7,7 @@ softmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from torch.nn.grad import conv2d_weight
 
 from models import ConvNet
 from utils.numerics.block import BlockFunctions, Gradient, Norm, Tangent
-from utils.numerics.compilation import compiled
 
 # --- Parameters as the passes see them --------------------------------------------------------------------------------
 
@@ -27,7 +25,7 @@ class Block(NamedTuple):
     """The parameters of one block of K networks."""
 
     weights: tuple[Tensor, ...]  # K times (out, in, 3, 3): separate, as convolutions take one at a time
-    biases: tuple[Tensor, ...]  # K times (out,)
+    biases: tuple[Tensor, ...] | None  # K times (out,); None where adding them would be for nothing
     gamma: Tensor  # (K, out)
     beta: Tensor
     padding: tuple[int, int]
@@ -48,7 +46,12 @@ class Weights(NamedTuple):
         if len(self.classifier) == 1:
             return self
         blocks = tuple(
-            b._replace(weights=b.weights[rows], biases=b.biases[rows], gamma=b.gamma[rows], beta=b.beta[rows])
+            b._replace(
+                weights=b.weights[rows],
+                biases=None if b.biases is None else b.biases[rows],
+                gamma=b.gamma[rows],
+                beta=b.beta[rows],
+            )
             for b in self.blocks
         )
         return self._replace(blocks=blocks, classifier=self.classifier[rows], offset=self.offset[rows])
@@ -66,18 +69,25 @@ def weights_of(
     for i, (conv, norm) in enumerate(nets[0].layers):
         assert isinstance(norm, nn.GroupNorm)
         weights, biases, gamma, beta = inner[4 * i : 4 * i + 4]
+        instance = norm.num_groups == norm.num_channels
         blocks.append(
             Block(
                 weights=tuple(channels_last(w.to(dtype)) for w in weights),
-                biases=tuple(b.to(dtype) for b in biases),
-                gamma=torch.stack(gamma),
-                beta=torch.stack(beta),
+                # A norm of single channels takes a bias away. Only a CPU's convolutions add it at no cost.
+                biases=None if instance and on_gpu(weights[0]) else tuple(b.to(dtype) for b in biases),
+                gamma=stacked(gamma),
+                beta=stacked(beta),
                 padding=(int(conv.padding[0]), int(conv.padding[1])),
                 groups=norm.num_groups,
                 eps=norm.eps,
             )
         )
-    return Weights(tuple(blocks), torch.stack(classifier).to(dtype), torch.stack(offset)[:, None].to(dtype), functions)
+    return Weights(tuple(blocks), stacked(classifier).to(dtype), stacked(offset)[:, None].to(dtype), functions)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (...) as one (K, ...); a single one is not copied."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 # --- What is compared, and along which directions it is differentiated ------------------------------------------------
@@ -342,29 +352,85 @@ def logits_adjoint(p: Tensor, z_dot: Tensor, count: int) -> Tensor:
 
 # --- Convolutions and their adjoints ----------------------------------------------------------------------------------
 
+PATCH = 32  # numbers up to which a GPU is faster with a matrix product of patches: cuDNN pads few channels at each call
+
 
 def conv(
     h: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int], biases: tuple[Tensor, ...] | None = None
 ) -> Tensor:
     """(N, C, H, W) under one weight, or its K equal parts under one each."""
+    if as_product(weights[0]) and biases is None:
+        return conv_of_patches(h, weights, padding)
     b = biases or (None,) * len(weights)
     parts = h.chunk(len(weights)) if len(weights) > 1 else (h,)
     found = [F.conv2d(part, w, bias, padding=padding) for part, w, bias in zip(parts, weights, b, strict=True)]
-    return torch.cat(found) if len(found) > 1 else found[0]
+    return joined(found)
 
 
 def transposed(da: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int]) -> Tensor:
     """The adjoint of `conv` with respect to its input."""
     parts = da.chunk(len(weights)) if len(weights) > 1 else (da,)
-    found = [F.conv_transpose2d(part, w, padding=padding) for part, w in zip(parts, weights, strict=True)]
-    return torch.cat(found) if len(found) > 1 else found[0]
+    return joined([F.conv_transpose2d(part, w, padding=padding) for part, w in zip(parts, weights, strict=True)])
 
 
 def by_weights(h: Tensor, da: Tensor, block: Block, like: Tensor) -> Tensor:
     """The adjoint of `conv` with respect to the weights, (k, out, in, 3, 3); k, n: the first dimensions of `like`."""
     shape, padding = block.weights[0].shape, block.padding
+    if as_product(block.weights[0]):
+        return by_weights_of_patches(h, da, block, like)
     pairs = zip(in_rows(h, like), in_rows(da, like), strict=True)
-    return torch.stack([conv2d_weight(inside, shape, outside, padding=padding) for inside, outside in pairs])
+    found = joined([conv2d_weight(inside, shape, outside, padding=padding) for inside, outside in pairs])
+    return found.unflatten(0, (len(like), -1))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors one after the other; a single one as it is."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def as_product(weight: Tensor) -> bool:
+    """Whether the convolution of this weight is computed as a matrix product of patches."""
+    return on_gpu(weight) and weight[0].numel() <= PATCH
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether a tensor is on a GPU."""
+    return x.is_cuda
+
+
+def patches(h: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    """The numbers that meet the weight at every pixel of the result, (N, height, width, in * 9 + zeros).
+
+    With the zeros their number is a multiple of 8, as matrix units want it.
+    """
+    kernel = weight.shape[2:]
+    windows = F.pad(h, (padding[1], padding[1], padding[0], padding[0])).unfold(2, kernel[0], 1).unfold(3, kernel[1], 1)
+    n, channels, height, width = windows.shape[:4]
+    count = weight[0].numel()
+    found = h.new_zeros(n, height, width, count + -count % 8)
+    found[..., :count].unflatten(3, (channels, *kernel)).copy_(windows.permute(0, 2, 3, 1, 4, 5))
+    return found
+
+
+def conv_of_patches(h: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int]) -> Tensor:
+    """The result of `conv` without biases, as one matrix product for each weight."""
+    x = patches(h, weights[0], padding)
+    rows = torch.stack([w.flatten(1) for w in weights])
+    rows = F.pad(rows, (0, x.shape[3] - rows.shape[2]))
+    found = x.view(len(weights), -1, x.shape[3]) @ rows.mT
+    return found.view(*x.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+def by_weights_of_patches(h: Tensor, da: Tensor, block: Block, like: Tensor) -> Tensor:
+    """The result of `by_weights`, as one matrix product for each image, which are then added up."""
+    weight = block.weights[0]
+    x = patches(h, weight, block.padding)
+    outside = channels_last(da).permute(0, 2, 3, 1).flatten(1, 2)
+    if da.dtype in (torch.bfloat16, torch.float16):  # they would round what is added up
+        found = torch.bmm(outside.mT, x.flatten(1, 2), torch.float32)
+    else:
+        found = torch.bmm(outside.mT, x.flatten(1, 2))
+    return in_rows(found[..., : weight[0].numel()], like).sum(1).unflatten(2, weight.shape[1:])
 
 
 def by_vectors(da: Tensor, means: Sequence[Tensor], block: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -414,24 +480,3 @@ def like_features(flat: Tensor, h: Tensor) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """In the memory layout in which convolutions are fastest, on CPUs and on GPUs."""
     return x.contiguous(memory_format=torch.channels_last)
-
-
-# --- All of them, as they are or compiled -----------------------------------------------------------------------------
-
-
-class Passes(NamedTuple):
-    """The passes that utils/numerics/analytic.py calls."""
-
-    features: Callable[..., Tensor] = features
-    effect: Callable[..., list[Tensor]] = effect
-    traced_effect: Callable[..., tuple[list[Tensor], FirstOrder | Forward]] = traced_effect
-    pull_back: Callable[..., Tensor] = pull_back
-    all_gradients: Callable[..., Parameters] = all_gradients
-    traced_gradients: Callable[..., tuple[Parameters, FirstOrder]] = traced_gradients
-    slope: Callable[..., Slope] = slope
-
-
-@cache
-def compiled_passes() -> Passes:
-    """The passes through torch.compile, made once per process; every new shape compiles at its first use."""
-    return Passes(**{name: compiled(function) for name, function in Passes()._asdict().items()})
