@@ -30,7 +30,7 @@ def scarce(function: Callable[..., Any], most: int, failures: list[int]) -> Call
     """A function of derivatives.py on a device whose memory suffices for pieces of `most` pixels."""
 
     def limited(*words: Any) -> Any:
-        compute = words[-1]
+        (compute,) = (word for word in words if isinstance(word, Compute))
         if compute.pixels > most:
             failures.append(compute.pixels)
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
