@@ -30,7 +30,7 @@ def scarce(function: Callable[..., Any], most: int, failures: list[int]) -> Call
     """A function of derivatives.py on a device whose memory suffices for pieces of `most` pixels."""
 
     def limited(*words: Any) -> Any:
-        compute = words[-1]
+        (compute,) = (word for word in words if isinstance(word, Compute))
         if compute.pixels > most:
             failures.append(compute.pixels)
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
@@ -87,6 +87,9 @@ def test_smaller_pieces_mean_fewer_classes_at_once_and_a_cpu_computes_one() -> N
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (MemoryError(), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models import Network
@@ -225,8 +227,47 @@ def test_classes_are_clustered_group_by_group_where_their_embeddings_are_large(m
     select(context(real), 10, strategy="kmeans")
     monkeypatch.setattr(selection, "EMBEDDING_BYTES", 45 * embed(net(), real.images[:1], NORMALIZE, CPU).nbytes)
     picks = select(context(real), 10, strategy="kmeans")
-    assert groups == [[40, 30, 20, 25], [40, 30], [20, 25]]  # a class of ten images needs no clustering
+    assert groups == [[40, 30, 20, 25], [40], [30], [20, 25]]  # a class of ten images needs no clustering
     assert torch.equal(real.labels[picks], torch.arange(5)[:, None].expand(5, 10))
+
+
+@pytest.mark.parametrize("strategy", ["kmeans", "central", "boundary", "herding"])
+@pytest.mark.parametrize(("norm", "most"), [("instance", 1), ("batch", 3)])
+def test_a_gpu_embeds_uneven_classes_in_pieces_of_one_shape(
+    norm: str, most: int, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve classes, whose embeddings fit the memory in two groups. Through autograd, each has a remainder."""
+    real = real_set(tuple(range(20, 44, 2)))
+    made = fresh_network(dataclasses.replace(SPEC, classes=12, norm=norm), Draws("cpu", 0))
+    compute = Compute(torch.device("cpu"), pixels=64 * 8**2)
+
+    def selected(together: bool) -> tuple[Tensor, set[torch.Size]]:
+        monkeypatch.setattr(Compute, "classes_together", together)
+        with Convolved(channels=1) as convolved:
+            picks = select(Context(made, real, Draws("cpu", 0), compute), 7, strategy=strategy)
+        return picks, convolved.shapes
+
+    monkeypatch.setattr(selection, "EMBEDDING_BYTES", 200 * made.classifier.in_features * 4)
+    one_by_one, shapes = selected(False)
+    assert len(shapes) == 12
+    together, shapes = selected(True)
+    assert torch.equal(together, one_by_one)
+    assert len(shapes) == most
+
+
+class Convolved(TorchDispatchMode):
+    """The shapes of images that are convolved meanwhile, those of so many channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.shapes = channels, set[torch.Size]()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.overloadpacket is torch.ops.aten.convolution and args[0].shape[1] == self.channels:
+            self.shapes.add(args[0].shape)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("norm", models.NORMS)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -328,6 +330,28 @@ def test_repeats_are_different_trainings_and_a_score_carries_n(monkeypatch: pyte
     assert seen == [0, 1, 2] and score.n == 3
     assert together == ([1] * 3 if pixels else [3])  # one after the other, or side by side
     assert len({net.classifier.weight[0, 0].item() for net in nets}) == 3
+
+
+def test_a_training_and_its_graphs_are_gone_when_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings: list[weakref.ref[object]] = []
+    init = Trainer.__init__
+
+    def noted(self: Trainer, *words: Any) -> None:
+        assert all(training() is None for training in trainings)
+        init(self, *words)
+        trainings.extend([weakref.ref(self), weakref.ref(self.step)])
+
+    monkeypatch.setattr(Trainer, "__init__", noted)
+    sets = [easy_set(20 + 2 * r, r) for r in range(3)]  # of different sizes: not side by side
+    gc.collect()
+    gc.disable()
+    try:
+        evaluate_networks(
+            SPEC, sets.__getitem__, easy_set(9, 3), recipe(epochs=1), trainings=range(3), seed=0, compute=CPU
+        )
+        assert len(trainings) == 6 and all(training() is None for training in trainings)
+    finally:
+        gc.enable()
 
 
 def test_the_losses_told_are_the_mean_cross_entropy_of_every_training_on_its_own_images() -> None:

@@ -112,6 +112,7 @@ def evaluate_networks(
                 matrix = confusion_matrix(net, test, compute)
                 accuracies.append(100 * matrix.trace().item() / len(test))
                 confusion += matrix
+            del trainer  # and its CUDA graphs, before the next one's are captured
     return Score(tuple(accuracies), confusion.cpu())
 
 

@@ -6,8 +6,8 @@ The others are for comparison: random images, central images, images at the deci
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from utils.numerics.compute import Compute
 from utils.system.draws import Draws
 
 KMEANS_ITERATIONS = 15  # inertia within 1 % of scikit-learn's at a third of the iterations to convergence
-EMBEDDING_BYTES = 2**28  # embeddings of the classes that are clustered together
+EMBEDDING_BYTES = 2**28  # embeddings of the classes that are embedded, and then clustered, together
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,39 @@ class Context:
     raw: bool = False  # embed un-normalised images, as the published code does
     kmeans: str = "batched"
     per_cluster: int = 1  # representatives of every cluster, those nearest its centroid
+    embeddings: dict[int, Tensor] = field(default_factory=dict, init=False)  # of one group of classes at a time
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The classes that are held, in groups that are embedded together: as many as EMBEDDING_BYTES hold.
+
+        A GPU embeds a group as one sequence of images, in pieces of one shape. A CPU embeds class by class.
+        """
+        image = self.net.classifier.in_features * self.compute.dtype(torch.get_default_dtype()).itemsize
+        room = EMBEDDING_BYTES // image if self.compute.classes_together else 0  # in images
+        groups: list[list[int]] = []
+        for c in self.real.held:
+            if groups and sum(self.real.counts[each] for each in (*groups[-1], c)) <= room:
+                groups[-1].append(c)
+            else:
+                groups.append([c])
+        return groups
 
     def embedded(self, c: int) -> Tensor:
-        """Embeddings of all images of class c, (counts[c], D), in the precision of `compute`."""
-        return embed(self.net, self.real.of_class(c), to_unit if self.raw else self.real.normalize, self.compute)
+        """Embeddings of all images of class c, (counts[c], D), in the precision of `compute`.
+
+        They are computed with those of the other classes of its group, and kept until another group is asked for.
+        """
+        if c not in self.embeddings:
+            self.embeddings.clear()
+            (group,) = (group for group in self.groups if c in group)
+            counts = [self.real.counts[each] for each in group]
+            images = self.real.images[self.real.starts[group[0]] :][: sum(counts)]  # grouped by class
+            prepare = to_unit if self.raw else self.real.normalize
+            self.embeddings.update(
+                zip(group, embed(self.net, images, prepare, self.compute).split(counts), strict=True)
+            )
+        return self.embeddings[c]
 
 
 def select(context: Context, count: int, *, strategy: str) -> Tensor:
@@ -48,6 +77,7 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     """
     real = context.real
     selected = STRATEGIES[strategy](context, [min(count, real.counts[c]) for c in context.real.held])
+    context.embeddings.clear()  # whoever keeps the context does not keep a quarter of a gigabyte
     positions = []
     for c, within in zip(real.held, selected, strict=True):
         available = real.counts[c]
@@ -67,19 +97,13 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     The network's embeddings are clustered, into as many clusters as images are selected. With `per_cluster` = m there
     are m times fewer clusters, and the m images nearest each centroid are selected (DREAM+, Liu et al., 2023).
     """
-    real, each = context.real, list(zip(context.real.held, counts, strict=True))
-    picks = {c: torch.arange(k, device=real.device) for c, k in each if k == real.counts[c]}
-    todo = [(c, k) for c, k in each if c not in picks]
-    together = EMBEDDING_BYTES if context.compute.classes_together else 0
-    while todo:
-        group: list[int] = []
-        clusters = todo[0][1]
-        x: list[Tensor] = []
-        while todo and (not group or sum(e.nbytes for e in x) < together):
-            group.append(todo.pop(0)[0])
-            x.append(context.embedded(group[-1]))
-        draws = [context.draws.of_class(c) for c in group]
-        picks.update(zip(group, KMEANS[context.kmeans](x, clusters, draws, context.per_cluster), strict=True))
+    real, wanted = context.real, dict(zip(context.real.held, counts, strict=True))
+    picks = {c: torch.arange(k, device=real.device) for c, k in wanted.items() if k == real.counts[c]}
+    for group in context.groups:
+        if clustered := [c for c in group if c not in picks]:
+            x, draws = [context.embedded(c) for c in clustered], [context.draws.of_class(c) for c in clustered]
+            found = KMEANS[context.kmeans](x, wanted[clustered[0]], draws, context.per_cluster)
+            picks.update(zip(clustered, found, strict=True))
     return [picks[c] for c in context.real.held]
 
 
@@ -148,15 +172,14 @@ def widened(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], compute: Compute) -> Tensor:
-    """Embeddings (N, D) of images (N, C, H, W), computed piece by piece; prepare: normalises a piece.
+    """Embeddings (N, D) of images (N, C, H, W); prepare: normalises images, piece by piece.
 
     The network is in evaluation mode: with batch norm an image's embedding must not depend on the rest of its piece.
     (Running statistics come from the network updates alone, so before the first update batch norm does not normalise.)
     """
     training = net.training
     net.eval()
-    pieces = images.split(max(512, compute.images_at_once(images.shape[-1])))
-    embeddings = compute.retry(lambda: torch.cat([derivatives.embed(net, prepare(piece), compute) for piece in pieces]))
+    embeddings = compute.retry(lambda: derivatives.embed(net, images, compute, prepare))
     net.train(training)
     return embeddings
 

@@ -77,11 +77,11 @@ class Analytic:
         return weights_of(self.nets, parameters, self.compute.dtype(self.dtype), self.functions)
 
     @torch.no_grad()
-    def embed(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) normalised images -> (N, D) of one network, in the precision of the pass."""
+    def embed(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = lambda piece: piece) -> Tensor:
+        """(N, C, H, W) images -> (N, D) of one network, in the precision of the pass; prepare: normalises a piece."""
         size, found = self.compute.images_at_once(x.shape[-1]), []
-        for piece in x.split(size):
-            # Classes differ in size: zeros fill up the last piece, so that compiled passes meet one shape.
+        for piece in map(prepare, x.split(size)):
+            # Zeros fill up the last piece, so that all have one shape, for which a GPU's kernels are chosen once.
             short = size - len(piece)
             full = F.pad(piece, [0] * 7 + [short]) if short and len(x) > size else piece
             found.append(passes.features(self.net, full[None])[0, : len(piece)])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from utils.system.device import fast_bfloat16, out_of_memory, return_freed_memory
+from utils.system.device import fast_bfloat16, is_capturing, out_of_memory, return_freed_memory
 from utils.system.errors import first_line
 
 log = logging.getLogger("dream")
@@ -73,13 +76,14 @@ class Compute:
     def retry(self, function: Callable[[], T]) -> T:
         """The function's result; when the memory is full, it is called again with pieces half as large.
 
-        They stay small afterwards. Raises the function's error when there is still no room for LEAST_PIXELS.
+        They stay small afterwards. Raises the function's error when there is still no room for LEAST_PIXELS, and while
+        a CUDA graph is captured, which must not free memory: see `Captured`.
         """
         while True:
             try:
                 return function()
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self.pixels <= LEAST_PIXELS:
+                if not out_of_memory(error) or self.pixels <= LEAST_PIXELS or is_capturing(self.device):
                     raise
             # Outside of the handler, which holds the traceback and with it the tensors of the failed call.
             self.pixels //= 2
@@ -96,54 +100,115 @@ class Captured:
     The function must do the same whatever the values of its inputs are: no look at them from Python, no random draws,
     everything else that it uses always at the same addresses. For each set of input shapes the first WARM calls run as
     usual, so that libraries choose their kernels, the next one is captured, and the others replay it. A result is
-    overwritten by the next call. Where capturing fails, a warning says so, and every call runs as usual.
+    overwritten by the next call. Where capturing fails, a warning says so, the graphs made so far are given up, and
+    every call runs as usual.
+
+    A bound method is held weakly: its object holds this one, and with the object the graphs and their memory go.
     """
 
     WARM = 3  # calls before the capture
 
     def __init__(self, function: Callable[..., Any], device: torch.device, *, replay: bool = True) -> None:
         """replay: False for a function that breaks these rules; it is just called."""
-        self.function = function
+        self._function = weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
+        self.device = device
         self.off = device.type != "cuda" or not replay
         self.calls: dict[Any, int] = {}
-        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
+        self.graphs: dict[Any, Graph] = {}
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        function = self._function()
+        assert function is not None, "the object of this method is gone"
+        return function
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self.off:
             return self.function(*inputs)
         key = tuple((x.shape, x.dtype) for x in inputs)
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= self.WARM:
-            return self._aside(inputs)
         if key not in self.graphs:
-            try:
-                self.graphs[key] = self._capture(inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                log.warning("this step cannot be captured (%s): it runs launch by launch", first_line(error))
-                self.off = True
+            self.calls[key] = self.calls.get(key, 0) + 1
+            if self.calls[key] <= self.WARM:
+                with aside(self.device):
+                    return self.function(*inputs)
+            if not self._capture(key, inputs):
                 return self.function(*inputs)
-        graph, static, result = self.graphs[key]
-        for mine, given in zip(static, inputs, strict=True):
+        graph = self.graphs[key]
+        for mine, given in zip(graph.inputs, inputs, strict=True):
             mine.copy_(given)
-        graph.replay()
-        return result
+        graph.kernels.replay()
+        return graph.result
 
-    def _aside(self, inputs: tuple[Tensor, ...]) -> Any:
-        """The result, computed on a stream of its own, as torch.cuda.graph requires of the calls before a capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    def _capture(self, key: Any, inputs: tuple[Tensor, ...]) -> bool:
+        """Capture the function for these inputs' shapes. Returns False, and captures nothing any more, if it fails."""
+        # A graph has memory of its own, and what the calls before it have left unused would be missing for it.
+        torch.cuda.synchronize()
+        return_freed_memory(self.device)
+        try:
+            self.graphs[key] = capture(self.function, tuple(x.clone() for x in inputs), self.device)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            reason = first_line(error)
+        # Outside of the handler, which holds the traceback and with it the tensors of the failed call.
+        self.off = True
+        self.graphs.clear()
+        return_freed_memory(self.device)
+        log.warning("this step cannot be captured (%s): it runs launch by launch", reason)
+        return False
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for calls before a capture and for the capture; always the same, as every stream has memory apart."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """Run a block on `side_stream`, after what the current stream has been given, and before what it is given next."""
+    stream = side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
         with torch.cuda.stream(stream):
-            result = self.function(*inputs)
+            yield
+    finally:
         torch.cuda.current_stream().wait_stream(stream)
-        return result
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
-        """The graph, the inputs that it reads, and the result that it writes."""
-        static = tuple(x.clone() for x in inputs)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's, may look at the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self.function(*static)
-        return graph, static, result
+
+class Graph(NamedTuple):
+    """A captured call: its kernels, the inputs that they read, and the result that they write."""
+
+    kernels: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    result: Any
+
+
+def capture(function: Callable[..., Any], inputs: tuple[Tensor, ...], device: torch.device) -> Graph:
+    """The function's call on these inputs as a graph; the call itself is not made.
+
+    Raises the function's error, or RuntimeError if it did what a capture forbids, and leaves stream and allocator as
+    they were. (torch.cuda.graph would leave both in the middle of the capture.)
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(side_stream(device)):
+        try:
+            # Other threads, such as NCCL's, may look at the device meanwhile.
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            result = function(*inputs)
+            graph.capture_end()
+        except BaseException:
+            undo_capture(graph, pool)
+            raise
+    return Graph(graph, inputs, result)
+
+
+def undo_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture that failed, wherever it did, and release its memory pool; the capture's stream is the current."""
+    with suppress(RuntimeError):  # that the capture is invalid or over: the stream has left it then
+        graph.capture_end()
+    index = torch.cuda.current_device()
+    with suppress(RuntimeError):  # that the allocator has ended the capture: `reset` releases the pool then
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    graph.reset()

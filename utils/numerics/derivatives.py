@@ -37,12 +37,17 @@ class Distance(NamedTuple):
 
 
 @torch.no_grad()
-def embed(net: Network, x: Tensor, compute: Compute) -> Tensor:
-    """(N, C, H, W) normalised images -> (N, D) embeddings in the precision of `compute`, in `net`'s mode."""
+def embed(
+    net: Network, x: Tensor, compute: Compute, prepare: Callable[[Tensor], Tensor] = lambda piece: piece
+) -> Tensor:
+    """(N, C, H, W) images -> (N, D) embeddings in the precision of `compute`, in `net`'s mode.
+
+    prepare: normalises a piece of images that are not normalised yet.
+    """
     if analytic.is_supported(net):
-        return Analytic([net], compute, x.dtype).embed(x)
+        return Analytic([net], compute, prepare(x[:0]).dtype).embed(x, prepare)
     with compute.autocast():
-        return torch.cat([net.embed(piece) for piece in x.split(compute.images_at_once(x.shape[-1]))])
+        return torch.cat([net.embed(prepare(piece)) for piece in x.split(compute.images_at_once(x.shape[-1]))])
 
 
 @torch.no_grad()

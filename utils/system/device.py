@@ -13,12 +13,23 @@ import torch
 
 from utils.system.errors import UsageError
 
+# Full memory in the words of those that have no exception class of their own for it: PyTorch on a CPU, C++, oneDNN, the
+# dynamic linker; CUDA where PyTorch does not allocate, its libraries.
+FULL_MEMORY = (
+    *("allocate memory", "bad_alloc", "could not create a primitive", "failed to map segment"),
+    *("CUDA error: out of memory", "_STATUS_ALLOC_FAILED"),
+)
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of a GPU or of the machine is full."""
-    text = str(error)  # on a CPU, neither PyTorch nor oneDNN raises an exception class of its own for it
-    words = ("allocate memory", "bad_alloc", "could not create a primitive", "failed to map segment")
-    return any(word in text for word in words) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    text = str(error)
+    return any(words in text for words in FULL_MEMORY) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what the device is given now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def pick_device(name: str, number: int | None = None) -> torch.device:
