@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # only `check` needs it
 
 # --- check ------------------------------------------------------------------------------------------------------------
 
+GPU_TESTS = "tests/test_gpu.py"
 MARK = "RECORD "  # before the lines that pytest's process writes for this one
 
 
@@ -69,7 +70,7 @@ def check(record: Record) -> bool:
     given, seconds, counts = record.given, [], dict.fromkeys(("passed", "failed", "skipped"), 0)
     words = [sys.executable, "-m", "pytest", "-v", "-s", "--tb=short", "-p", "no:cacheprovider", "-p"]
     words += ["tests.gpu_record", "-o", "addopts=", "-W", "default", "-m"]
-    words += ["gpu" if record.device.type == "cuda" else "not gpu", "tests/test_gpu.py", *given.more]
+    words += ["gpu" if record.device.type == "cuda" else "not gpu", GPU_TESTS, *given.more]
     total = 0
     with (
         open(record.work / "pytest.txt", "w") as output,
@@ -144,7 +145,7 @@ def speed(record: Record) -> bool:
             record.keep(variant, found)
         complete &= bool(record.same(variant))
         record.say(f"{variant}: {bench_parts.row(found) if found else 'no time left'}")
-        if number == 0:
+        if number == 0 and found:
             record.say(f"... {len(variants)} variants, the first took {span(found['took'])}")
     return complete
 

@@ -39,7 +39,9 @@ PUBLISHED_METHODS = {  # with the published budget, those first that take the le
     "dsa, ipc 10": 52.1, "idc, ipc 1": 50.6, "idc, ipc 10": 67.5,
 }  # fmt: skip
 CIFAR10 = ["--reproduce", "-d", "cifar10"]
-TINY = shlex.split("-d digits --niter 2 --inner_loop 4 --interval 1 --batch_real 4 --n_data 8 --net_epoch 1 --width 4 --epochs 4")
+TINY = shlex.split(
+    "-d digits --niter 2 --inner_loop 4 --interval 2 --batch_real 4 --n_data 8 --net_epoch 1 --width 4 --epochs 4"
+)
 
 
 class FourTests(Parts):
