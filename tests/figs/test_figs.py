@@ -1,4 +1,4 @@
-"""Figures that draw images and networks, and the headline script, at a tiny size."""
+"""Figures that draw images and networks, at a tiny size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from PIL import Image, ImageSequence
 import condense
 import models
 from figs import ablation, common, compare, curves, distilled, evolution, gradient_norms, selection, subject
-from tests import headline
 from tests.files import image_folder, refused
 from utils.method.selection import select
 from utils.system.errors import UserError
@@ -206,18 +205,3 @@ def test_a_set_that_its_card_does_not_describe_is_refused(runs: list[Path], tmp_
         (tmp_path / "data.json").write_text(card.replace(old, new))
         with pytest.raises(UserError, match=r"data\.json"):
             common.decoded(tmp_path)
-
-
-def test_the_headline_script_runs_resumes_and_tabulates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    image_folder(tmp_path / "images", {f"class{c}": 5 for c in range(10)}, shape=(32, 32, 3))
-    argv = ["--image_folder", str(tmp_path / "images"), "--"]
-    argv += [*TINY, "--ipc", "1", "--results_dir", str(tmp_path / "results")]
-    assert headline.main(["--minutes", "0.00001", *argv]) == 0
-    assert "run the same command again" in capsys.readouterr().out
-    assert headline.main(argv) == 0
-    table = capsys.readouterr().out.splitlines()[-3:]
-    assert table[0].split() == ["iteration", "accuracy", "%", "published", "minutes"]
-    assert table[1].split()[0] == "0" and "54.2" in table[1]
-    assert table[2].split()[0] == "1" and "(n=2)" in table[2]

@@ -1,0 +1,205 @@
+"""The parts of tests/gpu_record.py that distil: runs that are evaluated beside published figures, as time allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import condense
+from tests.record import Record
+from utils.config import build, derived, resolve
+from utils.config.build import Parts, Problem
+from utils.config.options import FREE, RESUMABLE
+from utils.method.evaluation import Score
+from utils.method.images import ImageSet
+from utils.method.training import confusion_matrix, train_networks
+from utils.runs.folder import RunFolder
+from utils.system import device as machine
+from utils.system import process
+from utils.system.draws import Draws
+from utils.system.errors import UserError, first_line
+from utils.system.process import Stopped, Stopper
+from utils.system.report import span
+
+log = logging.getLogger("dream")
+
+# Published accuracies in per cent, CIFAR-10: at outer iterations, ipc 10, f = 2 (read off a curve, +-0.5), and of other
+# frameworks. All are the best of several tests, each by a protocol of its own.
+CURVES = {
+    "kmeans": {0: 54.2, 40: 64.0, 200: 66.9, 1000: 68.9},
+    "random": {0: 48.8, 40: 58.6, 200: 65.2, 1000: 66.5},
+}
+PUBLISHED_METHODS = {  # with the published budget, those first that take the least time
+    "dm, ipc 1": 26.0, "dm, ipc 10": 48.9, "dc, ipc 1": 28.3, "dsa, ipc 1": 28.8, "dc, ipc 10": 44.9,
+    "dsa, ipc 10": 52.1, "idc, ipc 1": 50.6, "idc, ipc 10": 67.5,
+}  # fmt: skip
+CIFAR10 = ["--reproduce", "-d", "cifar10"]
+TINY = shlex.split(
+    "-d digits --niter 2 --inner_loop 4 --interval 2 --batch_real 4 --n_data 8 --net_epoch 1 --width 4 --epochs 4"
+)
+
+
+class FourTests(Parts):
+    """Parts of a run whose evaluations also give the published statistic, and stop where they would not end in time."""
+
+    record: Record
+    best: Score  # of the last evaluation: the best of four tests of each training, one after each quarter of its epochs
+
+    def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper) -> Score:
+        """Train networks in float32, test each four times, return the last tests. Raises Stopped for want of time."""
+        o, test, recipe = self.o, self.data.test, derived.evaluation_recipe(self.o, flip=self.data.flip)
+        draws = [Draws(self.device, o.seed, "evaluate", r) for r in range(len(sets))]
+        compute = dataclasses.replace(self.compute, precision="fp32")
+        quarters, first, tests = {-(-recipe.epochs * k // 4) for k in (1, 2, 3, 4)}, max(1, recipe.epochs // 50), []
+        machine.set_precision(self.device, "fp32")
+        try:
+            for epoch, trainer in train_networks(self.spec, sets, recipe, draws, compute):
+                stopper.check(signals_only=True)
+                if epoch == first:  # from here on, CUDA graphs are replayed
+                    trainer.parameters[0].sum().item()  # waits for the device
+                    began = time.monotonic()
+                if epoch == 2 * first:
+                    trainer.parameters[0].sum().item()
+                    needed = (time.monotonic() - began) / first * (recipe.epochs - epoch)
+                    log.info("%s: about %s", title, span(needed))
+                    if needed > self.record.left:
+                        raise Stopped(f"{title} needs {span(needed)}, there are {span(max(self.record.left, 0))}")
+                if epoch in quarters:
+                    matrices = [confusion_matrix(net, test, compute) for net in trainer.nets]
+                    tests.append([100 * matrix.trace().item() / len(test) for matrix in matrices])
+        finally:
+            machine.set_precision(self.device, o.precision)
+        self.best = Score(tuple(map(max, zip(*tests, strict=True))))
+        return Score(tuple(tests[-1]))
+
+
+class RecordedRun(condense.Run):
+    """A run with a row in the record for some outer iterations and for its end, packed whenever it is saved."""
+
+    parts: FourTests
+
+    def __init__(self, name: str, published: dict[int, float], *of_any_run: Any) -> None:
+        """published: accuracies in per cent, by the outer iterations to compare with."""
+        self.name, self.published, self.record = name, published, of_any_run[1].record
+        super().__init__(*of_any_run)
+
+    def save(self) -> None:
+        """Save and pack."""
+        super().save()
+        self.record.pack()
+
+    def before_iteration(self, it: int) -> None:
+        """Evaluate the set, and keep a copy of it, where there is something to compare it with."""
+        if it in self.published and not self.record.known(self.row(it)):
+            self.folder.save_snapshot(it, self.state.pixels)
+            self.evaluate()
+
+    def after_step(self) -> None:
+        """Say once how far this call will come."""
+        super().after_step()
+        steps, few = self.recorder.steps_here, max(20, 2 * self.o.interval)
+        if steps == few:
+            self.began = self.recorder.seconds(self.state)
+        if steps == 2 * few:
+            pace = (self.recorder.seconds(self.state) - self.began) / few
+            there = min(self.state.it + self.record.left / pace / self.o.inner_loop, self.o.niter)
+            whole = span(pace * self.o.niter * self.o.inner_loop)
+            log.info("%.3g ms a step: %s in all, to iteration %.0f in this call", 1e3 * pace, whole, there)
+
+    def row(self, it: int) -> str:
+        """Name of an evaluation in the record."""
+        return f"{self.name}, iteration {it}"
+
+    def evaluate(self) -> Score:
+        """Evaluate as condense.py does, and record a row."""
+        score, it = super().evaluate(), self.state.it
+        self.keep(self.row(it), score, published=self.published.get(it))
+        return score
+
+    def keep(self, row: str, score: Score, *, published: float | None = None) -> None:
+        """Record and print a row."""
+        minutes = self.recorder.seconds(self.state) / 60
+        scores = {**score.as_dict(), "best_of_four": self.parts.best.as_dict()}
+        self.record.keep(row, {**scores, "published": published, "minutes": minutes, "precision": self.o.precision})
+        self.record.say(line(row, self.record.known(row)))
+
+    def finish(self) -> None:
+        """Evaluate the finished set, and random real images, these once for all runs with as many."""
+        self.save()
+        last, random = self.row(self.o.niter), f"random real images, ipc {self.o.ipc}"
+        if not self.record.known(last):
+            self.evaluate()
+        if not self.record.known(random):
+            sets = [self.parts.random_real(r) for r in range(self.o.repeat)]
+            self.keep(random, self.parts.evaluate(sets, f"evaluating {random}", self.stopper))
+        scores = {"accuracy": self.record.known(last), "random_real": self.record.known(random)}
+        self.folder.save_final_card({**self.card(finished=True), **scores})
+
+
+def line(row: str, found: dict[str, Any]) -> str:
+    """One line of the table: accuracies in per cent, mean +- std, the published one, minutes of distilling."""
+    last, best = (str(Score(tuple(f["accuracies"]))) for f in (found, found["best_of_four"]))
+    return f"{row:36}{last:>22}{best:>22}{found['published'] or '':>12}{found['minutes']:>10.1f}"
+
+
+def distil(record: Record, name: str, words: Sequence[str], published: dict[int, float]) -> bool:
+    """Distil and evaluate as far as the time allows. Returns whether the run is finished.
+
+    published: accuracies in per cent, by outer iteration; -1: the last one.
+    """
+    given = record.given
+    precision = given.precision or ("tf32" if record.device.type == "cuda" else "fp32")
+    argv = [*(TINY if given.tiny else CIFAR10), *words, "--precision", precision, "--device", record.device.type]
+    argv += ["--image_folder", given.image_folder] if given.image_folder else []
+    argv += ["--results_dir", str(record.work / "results"), *given.more]
+    o = resolve.condense(argv, "").options
+    if record.problem is None:
+        record.problem = build.problem(o)
+    problem = Problem(record.problem.data, resolve.network(o, o.net_type, record.problem.data))
+    free = (*FREE, "image_folder")  # the next machine may have the images elsewhere
+    folder = RunFolder(resolve.run_folder(o), resolve.as_saved(o), free=free, resumable=RESUMABLE)
+    stopper, parts = Stopper(record.left / 60), FourTests(o, problem, folder=folder)
+    parts.record = record
+    known = {o.niter if it < 0 else it: accuracy for it, accuracy in published.items()}
+    session = process.session("gpu_record.py", argv, parts.device, **parts.conditions)
+    with folder.held(session) as there, stopper:
+        if there == "finished":
+            return True
+        log.info("%s: %s", name, parts.describe())
+        RecordedRun(name, known, o, parts, folder, stopper).to_the_end()
+        return folder.check() == "finished"
+
+
+def headline(record: Record) -> bool:
+    """Distil at the published setting, and evaluate where its curve was read off. Returns whether that ended."""
+    say_table(record)
+    select = resolve.condense(record.given.more, "").options.select
+    return distil(record, f"ipc 10, {select}", ["-f", "2", "--ipc", "10", "--tag", select], CURVES.get(select, {}))
+
+
+def methods(record: Record) -> bool:
+    """Distil by other frameworks, as many as there is time for. Returns whether all ended."""
+    say_table(record)
+    ended = []
+    for name, accuracy in PUBLISHED_METHODS.items():
+        method, ipc = name.split(", ipc ")
+        words = ["--method", method, "-f", "2" if method == "idc" else "1", "--ipc", ipc]
+        try:
+            ended.append(record.left > 0 and distil(record, name, words, {-1: accuracy}))
+        except (UserError, RuntimeError) as error:  # the others are to be tried
+            record.say(f"{name}: failed: {first_line(error)}\n{traceback.format_exc()}")
+            ended.append(False)
+    return all(ended)
+
+
+def say_table(record: Record) -> None:
+    """Print the table's head, and the rows that are known already."""
+    heads = ("last epoch, %", "best of 4 tests, %", "published", "minutes")
+    record.say("{:36}{:>22}{:>22}{:>12}{:>10}".format("", *heads))
+    for row, found in record.results.get(record.given.part, {}).items():
+        record.say(line(row, found))
