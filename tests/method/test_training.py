@@ -339,7 +339,7 @@ def test_a_training_and_its_graphs_are_gone_when_the_next_begins(monkeypatch: py
     def noted(self: Trainer, *words: Any) -> None:
         assert all(training() is None for training in trainings)
         init(self, *words)
-        trainings.extend([weakref.ref(self), weakref.ref(self.step)])
+        trainings.extend([weakref.ref(self), weakref.ref(self.steps)])
 
     monkeypatch.setattr(Trainer, "__init__", noted)
     sets = [easy_set(20 + 2 * r, r) for r in range(3)]  # of different sizes: not side by side

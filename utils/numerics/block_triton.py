@@ -299,10 +299,7 @@ def launch(
     """
     n, channels, height, width = a.shape
     cells = ((height + 1) // 2) * ((width + 1) // 2)
-    together = min(triton.next_power_of_2(channels), MOST_CHANNELS)
-    while together > LEAST_CHANNELS and 4 * cells * together > VALUES:
-        together //= 2
-    chunk = min(triton.next_power_of_2(cells), VALUES // (4 * together))
+    together, chunk, warps = program(kernel, channels, cells)
     kernel[(n, triton.cdiv(channels, together))](
         *tensors,
         *(0 if p is None or len(p) == 1 else p.stride(0) for p in parameters),
@@ -314,9 +311,18 @@ def launch(
         ALL=cells,
         WIDE=tl.float64 if a.dtype == torch.float64 else tl.float32,
         WHOLE=not (height % 2 or width % 2 or cells % chunk or channels % together),
-        num_warps=max(1, min(8, chunk * together // 512)),
+        num_warps=warps,
         **constants,
     )
+
+
+def program(kernel: Any, channels: int, cells: int) -> tuple[int, int, int]:
+    """A program's channels, its cells at a time, and its warps."""
+    together = min(triton.next_power_of_2(channels), MOST_CHANNELS)
+    while together > LEAST_CHANNELS and 4 * cells * together > VALUES:
+        together //= 2
+    chunk = min(triton.next_power_of_2(cells), VALUES // (4 * together))
+    return together, chunk, max(1, min(8, chunk * together // 512))
 
 
 def channels_last(x: Tensor) -> Tensor:
