@@ -96,6 +96,19 @@ def test_compiled_functions_give_the_same(quick: BlockFunctions, case: str, norm
         assert (ours - exact).double().norm() <= EXACT[dtype] * exact.double().norm()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_kernels_find_the_same_patches(layout: torch.memory_format) -> None:
+    if problem := interpreter_error():
+        pytest.skip(problem)
+    for shape, kernel, padding, width in (((2, 3, 6, 5), (3, 3), (1, 1), 32), ((3, 1, 4, 13), (3, 1), (3, 0), 8)):
+        h = noise(*shape, key=0, dtype=torch.float32).contiguous(memory_format=layout)
+        ours, plain = (how.patches(h, kernel, padding, width) for how in (gpu_functions(), BlockFunctions()))
+        assert torch.equal(ours, plain) and ours.stride() == plain.stride()
+        unfolded = torch.nn.functional.unfold(h, kernel, padding=padding)
+        assert torch.equal(plain.flatten(2)[:, : unfolded.shape[1]], unfolded)
+        assert not plain[:, unfolded.shape[1] :].any()
+
+
 def test_every_layout_is_understood(quick: BlockFunctions) -> None:
     a = noise(2, LANES, 6, 6, key=0, dtype=torch.float32)
     gamma = beta = torch.ones(1, LANES, 1, 1)

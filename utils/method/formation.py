@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -77,11 +78,18 @@ def _decode_grid(stored: Tensor, factor: int) -> Tensor:
         return stored
     *lead, n, channels, height, width = stored.shape
     flat = stored.reshape(-1, channels, height, width)
-    cells = [
-        F.interpolate(flat[..., rows, columns], (height, width), mode="bilinear", align_corners=False)
-        for rows, columns in cells_of(height, width, factor)
-    ]
+    cells = [upsampled(flat[..., rows, columns], (height, width)) for rows, columns in cells_of(height, width, factor)]
     return torch.stack(cells, 1).view(*lead, n * factor**2, channels, height, width)
+
+
+def upsampled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (N, C, h, w) at a larger size, bilinearly."""
+    resize = partial(F.interpolate, size=size, mode="bilinear", align_corners=False)
+    if not x.is_cuda:
+        return resize(x)
+    # A GPU takes images one after the other, and what is channels last in parallel: so all planes are channels there.
+    planes = x.flatten(0, 1)[None].contiguous(memory_format=torch.channels_last)
+    return resize(planes)[0].view(*x.shape[:2], *size)
 
 
 def pack(images: Tensor, *, factor: int) -> Tensor:

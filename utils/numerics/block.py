@@ -1,6 +1,6 @@
 """The second half of a ConvNet block, norm -> ReLU -> 2x2 mean pool, with its first and second derivatives.
 
-Plain functions of tensors without an autograd graph, so that a compiler can turn each into a few loops. The notation of
+Plain functions of tensors without an autograd graph, of which each can be turned into a few loops. The notation of
 utils/numerics: a is an activation (a convolution's output), h what the block makes of it, da and dh the gradients of a
 loss with respect to them. For any v, v_dot is its tangent, the derivative along a direction in which parameters move,
 and v_bar its adjoint, the gradient of a scalar that contains tangents. With m and r the mean and 1/std of a norm group
@@ -127,6 +127,19 @@ def adjoint(
     return (r * (first - r * second)).to(a.dtype), means
 
 
+def patches(h: Tensor, kernel: tuple[int, int], padding: tuple[int, int], width: int) -> Tensor:
+    """The numbers that a convolution's weight meets at every pixel of its result, (N, width, H', W'), channels last.
+
+    h: (N, C, H, W) in any layout. The numbers are in the order of a weight (out, C, *kernel), with zeros up to `width`.
+    """
+    x = F.pad(h, (padding[1], padding[1], padding[0], padding[0]))
+    windows = x.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1).permute(0, 2, 3, 1, 4, 5)  # (N, H', W', C, *kernel)
+    count = windows[0, 0, 0].numel()
+    found = h.new_zeros(*windows.shape[:3], width)
+    found[..., :count].unflatten(3, windows.shape[3:]).copy_(windows)
+    return found.permute(0, 3, 1, 2)
+
+
 def normalized(norm: Norm) -> tuple[Tensor, Tensor]:
     """The normalised activation x, and the slope of ReLU there, 0 or 1."""
     x = (wide(norm.a) - spread(norm.m, norm.a)) * spread(norm.r, norm.a)
@@ -173,9 +186,10 @@ def spread(value: Tensor, a: Tensor) -> Tensor:
 
 
 class BlockFunctions(NamedTuple):
-    """The functions above, or those that utils/numerics/compilation.py makes of block.cpp."""
+    """The functions above, or what utils/numerics/compilation.py has in their place."""
 
     forward: Callable[..., tuple[Tensor, Norm]] = forward
     backward: Callable[..., tuple[Tensor, Gradient]] = backward
     tangent: Callable[..., tuple[Tensor, Tangent]] = tangent
     adjoint: Callable[..., tuple[Tensor, list[Tensor]]] = adjoint
+    patches: Callable[[Tensor, tuple[int, int], tuple[int, int], int], Tensor] = patches

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from utils.numerics.block import BlockFunctions, Gradient, Norm, Tangent
 
-VALUES = 2**14  # of an activation that a program holds at a time
-LEAST_CHANNELS, MOST_CHANNELS = 16, 64  # of a program: a sector or a line of the cache in half precision
+VALUES = 2**14  # of an activation that a program takes at a time, at most
+MOST_CHANNELS = 64  # of a program: a line of the cache in half precision
+PATCHES = 128  # of a program
 
 
 # --- Where numbers are ------------------------------------------------------------------------------------------------
@@ -248,6 +249,25 @@ def adjoint_kernel(
             write(a_bar, at, rate * (q - mean_q - x * mean_xq - rate * second), exists, WHOLE)
 
 
+@triton.jit
+def patches_kernel(
+    x, found, next_image, next_channel, next_row, next_column, H, W, OUT_W, PIXELS,
+    COUNT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """Patches at BLOCK pixels of one image; TOP, LEFT: the padding."""
+    n = tl.program_id(0).to(tl.int64)
+    pixel, number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, NUMBERS)
+    channel, corner = number // (KH * KW), number % (KH * KW)
+    y = (pixel // OUT_W - TOP)[:, None] + (corner // KW)[None, :]
+    column = (pixel % OUT_W - LEFT)[:, None] + (corner % KW)[None, :]
+    inside = (y >= 0) & (y < H) & (column >= 0) & (column < W) & (number < COUNT)[None, :]
+    at = channel[None, :] * next_channel + y * next_row + column * next_column
+    value = tl.load(x + n * next_image + at, mask=inside, other=0)
+    exists = (pixel < PIXELS)[:, None] & (number < WIDTH)[None, :]
+    tl.store(found + n * PIXELS * WIDTH + pixel[:, None] * WIDTH + number[None, :], value, mask=exists)
+
+
 # --- The functions of utils/numerics/block.py -------------------------------------------------------------------------
 
 
@@ -289,6 +309,20 @@ def adjoint(
     return a_bar, means
 
 
+def patches(h: Tensor, kernel: tuple[int, int], padding: tuple[int, int], width: int) -> Tensor:
+    """See utils/numerics/block.py."""
+    n, channels, height, wide = h.shape
+    out = [size + 2 * p - k + 1 for size, p, k in zip((height, wide), padding, kernel, strict=True)]
+    found = h.new_empty((n, *out, width))
+    pixels = out[0] * out[1]
+    patches_kernel[(n, triton.cdiv(pixels, PATCHES))](
+        h, found, *h.stride(), height, wide, out[1], pixels,
+        COUNT=channels * kernel[0] * kernel[1], KH=kernel[0], KW=kernel[1], TOP=padding[0], LEFT=padding[1],
+        WIDTH=width, BLOCK=PATCHES, NUMBERS=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return found.permute(0, 3, 1, 2)
+
+
 def launch(
     kernel: Any, a: Tensor, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None], **constants: Any
 ) -> None:
@@ -299,7 +333,8 @@ def launch(
     """
     n, channels, height, width = a.shape
     cells = ((height + 1) // 2) * ((width + 1) // 2)
-    together, chunk, warps = program(kernel, channels, cells)
+    together = min(triton.next_power_of_2(channels), MOST_CHANNELS)
+    chunk = min(triton.next_power_of_2(cells), VALUES // (4 * together) // (1 if cells > 64 else 2))
     kernel[(n, triton.cdiv(channels, together))](
         *tensors,
         *(0 if p is None or len(p) == 1 else p.stride(0) for p in parameters),
@@ -311,18 +346,9 @@ def launch(
         ALL=cells,
         WIDE=tl.float64 if a.dtype == torch.float64 else tl.float32,
         WHOLE=not (height % 2 or width % 2 or cells % chunk or channels % together),
-        num_warps=warps,
+        num_warps=max(1, chunk * together // 512),
         **constants,
     )
-
-
-def program(kernel: Any, channels: int, cells: int) -> tuple[int, int, int]:
-    """A program's channels, its cells at a time, and its warps."""
-    together = min(triton.next_power_of_2(channels), MOST_CHANNELS)
-    while together > LEAST_CHANNELS and 4 * cells * together > VALUES:
-        together //= 2
-    chunk = min(triton.next_power_of_2(cells), VALUES // (4 * together))
-    return together, chunk, max(1, min(8, chunk * together // 512))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -347,4 +373,4 @@ def in_groups(x: Tensor) -> Tensor:
     return x[..., None]
 
 
-FUNCTIONS = BlockFunctions(forward, backward, tangent, adjoint)
+FUNCTIONS = BlockFunctions(forward, backward, tangent, adjoint, patches)

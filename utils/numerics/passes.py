@@ -123,6 +123,7 @@ class Directions(NamedTuple):
         return Directions([BlockDirection(block.weights[rows]) for block in self.blocks], classifier, embedding)
 
 
+Vectors = tuple[Tensor, Tensor, Tensor]  # gradients of a block's bias, gamma and beta, (k, out) each
 Parameters = list[Tensor]  # gradients of k networks in the order of `parameters()`, (k, ...) each
 
 
@@ -132,7 +133,7 @@ Parameters = list[Tensor]  # gradients of k networks in the order of `parameters
 class Trace(NamedTuple):
     """One block's part of `FirstOrder`."""
 
-    h: Tensor  # the block's input
+    h: Tensor  # the block's `conv_input`
     norm: Norm
     gradient: Gradient
     da: Tensor
@@ -241,10 +242,11 @@ def slope(net: Weights, kept: FirstOrder, along: Weights, count: int) -> Slope:
 
 
 def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[Norm]]:
-    """The last features (N, C, H, W), and every block's input and norm."""
-    h = channels_last(x.flatten(0, 1).to(net.classifier.dtype))
+    """The last features (N, C, H, W), and every block's `conv_input` and norm."""
+    h = x.flatten(0, 1).to(net.classifier.dtype)
     inputs, norms = [], []
     for block in net.blocks:
+        h = conv_input(h, block, net.functions)
         inputs.append(h)
         a = conv(h, block.weights, block.padding, block.biases)
         h, norm = net.functions.forward(a, per_image(block.gamma, a), per_image(block.beta, a), block.groups, block.eps)
@@ -314,7 +316,7 @@ def tangents(net: Weights, kept: FirstOrder, along: Directions) -> tuple[list[St
 
 def adjoints(
     net: Weights, kept: FirstOrder, along: Directions, steps: list[Step], z_bar: Tensor
-) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+) -> tuple[Tensor, list[Tensor], list[Vectors]]:
     """The backward half of a second derivative, from the adjoint of the logits on.
 
     Returns the gradients with respect to the images, (k, n, C, H, W), and, where all parameters move, with respect to
@@ -328,14 +330,14 @@ def adjoints(
         flat = flat + along.embedding
     h_bar = like_features(flat, traces[-1].gradient.dh)
     weights: list[Tensor] = []
-    others: list[tuple[Tensor, Tensor, Tensor]] = []
+    others: list[Vectors] = []
     for i in reversed(range(len(net.blocks))):
         block, trace, (h_dot, tangent, vectors) = net.blocks[i], traces[i], steps[i]
         a_bar, means = net.functions.adjoint(trace.norm, trace.gradient, tangent, h_bar, *vectors[:1])
         if means:  # all parameters move
             found = by_weights(trace.h, a_bar, block, p)
             weights.append(found if h_dot is None else found + by_weights(h_dot, trace.da, block, p))
-            others.append(by_vectors(a_bar, means, block, p))
+            others += by_vectors([block], [a_bar], [means], p)
         # The same bilinearity: what reaches a, and what reaches a_dot, which is da.
         h_bar = transposed(a_bar, block.weights, block.padding)
         h_bar = h_bar + transposed(trace.da, along.blocks[i].weights, block.padding)
@@ -353,14 +355,16 @@ def logits_adjoint(p: Tensor, z_dot: Tensor, count: int) -> Tensor:
 # --- Convolutions and their adjoints ----------------------------------------------------------------------------------
 
 PATCH = 32  # numbers up to which a GPU is faster with a matrix product of patches: cuDNN pads few channels at each call
+MULTIPLE = 8  # of numbers, that matrix units want
 
 
 def conv(
     h: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int], biases: tuple[Tensor, ...] | None = None
 ) -> Tensor:
-    """(N, C, H, W) under one weight, or its K equal parts under one each."""
-    if as_product(weights[0]) and biases is None:
-        return conv_of_patches(h, weights, padding)
+    """(N, C, H, W) under one weight, or its K equal parts under one each; h: from `conv_input`."""
+    if as_product(weights[0]):
+        a = conv_of_patches(h, weights)
+        return a if biases is None else a + per_image(stacked(biases), a)
     b = biases or (None,) * len(weights)
     parts = h.chunk(len(weights)) if len(weights) > 1 else (h,)
     found = [F.conv2d(part, w, bias, padding=padding) for part, w, bias in zip(parts, weights, b, strict=True)]
@@ -375,9 +379,9 @@ def transposed(da: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int]
 
 def by_weights(h: Tensor, da: Tensor, block: Block, like: Tensor) -> Tensor:
     """The adjoint of `conv` with respect to the weights, (k, out, in, 3, 3); k, n: the first dimensions of `like`."""
-    shape, padding = block.weights[0].shape, block.padding
     if as_product(block.weights[0]):
-        return by_weights_of_patches(h, da, block, like)
+        return by_weights_of_patches(h, da, block.weights[0], like)
+    shape, padding = block.weights[0].shape, block.padding
     pairs = zip(in_rows(h, like), in_rows(da, like), strict=True)
     found = joined([conv2d_weight(inside, shape, outside, padding=padding) for inside, outside in pairs])
     return found.unflatten(0, (len(like), -1))
@@ -398,59 +402,57 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def patches(h: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
-    """The numbers that meet the weight at every pixel of the result, (N, height, width, in * 9 + zeros).
-
-    With the zeros their number is a multiple of 8, as matrix units want it.
-    """
-    kernel = weight.shape[2:]
-    windows = F.pad(h, (padding[1], padding[1], padding[0], padding[0])).unfold(2, kernel[0], 1).unfold(3, kernel[1], 1)
-    n, channels, height, width = windows.shape[:4]
+def conv_input(h: Tensor, block: Block, functions: BlockFunctions) -> Tensor:
+    """What `conv` and `by_weights` take of a block's input (N, C, H, W): the input or its patches, channels last."""
+    weight = block.weights[0]
+    if not as_product(weight):
+        return channels_last(h)
     count = weight[0].numel()
-    found = h.new_zeros(n, height, width, count + -count % 8)
-    found[..., :count].unflatten(3, (channels, *kernel)).copy_(windows.permute(0, 2, 3, 1, 4, 5))
-    return found
+    return functions.patches(h, (weight.shape[2], weight.shape[3]), block.padding, count + -count % MULTIPLE)
 
 
-def conv_of_patches(h: Tensor, weights: tuple[Tensor, ...], padding: tuple[int, int]) -> Tensor:
+def conv_of_patches(h: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     """The result of `conv` without biases, as one matrix product for each weight."""
-    x = patches(h, weights[0], padding)
-    rows = torch.stack([w.flatten(1) for w in weights])
+    x = h.permute(0, 2, 3, 1)  # (N, H, W, numbers)
+    rows = stacked([w.flatten(1) for w in weights])
     rows = F.pad(rows, (0, x.shape[3] - rows.shape[2]))
-    found = x.view(len(weights), -1, x.shape[3]) @ rows.mT
+    found = x.reshape(len(weights), -1, x.shape[3]) @ rows.mT
     return found.view(*x.shape[:3], -1).permute(0, 3, 1, 2)
 
 
-def by_weights_of_patches(h: Tensor, da: Tensor, block: Block, like: Tensor) -> Tensor:
+def by_weights_of_patches(h: Tensor, da: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     """The result of `by_weights`, as one matrix product for each image, which are then added up."""
-    weight = block.weights[0]
-    x = patches(h, weight, block.padding)
-    outside = channels_last(da).permute(0, 2, 3, 1).flatten(1, 2)
+    inside, outside = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (h, channels_last(da)))
     if da.dtype in (torch.bfloat16, torch.float16):  # they would round what is added up
-        found = torch.bmm(outside.mT, x.flatten(1, 2), torch.float32)
+        found = torch.bmm(outside.mT, inside, torch.float32)
     else:
-        found = torch.bmm(outside.mT, x.flatten(1, 2))
+        found = torch.bmm(outside.mT, inside)
     return in_rows(found[..., : weight[0].numel()], like).sum(1).unflatten(2, weight.shape[1:])
 
 
-def by_vectors(da: Tensor, means: Sequence[Tensor], block: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the bias, gamma and beta, (k, out) each; means: channel means, of beta's gradient and gamma's."""
-    pixels = da.shape[2] * da.shape[3]
-    beta, gamma = (pixels * in_rows(s.flatten(1), like).sum(1) for s in means)
-    instance = block.groups == da.shape[1]  # such a norm subtracts whatever a bias adds: exactly zero, not rounding
-    return torch.zeros_like(beta) if instance else in_rows(da.sum((2, 3)), like).sum(1), gamma, beta
+def by_vectors(
+    blocks: Sequence[Block], das: Sequence[Tensor], means: Sequence[Sequence[Tensor]], like: Tensor
+) -> list[Vectors]:
+    """The gradients of every block's vectors; means: each block's channel means, of beta's gradient and gamma's."""
+    flat = [s.flatten(1) for pair in means for s in pair]
+    sums = in_rows(torch.cat(flat, 1), like).sum(1).split([s.shape[1] for s in flat], 1)
+    found = []
+    for block, da, beta, gamma in zip(blocks, das, sums[::2], sums[1::2], strict=True):
+        instance = block.groups == da.shape[1]  # such a norm takes whatever a bias adds away: zero, not rounding
+        bias = torch.zeros_like(beta) if instance else in_rows(da.sum((2, 3)), like).sum(1)
+        pixels = da.shape[2] * da.shape[3]
+        found.append((bias, pixels * gamma, pixels * beta))
+    return found
 
 
 def by_all_parameters(net: Weights, weights: list[Tensor], kept: FirstOrder) -> Parameters:
     """Gradients of the cross-entropy with respect to all parameters, given those of the convolutions' weights."""
     traces, last, p, dz = kept
-    others = [by_vectors(t.da, t.gradient[1:], block, p) for block, t in zip(net.blocks, traces, strict=True)]
+    others = by_vectors(net.blocks, [t.da for t in traces], [t.gradient[1:] for t in traces], p)
     return in_order(weights, others, dz.to(last.dtype).mT @ last, dz.sum(1))
 
 
-def in_order(
-    weights: list[Tensor], others: list[tuple[Tensor, Tensor, Tensor]], classifier: Tensor, offset: Tensor
-) -> Parameters:
+def in_order(weights: list[Tensor], others: list[Vectors], classifier: Tensor, offset: Tensor) -> Parameters:
     """Gradients in the order of `parameters()`: block by block, then the classifier's."""
     blocks = zip(weights, others, strict=True)
     return [*(g for weight, vectors in blocks for g in (weight, *vectors)), classifier, offset]
