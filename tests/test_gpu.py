@@ -165,12 +165,12 @@ def test_a_captured_step_gives_the_same(names: str, norm: str, matched: Comparis
 @pytest.mark.parametrize("matched", MATCHED[:3], ids=lambda matched: matched.objective)
 def test_compiled_and_captured_steps_give_what_plain_ones_do(matched: Comparison, device: str) -> None:
     both, plain = (new_state(device, matched=matched, compile=compile) for compile in (True, False))
-    captured_step(plain).off = plain.trainer.step.off = True
+    captured_step(plain).off = plain.trainer.steps.off = True
     for state in (both, plain):
         for step in range(STEPS):
             inner_step(state, device, step)
     if device == "cuda":
-        assert captured_step(both).graphs and both.trainer.step.graphs
+        assert captured_step(both).graphs and both.trainer.steps.graphs
     for ours, expected in zip(everything(both), everything(plain), strict=True):
         torch.testing.assert_close(ours, expected, rtol=5e-3, atol=1e-4)
 
@@ -211,12 +211,12 @@ def test_captured_trainings_give_the_same(trained_on: str, device: str) -> None:
         nets = [fresh_network(SPEC, Draws(device, k)) for k in range(1 if soft is None else 2)]
         recipe = Recipe(batch_size=4, augment=Augment("color_crop"), mixup="cut", lr=0.1)
         trainer = Trainer(nets, [train] * len(nets), recipe, compute(device), source)
-        trainer.step.off |= not captured
+        trainer.steps.off |= not captured
         for step in range(STEPS):
             trainer.set_lr(0.1 if step < STEPS // 2 else 0.01)
             trainer.all_images([Draws(device, k, step) for k in range(len(nets))])
             pixels.mul_(0.9)
-        assert device == "cpu" or bool(trainer.step.graphs) == captured
+        assert device == "cpu" or bool(trainer.steps.graphs) == captured
         found.append([*trainer.parameters, *trainer.momentum])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
