@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
         with folder.held(session) as there:
             if there == "finished":  # by another process in the meantime
                 return folder.say_finished()
-            with stopper:
+            with stopper, parts.compute.rounding():
                 log.info("%s", printable(f"{session['command']} on {session['device']}: {folder.path}"))
                 for warning in (*folder.flaws, *parts.warnings):
                     log.warning("%s", warning)

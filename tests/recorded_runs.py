@@ -19,7 +19,6 @@ from utils.method.evaluation import Score
 from utils.method.images import ImageSet
 from utils.method.training import confusion_matrix, train_networks
 from utils.runs.folder import RunFolder
-from utils.system import device as machine
 from utils.system import process
 from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
@@ -56,8 +55,7 @@ class FourTests(Parts):
         draws = [Draws(self.device, o.seed, "evaluate", r) for r in range(len(sets))]
         compute = dataclasses.replace(self.compute, precision="fp32")
         quarters, first, tests = {-(-recipe.epochs * k // 4) for k in (1, 2, 3, 4)}, max(1, recipe.epochs // 50), []
-        machine.set_precision(self.device, "fp32")
-        try:
+        with compute.rounding():
             for epoch, trainer in train_networks(self.spec, sets, recipe, draws, compute):
                 stopper.check(signals_only=True)
                 if epoch == first:  # from here on, CUDA graphs are replayed
@@ -72,8 +70,6 @@ class FourTests(Parts):
                 if epoch in quarters:
                     matrices = [confusion_matrix(net, test, compute) for net in trainer.nets]
                     tests.append([100 * matrix.trace().item() / len(test) for matrix in matrices])
-        finally:
-            machine.set_precision(self.device, o.precision)
         self.best = Score(tuple(map(max, zip(*tests, strict=True))))
         return Score(tuple(tests[-1]))
 
@@ -167,7 +163,7 @@ def distil(record: Record, name: str, words: Sequence[str], published: dict[int,
     parts.record = record
     known = {o.niter if it < 0 else it: accuracy for it, accuracy in published.items()}
     session = process.session("gpu_record.py", argv, parts.device, **parts.conditions)
-    with folder.held(session) as there, stopper:
+    with folder.held(session) as there, stopper, parts.compute.rounding():
         if there == "finished":
             return True
         log.info("%s: %s", name, parts.describe())

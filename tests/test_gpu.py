@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import condense
 import models
+from tests.distilling import TINY, distilled
 from tests.oracle import trained_networks
+from utils.method import evaluation
 from utils.method.augment import COLUMNS, Augment
 from utils.method.formation import Formation
-from utils.method.images import ImageSet, Normalize, RealImages
+from utils.method.images import ImageSet, Normalize, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
 from utils.method.selection import KMEANS, Context, embed, select
 from utils.method.state import State
 from utils.method.training import Recipe, Trainer, confusion_matrix, fresh_network, update_network
+from utils.method.trajectory import TrajectoryStep
+from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Captured, Compute
+from utils.numerics.derivatives import flattened
 from utils.system.device import set_precision
 from utils.system.distributed import SINGLE
 from utils.system.draws import Draws
@@ -33,8 +43,10 @@ UPDATE = Recipe(batch_size=16, augment=Augment("color_crop"), mixup="cut")
 STEPS = 8  # the calls that warm up, the one that is captured, and replays
 
 
-def compute(device: str, precision: str = "fp32") -> Compute:
-    return Compute(torch.device(device), precision)
+def compute(device: str, precision: str = "fp32", compile: bool = False) -> Compute:
+    if compile and (problem := compiler_error(torch.device(device))):
+        pytest.skip(problem)
+    return Compute(torch.device(device), precision, compile=compile)
 
 
 def real_set(device: str) -> ImageSet:
@@ -53,13 +65,13 @@ def new_state(
     norm: str = "instance",
     matched: Comparison = MATCHED[0],
     joint: bool = False,
+    compile: bool = False,
 ) -> State:
     """The beginning of a run."""
-    real, how = real_set(device), compute(device)
+    real, how = real_set(device), compute(device, compile=compile)
     spec = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16, norm=norm)
     net = fresh_network(spec, Draws(device, 0))
-    start = torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
-    pixels = PixelSGD(start, lr=1e-3, momentum=0.5, joint=real.normalize if joint else None)
+    pixels = PixelSGD(start_of_pixels(device), lr=1e-3, momentum=0.5, joint=real.normalize if joint else None)
     return State(
         optimizer=pixels,
         trainer=Trainer([net], [real], UPDATE, how),
@@ -69,6 +81,10 @@ def new_state(
         shard=SINGLE.shard([1.0] * 3),
         real_images=RealImages(real, real.counts),
     )
+
+
+def start_of_pixels(device: str) -> Tensor:
+    return torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def captured_step(state: State) -> Captured:
@@ -146,6 +162,67 @@ def test_a_captured_step_gives_the_same(names: str, norm: str, matched: Comparis
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("matched", MATCHED[:3], ids=lambda matched: matched.objective)
+def test_compiled_and_captured_steps_give_what_plain_ones_do(matched: Comparison, device: str) -> None:
+    both, plain = (new_state(device, matched=matched, compile=compile) for compile in (True, False))
+    captured_step(plain).off = plain.trainer.steps.off = True
+    for state in (both, plain):
+        for step in range(STEPS):
+            inner_step(state, device, step)
+    if device == "cuda":
+        assert captured_step(both).graphs and both.trainer.steps.graphs
+    for ours, expected in zip(everything(both), everything(plain), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=5e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_captured_student_learns_the_same(device: str) -> None:
+    """Matching trajectories; the expert is made up."""
+    start = flattened(fresh_network(SPEC, Draws("cpu", 0)).parameters()).detach()
+    experts: Any = SimpleNamespace(count=1, pair=lambda expert, a, b: (start, start + 0.01 * torch.sign(start)))
+    found = []
+    for captured in (True, False):
+        pixels, real, net = PixelSGD(start_of_pixels(device), lr=10.0, momentum=0.5), real_set(device), SPEC
+        matcher = Matcher(MATCHED[0], Formation(2), 5, Augment("color_crop_cutout"), compute(device))
+        step = TrajectoryStep(
+            matcher, fresh_network(net, Draws(device, 0)), pixels, real, experts,
+            steps=3, epochs=1, max_start=1, step_size=0.01, lr_step=1e-4,
+        )  # fmt: skip
+        step._captured.off |= not captured
+        losses = [step(torch.empty(0), Draws(device, "match", i)).clone() for i in range(STEPS)]
+        assert device == "cpu" or bool(step._captured.graphs) == captured
+        found.append([pixels.pixels, step.learned["step_size"], *losses])
+    assert not torch.equal(found[0][0], start_of_pixels(device))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trained_on", ["synthetic images", "soft labels"])
+def test_captured_trainings_give_the_same(trained_on: str, device: str) -> None:
+    """Of the network on synthetic images that move meanwhile (dc, dsa), and of an evaluation on soft labels."""
+    found = []
+    for captured in (True, False):
+        pixels, normalize = start_of_pixels(device), real_set(device).normalize
+        labels = torch.arange(3, device=device).repeat_interleave(2)
+        soft = (labels[:, None] == torch.arange(3, device=device)) * 0.7 + 0.1 if trained_on == "soft labels" else None
+        train = ImageSet(pixels.flatten(0, 1), labels, classes=3, normalize=normalize, soft=soft)
+        source = SyntheticImages(lambda x=pixels: x, 3, 2) if soft is None else None  # type: ignore[misc]
+        nets = [fresh_network(SPEC, Draws(device, k)) for k in range(1 if soft is None else 2)]
+        recipe = Recipe(batch_size=4, augment=Augment("color_crop"), mixup="cut", lr=0.1)
+        trainer = Trainer(nets, [train] * len(nets), recipe, compute(device), source)
+        trainer.steps.off |= not captured
+        for step in range(STEPS):
+            trainer.set_lr(0.1 if step < STEPS // 2 else 0.01)
+            trainer.all_images([Draws(device, k, step) for k in range(len(nets))])
+            pixels.mul_(0.9)
+        assert device == "cpu" or bool(trainer.steps.graphs) == captured
+        found.append([*trainer.parameters, *trainer.momentum])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_state_that_was_saved_and_restored_goes_on_as_before(device: str) -> None:
     state, restored = new_state(device), new_state(device)
     for step in range(3):
@@ -162,18 +239,21 @@ def test_a_state_that_was_saved_and_restored_goes_on_as_before(device: str) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("tf32", 0.05), ("bf16", 0.2)])
-def test_the_matching_gradient_is_that_of_float64_on_a_cpu(precision: str, tolerance: float, device: str) -> None:
+def test_the_matching_gradient_is_that_of_float64_on_a_cpu(
+    precision: str, tolerance: float, compile: bool, device: str
+) -> None:
     if (precision, device) == ("tf32", "cpu"):
         pytest.skip("a CPU has no TF32")
     cpu, real = real_set("cpu"), real_set(device)
-    pixels = torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    pixels = start_of_pixels("cpu")
     picks = torch.tensor(real.starts)[:, None] + torch.arange(8)
     exact_set = ImageSet(cpu.images.double() / 255, cpu.labels, classes=3, normalize=cpu.normalize)
     net = fresh_network(SPEC, Draws("cpu", 0))
     match, exactly = (
         Matcher(Comparison(), Formation(2), 128, Augment("none"), how)
-        for how in (compute(device, precision), compute("cpu"))
+        for how in (compute(device, precision, compile), compute("cpu"))
     )
     shared = torch.zeros(3, COLUMNS)  # without augmentation it has no part in it
     set_precision(torch.device(device), precision)
@@ -202,3 +282,120 @@ def test_both_kinds_of_k_means_select_on_the_device(kmeans: str, device: str) ->
     picks = select(context, 10, strategy="kmeans")
     assert picks.device.type == device and all(len(row.unique()) == 10 for row in picks)
     assert torch.equal(real.labels[picks].cpu(), torch.arange(3)[:, None].expand(3, 10))
+
+
+# --- What goes wrong --------------------------------------------------------------------------------------------------
+
+
+def capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def waits(x: Tensor) -> Tensor:
+    """What a capture forbids: the host looks at a value."""
+    return x * 2 if x.sum().item() > 0 else x
+
+
+def allocates(x: Tensor) -> Tensor:
+    """More memory than there is, under capture alone."""
+    kept = x * 2
+    return kept + torch.empty(2**46, device=x.device)[0] if capturing() else kept
+
+
+def gives_none(x: Tensor) -> Tensor:
+    """An error of the function's own, in the middle of its kernels."""
+    kept = x * 2
+    if capturing():
+        raise RuntimeError("of its own")
+    return kept
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [waits, allocates, gives_none])
+def test_after_a_capture_that_fails_everything_goes_on(
+    function: Callable[[Tensor], Tensor], device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.ones(1000, device=device)
+    caplog.set_level(logging.WARNING, "dream")
+    captured = Captured(function, torch.device(device))
+    for step in range(STEPS):
+        assert torch.equal(captured(x * (step + 1)), x * 2 * (step + 1))
+    assert captured.off and not captured.graphs
+    assert len(caplog.messages) == (device == "cuda")
+
+    if device == "cuda":
+        assert not capturing() and torch.cuda.current_stream() == torch.cuda.default_stream()
+        before = torch.cuda.memory_reserved()
+        kept = torch.ones(2**24, device=device)
+        assert kept.sum().item() == 2**24
+        del kept
+        torch.cuda.empty_cache()  # is refused while the allocator believes in a capture
+        assert torch.cuda.memory_reserved() <= before
+    other = Captured(lambda x: x.square() + 1, torch.device(device))
+    for step in range(STEPS):
+        assert torch.equal(other(x * step), x * step**2 + 1)
+    assert device == "cpu" or (other.graphs and not other.off)
+    state = new_state(device)
+    for step in range(STEPS):
+        inner_step(state, device, step)
+    assert device == "cpu" or captured_step(state).graphs
+    assert torch.isfinite(state.optimizer.pixels).all()
+
+
+# --- condense.py ------------------------------------------------------------------------------------------------------
+
+RUN = [*TINY, "--niter", "2", "--width", "16"]
+LONGER = ["--inner_loop", "8", "--snapshot_every", "2"]  # so that the fourth step of every kind is captured
+
+
+@pytest.mark.parametrize(
+    ("device", "flags"),
+    [
+        ("cpu", "--compile off"),
+        *(
+            pytest.param("cuda", flags, marks=pytest.mark.gpu)
+            for flags in ("--compile on", "--method dm --interval 2", "--method dc --interval 2 --net_epoch 1")
+        ),
+    ],
+)
+def test_a_run_that_is_interrupted_ends_as_one_that_is_not(device: str, flags: str, tmp_path: Path) -> None:
+    words = [*RUN, *LONGER, *flags.split(), "--device", device]
+    whole = distilled(tmp_path / "whole", words)
+    resumed = distilled(tmp_path / "resumed", words, 2, 13)  # once in each outer iteration
+    start, ours, expected = (
+        torch.load(file, weights_only=True)[0]
+        for file in (whole / "data_000000.pt", resumed / "data.pt", whole / "data.pt")
+    )
+    # A GPU adds up in any order. Other random numbers in half of an outer iteration change 4 % of the way or more.
+    assert (ours - expected).norm() <= (0.02 if device == "cuda" else 0) * (expected - start).norm()
+    assert not torch.equal(expected, start)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("cpu", "bf16"), *(pytest.param("cuda", p, marks=pytest.mark.gpu) for p in ("tf32", "bf16"))],
+)
+def test_evaluations_are_in_float32_whatever_the_precision_of_the_run(
+    precision: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noting(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def noted(*words: Any, **more: Any) -> Any:
+            short = {torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision}  # type: ignore[attr-defined]
+            seen.append((name, *short))
+            return function(*words, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(MatchingStep, "__call__")
+    noting(evaluation, "train_networks")
+    noting(evaluation, "confusion_matrix")
+    words = [*RUN, "--compile", "off", "--device", device, "--precision", precision, "--results_dir", str(tmp_path)]
+    try:
+        assert condense.main(words) == 0
+    finally:
+        set_precision(torch.device("cpu"), "fp32")
+    assert set(seen) == {("__call__", "tf32"), ("train_networks", "ieee"), ("confusion_matrix", "ieee")}

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train
 from tests import bench, bench_parts, gpu_record, record, recorded_runs
 from tests.distilling import signals
+from utils.method.matching import MatchingStep
 from utils.system.errors import UserError
 
 TINY = ["--device", "cpu", "--tiny"]
@@ -95,6 +97,27 @@ def test_an_evaluation_that_would_not_end_in_time_is_left_for_the_next_call(
     capsys.readouterr()
     archive(tmp_path / "again", "headline", "--minutes", "0.25", *SHORT, goes_on_from=done)
     assert "headline: complete" in capsys.readouterr().out
+
+
+def test_a_run_is_in_its_precision_and_its_evaluations_are_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def noting(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def noted(*words: Any, **more: Any) -> Any:
+            seen.add((name, torch.backends.cuda.matmul.fp32_precision))
+            return function(*words, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(MatchingStep, "__call__")
+    noting(recorded_runs, "train_networks")
+    noting(recorded_runs, "confusion_matrix")
+    archive(tmp_path / "out", "headline", "--precision", "bf16", *SHORT)
+    assert seen == {("__call__", "tf32"), ("train_networks", "ieee"), ("confusion_matrix", "ieee")}
 
 
 def test_one_method_that_fails_does_not_keep_the_others(

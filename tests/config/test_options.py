@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import Dataset
-from utils.config import derived, resolve
+from utils.config import checks, derived, resolve
 from utils.config.derived import pixel_rate
 from utils.config.flags import make_parser
 from utils.config.options import CondenseOptions, TrainOptions
@@ -53,6 +53,17 @@ def test_reproduce_is_the_published_table(dataset: str, ipc: str, factor: str) -
     flip = dataset not in ("svhn", "mnist")
     expected = "color_crop" + ("_cutout" if single_svhn else "") + ("_flip" if flip else "") + "_scale_rotate"
     assert derived.evaluation_augmentation(o, flip=flip) == expected
+
+
+def test_a_gpu_has_no_deterministic_derivative_of_resampling() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    checks.check_deterministic(parsed("--deterministic", "--eval_aug_type", "scale_rotate"), cuda)
+    for flags in (["--method", "dm"], ["--aug_type", "color_flip_scale_rotate"]):
+        checks.check_deterministic(parsed(*flags), cuda)
+        o = parsed("--deterministic", *flags)
+        checks.check_deterministic(o, cpu)
+        with pytest.raises(UsageError, match=r"--deterministic: .* of scale and rotate in --aug_type"):
+            checks.check_deterministic(o, cuda)
 
 
 def test_the_pixel_rate_scales_with_ipc_and_area() -> None:

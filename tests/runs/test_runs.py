@@ -14,9 +14,11 @@ from PIL import Image
 import condense
 import train
 from tests.distilling import STOPPED, TINY, distilled, signals
-from tests.files import last_json
+from tests.files import last_json, quick
 from tests.outcome import metrics, outcome
 from tests.tally import injected
+from utils.method import evaluation
+from utils.numerics import derivatives
 from utils.numerics.compilation import compiler_error
 from utils.system import process
 from utils.system.errors import UsageError
@@ -204,6 +206,28 @@ def test_tf32_is_refused_on_a_cpu(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="--precision tf32: only NVIDIA GPUs"):
             main([*argv, "--real"] if main is train.main else argv)
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluations_are_in_fp32_whatever_the_precision_of_distilling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU may round to TF32, which PyTorch keeps in global settings that a CPU takes no notice of."""
+    seen: dict[str, set[tuple[str, str]]] = {"distances": set(), "confusion_matrix": set()}
+
+    def noted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def noting(*words: Any) -> Any:
+            backends: Any = torch.backends
+            seen[name].add((backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision))
+            return function(*words)
+
+        monkeypatch.setattr(module, name, noting)
+
+    noted(derivatives, "distances")
+    noted(evaluation, "confusion_matrix")
+    assert condense.main(quick(tmp_path, "--precision", "bf16", "--eval_every", "1", "--niter", "2")) == 0
+    assert seen == {"distances": {("tf32", "tf32")}, "confusion_matrix": {("ieee", "ieee")}}
 
 
 def test_compilation_without_a_compiler_is_left_out_when_it_is_up_to_the_program(

@@ -33,7 +33,7 @@ from utils.runs.checkpoint import resumed_from
 from utils.runs.experts import Experts, portions, selected
 from utils.runs.folder import RunFolder
 from utils.system import distributed
-from utils.system.device import be_deterministic, pick_device, set_precision
+from utils.system.device import be_deterministic, check_precision, pick_device, set_precision
 from utils.system.distributed import SINGLE, Group, Shard
 from utils.system.draws import Draws
 from utils.system.errors import UsageError, UserError, first_line
@@ -51,15 +51,16 @@ SHARED_FLOP = 1e9  # ranks share mini-batches of more work: digits take 5e8, CIF
 def dataset(
     o: Options, *, mean: list[float] | None = None, std: list[float] | None = None, precision: str = "fp32"
 ) -> Dataset:
-    """Data set on its device, for which determinism and precision are set up.
+    """Data set on its device, for which determinism is set up.
 
-    mean, std: per channel of an image folder, where they are known already. Raises UsageError or UserError, naming the
-    flag or file.
+    mean, std: per channel of an image folder, where they are known already. precision: that of the computations to
+    come. Raises UsageError or UserError, naming the flag or file.
     """
     device = pick_device(o.device, distributed.local_rank())
     if o.deterministic:
         be_deterministic(device)
-    set_precision(device, precision)
+    check_precision(device, precision)
+    set_precision(device, "fp32")  # outside of the blocks under `Compute.rounding`
     return Dataset(
         o.dataset,
         device=device,
@@ -88,6 +89,7 @@ def problem(o: CondenseOptions) -> Problem:
     data = dataset(o, precision=o.precision)
     spec = resolve.network(o, o.net_type, data)
     checks.check_method(o, spec)
+    checks.check_deterministic(o, data.device)
     checks.check_factor(o.factor, data.side)
     decoded = derived.formation(o).decoded_count(o.ipc)
     checks.check_batches(spec, min(decoded, o.batch_syn_max), o.batch_real, o.batch_size, o.n_data or 2)
@@ -161,7 +163,7 @@ def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopp
     done, total = experts.done(), o.experts * o.expert_epochs
     compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
     log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
-    with Progress(total, "training experts", "epoch", done=done, keep=True) as progress:
+    with compute.rounding(), Progress(total, "training experts", "epoch", done=done, keep=True) as progress:
         for k in experts.missing():
             net = fresh_network(spec, _expert_draws(o, device, "network", k))
             trainer = Trainer([net], [real], derived.update_recipe(o), compute)

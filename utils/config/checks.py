@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 import models
 from utils.config.options import CondenseOptions
 from utils.config.presets import TRAJECTORY
+from utils.method.augment import GEOMETRIC, parse, without
 from utils.system.errors import UsageError
 
 
@@ -103,4 +106,17 @@ def check_method(o: CondenseOptions, spec: models.NetSpec) -> None:
         raise UsageError(
             f"--net_type {spec.name}: PyTorch has no second derivative of it ({problem}), which --match {o.match} "
             "needs; use another network, or --match feat or embed"
+        )
+
+
+def check_deterministic(o: CondenseOptions, device: torch.device) -> None:
+    """Check that all derivatives by pixels have a deterministic implementation on the device. Raises UsageError.
+
+    Network updates and evaluations may resample images: they take no derivative through an augmentation.
+    """
+    resampling = [name for name in parse(o.aug_type) if name in GEOMETRIC and name != "crop"]
+    if o.deterministic and device.type == "cuda" and resampling:
+        raise UsageError(
+            f"--deterministic: on a GPU, PyTorch has no deterministic derivative of {' and '.join(resampling)} in "
+            f"--aug_type {o.aug_type}; use --aug_type {without(o.aug_type, *resampling)}, or leave --deterministic out"
         )

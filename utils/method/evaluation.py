@@ -90,7 +90,7 @@ def evaluate_networks(
     times in a training, with the mean loss of the network on its own images. Raises Stopped between two epochs when a
     signal asks for it, and UserError when a network's weights are NaN.
     """
-    with Progress(len(trainings) * recipe.epochs, title, "epoch") as progress:
+    with compute.rounding(), Progress(len(trainings) * recipe.epochs, title, "epoch") as progress:
         with progress.paused():  # selecting real images may take longer than training on them
             sets = {r: training_set(r) for r in trainings}
         draws = {r: Draws(test.device, seed, "evaluate", r) for r in trainings}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from utils.system.device import fast_bfloat16, is_capturing, out_of_memory, return_freed_memory
+from utils.system.device import fast_bfloat16, is_capturing, out_of_memory, return_freed_memory, with_precision
 from utils.system.errors import first_line
 
 log = logging.getLogger("dream")
@@ -68,6 +68,10 @@ class Compute:
     def classes_at_once(self, images: int, side: int) -> int:
         """The number of classes of so many images each that are matched together: as many as a few gigabytes hold."""
         return max(1, self.images_kept(side) // images) if self.classes_together else 1
+
+    def rounding(self) -> AbstractContextManager[None]:
+        """The context in which a GPU multiplies float32 numbers in this precision, and captures CUDA graphs that do."""
+        return with_precision(self.device, self.precision)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which autograd computes a network in this precision."""

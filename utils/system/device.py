@@ -6,7 +6,8 @@ import ctypes
 import os
 import platform
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -114,16 +115,34 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def set_precision(device: torch.device, precision: str) -> None:
-    """Let a GPU round the factors of float32 products to TF32 unless precision is fp32.
-
-    Raises UsageError for tf32 on a CPU.
-    """
+def check_precision(device: torch.device, precision: str) -> None:
+    """Raise UsageError for tf32 on a CPU."""
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("--precision tf32: only NVIDIA GPUs have it; use fp32 or bf16")
+
+
+def set_precision(device: torch.device, precision: str) -> None:
+    """Let GPUs round the factors of float32 products to TF32 from now on, unless precision is fp32.
+
+    PyTorch itself begins with TF32 in convolutions and without it in matrix products. Raises UsageError for tf32 on a
+    CPU.
+    """
+    check_precision(device, precision)
     short = "ieee" if precision == "fp32" else "tf32"
     torch.backends.cuda.matmul.fp32_precision = short
     torch.backends.cudnn.conv.fp32_precision = short  # type: ignore[attr-defined]  # made at run time
+
+
+@contextmanager
+def with_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Run a block after `set_precision`, and go back to what was before."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = matmul.fp32_precision, conv.fp32_precision
+    set_precision(device, precision)
+    try:
+        yield
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
 
 
 def be_deterministic(device: torch.device) -> None:
