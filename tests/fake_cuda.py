@@ -5,9 +5,10 @@
     $ python3 tests/fake_cuda.py --work dream --operators            # which operators the launches are
     $ python3 tests/fake_cuda.py --work dream mtt --json             # one JSON object, for tests/test_fake_cuda.py
 
-The loop of condense.py runs on fake tensors (tests/fake_device.py) for three outer iterations: two networks, and one
-after a checkpoint was restored. Every function that a GPU would capture as a CUDA graph is audited at every call. All
-numbers are counts and no times; bytes are those that an operator reads and writes, whatever a cache would save.
+The loop of condense.py runs on fake tensors (tests/fake_device.py) for two outer iterations, each with a network of its
+own; between them a checkpoint is restored. Every function that a GPU would capture as a CUDA graph is audited at every
+call. All numbers are counts and no times; bytes are those that an operator reads and writes, whatever a cache would
+save.
 """
 
 from __future__ import annotations
@@ -88,13 +89,15 @@ CIFAR10: Shape = ([5000] * 10, 3, 32)
 # --- Works ------------------------------------------------------------------------------------------------------------
 
 Flags = dict[str, Any]
+NARROW: Flags = dict(depth=3, width=16)
+SMALL_NETWORK: Flags = dict(depth=2, width=16)
 SMALL_FLAGS: Flags = dict(
-    dataset="cifar10", ipc=2, factor=2, depth=2, width=16, batch_real=16, batch_syn_max=5, n_data=40, batch_size=8,
-    student_steps=3,
+    **SMALL_NETWORK, dataset="cifar10", ipc=2, factor=2, batch_real=16, batch_syn_max=5, n_data=40, batch_size=8,
+    student_steps=2,
 )  # fmt: skip
 HEADLINE_FLAGS: Flags = dict(dataset="cifar10", ipc=10, factor=2, reproduce=True)
-ITERATIONS, INNER_LOOP = 3, 2
-RESTORED = 2  # the outer iteration before which a checkpoint is restored
+ITERATIONS, INNER_LOOP = 2, 2  # two networks
+RESTORED = 1  # the outer iteration before which a checkpoint is restored
 
 
 class FakeExperts:
@@ -157,25 +160,29 @@ def distil(recorder: Recorder, precision: str, *, flags: Flags, data: Shape) -> 
 
 
 def evaluate(recorder: Recorder, precision: str, *, soft: bool) -> None:
-    """Two trainings side by side, through all drops of the learning rate; soft: on soft labels."""
+    """Two trainings side by side, through a drop of the learning rate; soft: on soft labels."""
     o, parts = parts_of(SMALL_FLAGS, SMALL)
     train = parts.synthetic(torch.empty(len(parts.counts), *parts.shape, device=DEVICE))
     train.soft = torch.empty(len(train), train.classes, device=DEVICE) if soft else None
     draws = [Draws(DEVICE, "evaluate", r) for r in range(2)]
-    recipe = derived.evaluation_recipe(o, flip=True, epochs=6)
+    recipe = derived.evaluation_recipe(o, flip=True, epochs=3)
+    trained = train_networks(parts.spec, [train, train], recipe, draws, parts.compute)
+    next(trained)  # while they are set up, the host may wait
     with recorder.audit("between", captured=False):
-        for _ in train_networks(parts.spec, [train, train], recipe, draws, parts.compute):
+        for _ in trained:
             pass
 
 
-def choose(recorder: Recorder, precision: str, *, strategy: str, data: Shape, **network: int) -> None:
-    """One selection of real images by a strategy."""
+def choose(
+    recorder: Recorder, precision: str, *, data: Shape, strategy: str = "kmeans", count: int = 16, network: Flags
+) -> None:
+    """One selection of `count` real images per class by a strategy, under a ConvNet of these settings."""
     fake = FakeData(*data)
-    shape = dict(channels=fake.channels, classes=fake.classes, side=fake.side)
+    shape: Flags = dict(channels=fake.channels, classes=fake.classes, side=fake.side)
     net = fresh_network(models.resolve("convnet", **shape, **network), Draws(DEVICE, "network"))
     context = Context(net, fake.train, Draws(DEVICE, "select"), Compute(DEVICE, precision).cheapest())
     with recorder.audit("select", captured=False):
-        select(context, 16, strategy=strategy)
+        select(context, count, strategy=strategy)
 
 
 SELECTIONS: dict[str, Shape] = {  # the data sets that images are selected from
@@ -188,10 +195,16 @@ WORKS: dict[str, Work] = {
     **{name: partial(distil, flags={**SMALL_FLAGS, "method": name}, data=SMALL) for name in METHODS},
     "hard labels": partial(evaluate, soft=False),
     "soft labels": partial(evaluate, soft=True),
-    **{f"select {name}": partial(choose, strategy=name, data=SMALL, depth=2, width=16) for name in STRATEGIES},
-    **{f"embed {name}": partial(choose, strategy="kmeans", data=data) for name, data in SELECTIONS.items()},
+    **{f"select {name}": partial(choose, data=SMALL, strategy=name, network=SMALL_NETWORK) for name in STRATEGIES},
+    **{
+        f"embed {name}": partial(choose, data=data, network=dict(depth=3, width=16))
+        for name, data in SELECTIONS.items()
+    },
 }
-FULL_SIZE: dict[str, Work] = {"headline": partial(distil, flags=HEADLINE_FLAGS, data=CIFAR10)}
+FULL_SIZE: dict[str, Work] = {
+    "headline": partial(distil, flags=HEADLINE_FLAGS, data=CIFAR10),
+    "headline selection": partial(choose, data=CIFAR10, count=128, network={}),
+}
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
