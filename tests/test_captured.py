@@ -287,7 +287,8 @@ def test_what_a_step_holds_is_freed_with_it_at_once(kind: type[Any]) -> None:
     gc.collect()
     gc.disable()  # a cycle would keep it, and with it its graphs, until the next collection
     try:
-        assert weakref.ref(step(kind))() is None
+        freed = weakref.ref(step(kind))
+        assert freed() is None
     finally:
         gc.enable()
 
