@@ -201,6 +201,26 @@ def test_a_plan_visits_every_image_once_and_keeps_to_its_batches() -> None:
     assert len(plan(index[:0], [], Draws("cpu", 0)).order) == 0
 
 
+def test_a_cutmix_partner_is_of_the_same_batch_whatever_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, size = 2**12, 4
+    edges = batches(n, size)
+
+    class Extreme(Draws):
+        def uniform(self, *shape: int) -> torch.Tensor:
+            """The largest and the smallest numbers that there are, in turn."""
+            u = torch.zeros(shape)
+            u.view(-1)[1::2] = 1 - 2**-24
+            return u
+
+    def argsort(x: torch.Tensor, *_: Any) -> torch.Tensor:
+        """torch.Tensor.argsort, which promises no order of equal numbers: the last first."""
+        return x.shape[-1] - 1 - x.flip(-1).sort(stable=True).indices
+
+    monkeypatch.setattr(torch.Tensor, "argsort", argsort)
+    partner = plan(torch.arange(n), edges, Extreme("cpu", 0)).partner
+    assert partner.min() >= 0 and partner.max() < size
+
+
 def test_an_update_sees_n_data_images_and_all_when_there_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(Trainer, "epoch", lambda self, index, draws: seen.append(index))

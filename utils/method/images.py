@@ -191,8 +191,8 @@ class RealImages:
         all_reduce: sums a tensor, in which images of other ranks are zeros, over all ranks. Without it they stay zeros.
         """
         self.held, self.all_reduce = held, all_reduce
-        sizes = torch.tensor(counts, device=held.device)
-        self.labels = torch.arange(len(counts), device=held.device).repeat_interleave(sizes)  # (N,)
+        classes, sizes = torch.arange(len(counts), device=held.device), torch.tensor(counts, device=held.device)
+        self.labels = classes.repeat_interleave(sizes, output_size=sum(counts))  # (N,)
         # By how much an image's position among all images exceeds its position among those that are held.
         first = torch.tensor(starts(counts), device=held.device)
         self.shift = first - torch.tensor(held.starts, device=held.device)  # (classes,)

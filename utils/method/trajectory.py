@@ -154,7 +154,9 @@ class TrajectoryStep:
         expert, start = draws.host.randrange(self.trajectories.count), draws.host.randrange(self.max_start)
         part = (expert, start, start + self.epochs)
         ends = self.group.broadcast(lambda: [theta.clone() for theta in self.trajectories.pair(*part)])  # no views
-        return self._captured(*(theta.to(self.real.device) for theta in ends), *self.draw(draws))
+        # Otherwise the host would wait until the device has done all that it was given so far.
+        ends = [theta.to(self.real.device, non_blocking=True) for theta in ends]
+        return self._captured(*ends, *self.draw(draws))
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
         """Random choices of a student's steps: augmentations (steps, n, COLUMNS), and images (steps, classes, each).
