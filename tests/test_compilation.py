@@ -102,9 +102,10 @@ def test_kernels_find_the_same_patches(layout: torch.memory_format) -> None:
         pytest.skip(problem)
     for shape, kernel, padding, width in (((2, 3, 6, 5), (3, 3), (1, 1), 32), ((3, 1, 4, 13), (3, 1), (3, 0), 8)):
         h = noise(*shape, key=0, dtype=torch.float32).contiguous(memory_format=layout)
-        ours, plain = (how.patches(h, kernel, padding, width) for how in (gpu_functions(), BlockFunctions()))
+        ours, plain = (how.patches(h, kernel, padding, width, h.dtype) for how in (gpu_functions(), BlockFunctions()))
         assert torch.equal(ours, plain) and ours.stride() == plain.stride()
-        unfolded = torch.nn.functional.unfold(h, kernel, padding=padding)
+        unfolded = torch.nn.functional.unfold(h, kernel, padding=padding)  # a channel's numbers together
+        unfolded = unfolded.unflatten(1, (h.shape[1], -1)).transpose(1, 2).flatten(1, 2)
         assert torch.equal(plain.flatten(2)[:, : unfolded.shape[1]], unfolded)
         assert not plain[:, unfolded.shape[1] :].any()
 

@@ -48,7 +48,11 @@ def fresh_network(spec: NetSpec, draws: Draws) -> Network:
     """Freshly initialised network whose weights depend on `draws` alone, on the device of `draws`."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(draws.host.getrandbits(63))
-        return models.build(spec).to(draws.device)
+        net = models.build(spec)
+    if draws.device.type == "cpu":
+        return net
+    # Convolutions on a GPU take weights, and return gradients, channels last.
+    return net.to(draws.device).to(memory_format=torch.channels_last)
 
 
 class Plan(NamedTuple):
@@ -222,7 +226,8 @@ class Trainer:
         else:
             gradients = [self._gradients_together(x, target, self.together, labels)]
         for p, g in zip(self.parameters, [g for of_net in gradients for g in of_net], strict=True):
-            p.grad = g.contiguous()  # the layout of p: the fused step reads both in memory order
+            # The fused step reads all tensors in memory order.
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
         self.sgd.step()
 
     def _gradients(self, x: Tensor, target: Tensor) -> list[list[Tensor]]:

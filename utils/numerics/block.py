@@ -127,15 +127,16 @@ def adjoint(
     return (r * (first - r * second)).to(a.dtype), means
 
 
-def patches(h: Tensor, kernel: tuple[int, int], padding: tuple[int, int], width: int) -> Tensor:
+def patches(h: Tensor, kernel: tuple[int, int], padding: tuple[int, int], width: int, dtype: torch.dtype) -> Tensor:
     """The numbers that a convolution's weight meets at every pixel of its result, (N, width, H', W'), channels last.
 
-    h: (N, C, H, W) in any layout. The numbers are in the order of a weight (out, C, *kernel), with zeros up to `width`.
+    h: (N, C, H, W) in any layout. The numbers are in the order in which a weight (out, C, *kernel) that is channels
+    last has them in memory, with zeros up to `width`.
     """
     x = F.pad(h, (padding[1], padding[1], padding[0], padding[0]))
-    windows = x.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1).permute(0, 2, 3, 1, 4, 5)  # (N, H', W', C, *kernel)
+    windows = x.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1).permute(0, 2, 3, 4, 5, 1)  # (N, H', W', *kernel, C)
     count = windows[0, 0, 0].numel()
-    found = h.new_zeros(*windows.shape[:3], width)
+    found = h.new_zeros(*windows.shape[:3], width, dtype=dtype)
     found[..., :count].unflatten(3, windows.shape[3:]).copy_(windows)
     return found.permute(0, 3, 1, 2)
 
@@ -192,4 +193,4 @@ class BlockFunctions(NamedTuple):
     backward: Callable[..., tuple[Tensor, Gradient]] = backward
     tangent: Callable[..., tuple[Tensor, Tangent]] = tangent
     adjoint: Callable[..., tuple[Tensor, list[Tensor]]] = adjoint
-    patches: Callable[[Tensor, tuple[int, int], tuple[int, int], int], Tensor] = patches
+    patches: Callable[..., Tensor] = patches

@@ -252,20 +252,21 @@ def adjoint_kernel(
 @triton.jit
 def patches_kernel(
     x, found, next_image, next_channel, next_row, next_column, H, W, OUT_W, PIXELS,
-    COUNT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+    CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """Patches at BLOCK pixels of one image; TOP, LEFT: the padding."""
     n = tl.program_id(0).to(tl.int64)
     pixel, number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, NUMBERS)
-    channel, corner = number // (KH * KW), number % (KH * KW)
+    channel, corner = number % CHANNELS, number // CHANNELS
     y = (pixel // OUT_W - TOP)[:, None] + (corner // KW)[None, :]
     column = (pixel % OUT_W - LEFT)[:, None] + (corner % KW)[None, :]
-    inside = (y >= 0) & (y < H) & (column >= 0) & (column < W) & (number < COUNT)[None, :]
+    inside = (y >= 0) & (y < H) & (column >= 0) & (column < W) & (corner < KH * KW)[None, :]
     at = channel[None, :] * next_channel + y * next_row + column * next_column
     value = tl.load(x + n * next_image + at, mask=inside, other=0)
     exists = (pixel < PIXELS)[:, None] & (number < WIDTH)[None, :]
-    tl.store(found + n * PIXELS * WIDTH + pixel[:, None] * WIDTH + number[None, :], value, mask=exists)
+    at = pixel[:, None] * WIDTH + number[None, :]
+    tl.store(found + n * PIXELS * WIDTH + at, value.to(found.dtype.element_ty), mask=exists)
 
 
 # --- The functions of utils/numerics/block.py -------------------------------------------------------------------------
@@ -309,15 +310,15 @@ def adjoint(
     return a_bar, means
 
 
-def patches(h: Tensor, kernel: tuple[int, int], padding: tuple[int, int], width: int) -> Tensor:
+def patches(h: Tensor, kernel: tuple[int, int], padding: tuple[int, int], width: int, dtype: torch.dtype) -> Tensor:
     """See utils/numerics/block.py."""
     n, channels, height, wide = h.shape
     out = [size + 2 * p - k + 1 for size, p, k in zip((height, wide), padding, kernel, strict=True)]
-    found = h.new_empty((n, *out, width))
+    found = h.new_empty((n, *out, width), dtype=dtype)
     pixels = out[0] * out[1]
     patches_kernel[(n, triton.cdiv(pixels, PATCHES))](
         h, found, *h.stride(), height, wide, out[1], pixels,
-        COUNT=channels * kernel[0] * kernel[1], KH=kernel[0], KW=kernel[1], TOP=padding[0], LEFT=padding[1],
+        CHANNELS=channels, KH=kernel[0], KW=kernel[1], TOP=padding[0], LEFT=padding[1],
         WIDTH=width, BLOCK=PATCHES, NUMBERS=triton.next_power_of_2(width),
     )  # fmt: skip
     return found.permute(0, 3, 1, 2)

@@ -243,7 +243,7 @@ def slope(net: Weights, kept: FirstOrder, along: Weights, count: int) -> Slope:
 
 def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[Norm]]:
     """The last features (N, C, H, W), and every block's `conv_input` and norm."""
-    h = x.flatten(0, 1).to(net.classifier.dtype)
+    h = x.flatten(0, 1)
     inputs, norms = [], []
     for block in net.blocks:
         h = conv_input(h, block, net.functions)
@@ -406,15 +406,15 @@ def conv_input(h: Tensor, block: Block, functions: BlockFunctions) -> Tensor:
     """What `conv` and `by_weights` take of a block's input (N, C, H, W): the input or its patches, channels last."""
     weight = block.weights[0]
     if not as_product(weight):
-        return channels_last(h)
-    count = weight[0].numel()
-    return functions.patches(h, (weight.shape[2], weight.shape[3]), block.padding, count + -count % MULTIPLE)
+        return channels_last(h.to(weight.dtype))
+    count, kernel = weight[0].numel(), (weight.shape[2], weight.shape[3])
+    return functions.patches(h, kernel, block.padding, count + -count % MULTIPLE, weight.dtype)
 
 
 def conv_of_patches(h: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     """The result of `conv` without biases, as one matrix product for each weight."""
     x = h.permute(0, 2, 3, 1)  # (N, H, W, numbers)
-    rows = stacked([w.flatten(1) for w in weights])
+    rows = stacked([w.permute(0, 2, 3, 1).flatten(1) for w in weights])  # (K, out, numbers)
     rows = F.pad(rows, (0, x.shape[3] - rows.shape[2]))
     found = x.reshape(len(weights), -1, x.shape[3]) @ rows.mT
     return found.view(*x.shape[:3], -1).permute(0, 3, 1, 2)
@@ -427,7 +427,8 @@ def by_weights_of_patches(h: Tensor, da: Tensor, weight: Tensor, like: Tensor) -
         found = torch.bmm(outside.mT, inside, torch.float32)
     else:
         found = torch.bmm(outside.mT, inside)
-    return in_rows(found[..., : weight[0].numel()], like).sum(1).unflatten(2, weight.shape[1:])
+    sums = in_rows(found[..., : weight[0].numel()], like).sum(1)
+    return sums.unflatten(2, (*weight.shape[2:], weight.shape[1])).permute(0, 1, 4, 2, 3)
 
 
 def by_vectors(
