@@ -144,24 +144,24 @@ class FakeParts(Parts):
 
 def parts_of(flags: Flags, data: Shape) -> tuple[CondenseOptions, FakeParts]:
     """Options and objects of a command of condense.py with these flags, on fake data."""
-    given = {**flags, "compile": "off", "inner_loop": INNER_LOOP, "niter": ITERATIONS}
+    given = {**flags, "inner_loop": INNER_LOOP, "niter": ITERATIONS}
     o, fake = resolve.condense_options(given).options, FakeData(*data)
     spec = resolve.network(o, o.net_type, cast(Dataset, fake))
     experts = cast(Experts, FakeExperts(spec)) if o.match == TRAJECTORY else None
     return o, FakeParts(o, Problem(cast(Dataset, fake), spec), experts=experts)
 
 
-def distil(recorder: Recorder, precision: str, *, flags: Flags, data: Shape) -> None:
+def distil(recorder: Recorder, how: Flags, *, flags: Flags, data: Shape) -> None:
     """The loop of condense.py; what happens between its captured functions is audited as well."""
-    o, parts = parts_of({**flags, "precision": precision}, data)
+    o, parts = parts_of({**flags, **how}, data)
     state = parts.state(None)
     with recorder.audit("between", captured=False):
         condense.condense(cast(condense.Run, FakeRun(o, parts, state, recorder)))
 
 
-def evaluate(recorder: Recorder, precision: str, *, soft: bool) -> None:
+def evaluate(recorder: Recorder, how: Flags, *, soft: bool) -> None:
     """Two trainings side by side, through a drop of the learning rate; soft: on soft labels."""
-    o, parts = parts_of(SMALL_FLAGS, SMALL)
+    o, parts = parts_of({**SMALL_FLAGS, **how, "precision": "fp32"}, SMALL)
     train = parts.synthetic(torch.empty(len(parts.counts), *parts.shape, device=DEVICE))
     train.soft = torch.empty(len(train), train.classes, device=DEVICE) if soft else None
     draws = [Draws(DEVICE, "evaluate", r) for r in range(2)]
@@ -174,13 +174,15 @@ def evaluate(recorder: Recorder, precision: str, *, soft: bool) -> None:
 
 
 def choose(
-    recorder: Recorder, precision: str, *, data: Shape, strategy: str = "kmeans", count: int = 16, network: Flags
+    recorder: Recorder, how: Flags, *, data: Shape, strategy: str = "kmeans", count: int = 16, network: Flags
 ) -> None:
     """One selection of `count` real images per class by a strategy, under a ConvNet of these settings."""
     fake = FakeData(*data)
     shape: Flags = dict(channels=fake.channels, classes=fake.classes, side=fake.side)
     net = fresh_network(models.resolve("convnet", **shape, **network), Draws(DEVICE, "network"))
-    context = Context(net, fake.train, Draws(DEVICE, "select"), Compute(DEVICE, precision).cheapest())
+    context = Context(
+        net, fake.train, Draws(DEVICE, "select"), Compute(DEVICE, compile=how["compile"] == "on").cheapest()
+    )
     with recorder.audit("select", captured=False):
         select(context, count, strategy=strategy)
 
@@ -190,7 +192,7 @@ SELECTIONS: dict[str, Shape] = {  # the data sets that images are selected from
     "mnist": ([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], 1, 28),
     "folder": ([100 + 7 * c for c in range(100)], 3, 32),
 }
-Work = Callable[[Recorder, str], None]  # takes the precision
+Work = Callable[[Recorder, Flags], None]  # takes --precision and --compile
 WORKS: dict[str, Work] = {
     **{name: partial(distil, flags={**SMALL_FLAGS, "method": name}, data=SMALL) for name in METHODS},
     "hard labels": partial(evaluate, soft=False),
@@ -218,16 +220,16 @@ class Result(NamedTuple):
     launches: int
     bytes: int
     peak: int  # bytes of the tensors made in the call, all that are in use at a time
-    shapes: int  # different shapes of what the first convolution takes
+    shapes: int  # different shapes of the images that are embedded together
     operators: dict[str, int]  # the launches of one call, most frequent first
     problems: dict[str, int]
 
 
-def results(work: Work, precision: str) -> list[Result]:
+def results(work: Work, how: Flags) -> list[Result]:
     """What the functions of a work do."""
     ImageSet.__init__ = grouped_evenly  # type: ignore[method-assign]
     with fake_cuda() as recorder, suppress(*NEEDS_VALUES):  # which the recorder has noted as a problem
-        work(recorder, precision)
+        work(recorder, how)
     calls: dict[str, list[Audit]] = {}
     for audit in recorder.audits:
         calls.setdefault(audit.name, []).append(audit)
@@ -237,7 +239,6 @@ def results(work: Work, precision: str) -> list[Result]:
 def result(name: str, audits: Sequence[Audit]) -> Result:
     """The result of all calls of a function."""
     most = max(audits, key=lambda audit: audit.launches)
-    images = {shape for audit in audits for shape in audit.convolved if shape[1] <= 3}
     problems = sum((audit.problems for audit in audits), Counter[str]())
     return Result(
         function=name,
@@ -245,7 +246,7 @@ def result(name: str, audits: Sequence[Audit]) -> Result:
         launches=most.launches,
         bytes=max(audit.bytes for audit in audits),
         peak=max(audit.peak for audit in audits),
-        shapes=len(images),
+        shapes=len(set().union(*(audit.passed for audit in audits))),
         operators=dict(most.operators.most_common()),
         problems=dict(problems),
     )
@@ -276,6 +277,9 @@ def main() -> None:
         help=f"some of: {', '.join(everything)} (default: all but {', '.join(FULL_SIZE)})",
     )
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument(
+        "--compile", default="on", choices=("on", "off"), help="Triton's kernels, or PyTorch's operators"
+    )
     parser.add_argument("--operators", action="store_true", help="also show the operators of every function")
     parser.add_argument("--json", action="store_true", help="print one JSON object: work -> functions")
     args = parser.parse_args()
@@ -283,7 +287,7 @@ def main() -> None:
         raise SystemExit(f"this PyTorch cannot compute with fake CUDA tensors: {reason}")
     found = {}
     for name in args.work:
-        found[name] = results(everything[name], args.precision)
+        found[name] = results(everything[name], {"precision": args.precision, "compile": args.compile})
         if not args.json:
             print(table(name, found[name], args.operators), flush=True)
     if args.json:

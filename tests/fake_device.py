@@ -7,14 +7,17 @@ PyTorch that ask the driver, so that this is for a process of its own.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -30,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 import models
 from models import NetSpec, Network
 from tests import fake_autograd
+from utils.numerics import passes
 from utils.numerics.compute import Captured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +56,7 @@ class Audit:
     live: int = 0  # bytes of the tensors made in the call that are still in use
     peak: int = 0  # the most of `live`
     problems: Counter[str] = field(default_factory=Counter)
-    convolved: set[tuple[int, ...]] = field(default_factory=set)  # shapes that convolutions have taken
+    passed: set[tuple[int, ...]] = field(default_factory=set)  # shapes of the images that have passed through a network
     external: dict[int, tuple[Any, str]] = field(default_factory=dict)  # storages made before that are read or written
     made: dict[int, Any] = field(default_factory=dict)  # storages made in the call that are in use
 
@@ -145,7 +149,7 @@ class Recorder(TorchDispatchMode):
         self.last[key] = audit
         return result
 
-    def kernel(self, name: str, *arguments: Any) -> None:
+    def kernel(self, name: str, *arguments: Any, **_: Any) -> None:
         """Audit a kernel that PyTorch's dispatcher does not see, such as one of Triton: one launch."""
         tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         if self.current:
@@ -189,8 +193,6 @@ class Recorder(TorchDispatchMode):
         self._check(audit, name, given)
         for x in on_device:
             audit.make(x)
-        if name == "convolution":
-            audit.convolved.add(tuple(args[0].shape))
         if name not in FREE and not _is_view(func):
             audit.launch(name, [x for x in given if x.device.type == "cuda"], on_device)
 
@@ -224,6 +226,16 @@ class Recorder(TorchDispatchMode):
             self.current[-1].problems[f"{text} ({where})"] += 1
 
 
+class Kernel(NamedTuple):
+    """A kernel of Triton that is audited in place of being run: kernel[grid](*arguments, **constants)."""
+
+    recorder: Recorder
+    name: str
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:  # type: ignore[override]
+        return partial(self.recorder.kernel, self.name)
+
+
 def _is_ours(file: str) -> bool:
     return file.startswith((f"{ROOT}/utils", f"{ROOT}/models"))
 
@@ -253,14 +265,31 @@ def unsupported() -> str | None:
     return None
 
 
+def stand_in_for_triton() -> ModuleType:
+    """What utils/numerics/block_triton.py uses of Triton beside kernels, for machines without it."""
+    triton = ModuleType("triton")
+    triton.jit = lambda kernel: kernel  # type: ignore[attr-defined]
+    triton.cdiv = lambda a, b: -(-a // b)  # type: ignore[attr-defined]
+    triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()  # type: ignore[attr-defined]
+    triton.language = ModuleType("triton.language")  # type: ignore[attr-defined]
+    for name in ("constexpr", "float32", "float64"):
+        setattr(triton.language, name, name)
+    return triton
+
+
 @contextmanager
 def fake_cuda() -> Iterator[Recorder]:
     """Fake CUDA tensors in place of real ones, and a recorder of what is done with them."""
-    recorder, generator, build = Recorder(), torch.Generator, models.build
+    recorder, generator, build, features = Recorder(), torch.Generator, models.build, passes.features
 
     def build_on_device(spec: NetSpec) -> Network:
         with torch.device("cuda"):
             return build(spec)
+
+    def noted_features(net: Any, x: Tensor) -> Tensor:
+        for audit in recorder.current:
+            audit.passed.add(tuple(x.shape))
+        return features(net, x)
 
     replacements: list[tuple[Any, str, Any]] = [
         (torch, "Generator", lambda device: generator()),  # nothing is drawn from it
@@ -272,9 +301,16 @@ def fake_cuda() -> Iterator[Recorder]:
         # Fake convolutions ask which library would compute them, for the layout of the result. It would be cuDNN.
         (torch._C, "_select_conv_backend", lambda *args, **kwargs: None),
         (torch._C, "_conv_determine_backend_memory_format", _cudnn_layout),
+        (passes, "features", noted_features),
         (Captured, "__call__", lambda captured, *inputs: recorder.call_captured(captured, *inputs)),
     ]
     with FakeTensorMode(), ExitStack() as stack:  # the mode first: what it imports needs the real parts
+        if importlib.util.find_spec("triton") is None:
+            triton = stand_in_for_triton()
+            stack.enter_context(patch.dict(sys.modules, {"triton": triton, "triton.language": triton.language}))
+        block_triton = importlib.import_module("utils.numerics.block_triton")
+        kernels = [name for name in vars(block_triton) if name.endswith("_kernel")]
+        replacements += [(block_triton, name, Kernel(recorder, name)) for name in kernels]
         for owner, name, value in replacements:
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(recorder)
