@@ -91,7 +91,7 @@ class Run:
 
     def save(self) -> None:
         """Save checkpoint, data.pt and pictures. Raises NotFinite, and saves nothing, for NaN in the state."""
-        self.state.mean_loss(self.o.inner_loop)  # raises NotFinite
+        self.recorder.report(self.state)  # raises NotFinite
         self.recorder.book(self.state)
         content = self.state.state_dict()
         self.folder.save_checkpoint(content)
@@ -123,6 +123,7 @@ class Run:
 
     def evaluate(self) -> Score:
         """Train networks on the set as it is, test them, and log the score. Raises Stopped on request."""
+        self.recorder.report(self.state)
         it, began = self.state.it, time.monotonic()
         with self.recorder.interrupted():
             training_set = self.parts.synthetic(self.state.pixels.clamp(0, 1))

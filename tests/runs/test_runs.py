@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import condense
 import train
@@ -18,8 +19,10 @@ from tests.files import last_json, quick
 from tests.outcome import metrics, outcome
 from tests.tally import injected
 from utils.method import evaluation
+from utils.method.state import Losses, State
 from utils.numerics import derivatives
 from utils.numerics.compilation import compiler_error
+from utils.runs import recorder
 from utils.system import process
 from utils.system.errors import UsageError
 
@@ -206,6 +209,42 @@ def test_tf32_is_refused_on_a_cpu(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="--precision tf32: only NVIDIA GPUs"):
             main([*argv, "--real"] if main is train.main else argv)
     assert not list(tmp_path.iterdir())
+
+
+def test_losses_are_all_recorded_however_rarely_the_device_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At --interval 1, where every step is an outer iteration."""
+
+    class Reads(TorchDispatchMode):
+        """Count the numbers that Python asks single tensors for: each would wait for a GPU."""
+
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += function.overloadpacket is torch.ops.aten._local_scalar_dense
+            return function(*args, **(kwargs or {}))
+
+    looks: list[int] = []
+    mean_losses = State.mean_losses
+
+    def noted(self: State, earlier: list[Losses], inner_loop: int) -> list[float]:
+        with Reads() as reads:
+            found = mean_losses(self, earlier, inner_loop)
+        assert reads.count == 0  # one list of all that is asked for
+        looks.append(len(earlier))
+        return found
+
+    monkeypatch.setattr(State, "mean_losses", noted)
+    events, flags = [], ("--method", "dm", "--niter", "20", "--eval_every", "8", "--repeat", "1", "--epochs", "1")
+    for seconds, expected in ((1e9, [0, 0, 1, 7, 8, 4, 0]), (0.0, None)):
+        looks.clear()
+        monkeypatch.setitem(recorder.REPORT_SECONDS, "cpu", seconds)
+        assert condense.main(quick(tmp_path / f"{seconds}", *flags)) == 0
+        events.append(metrics(next(tmp_path.glob(f"{seconds}/digits/*"))))
+        assert looks == expected or (expected is None and sum(looks) == 20 and len(looks) > 20)
+    assert events[0] == events[1]
+    assert [e["iteration"] for e in events[0] if "loss" in e] == list(range(1, 21))
 
 
 def test_evaluations_are_in_fp32_whatever_the_precision_of_distilling(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ class NotFinite(ArithmeticError):
         """Name the outer iteration, counted from one, the inner steps done in it, and the classes (or no class)."""
         super().__init__(f"outer iteration {it}, inner step {step}")
         self.it, self.step, self.classes = it, step, classes
+
+
+class Losses(NamedTuple):
+    """Matching distances of every class, summed over the inner steps of an outer iteration so far."""
+
+    it: int  # the outer iteration, counted from one
+    steps: int
+    sums: Tensor  # (classes,) of this rank's classes
 
 
 @dataclass
@@ -86,18 +95,31 @@ class State:
         if self.step == inner_loop:
             self.it, self.step = self.it + 1, 0
 
-    def mean_loss(self, inner_loop: int) -> float:
-        """Mean matching distance per class and inner step of this outer iteration.
+    def losses_so_far(self, inner_loop: int) -> Losses:
+        """The losses of this outer iteration, or between two, of the last; the device is not waited for."""
+        it, steps = (self.it + 1, self.step) if self.step else (self.it, inner_loop)
+        return Losses(it, steps, self.losses.clone())
 
-        Raises NotFinite when losses, pixels or weights are NaN or infinite, on any rank.
+    def mean_losses(self, earlier: Sequence[Losses], inner_loop: int) -> list[float]:
+        """Mean matching distance per class and inner step of earlier losses and, last, of `losses_so_far`.
+
+        The device is waited for once. Raises NotFinite about the first losses that are NaN or infinite, or about the
+        pixels or weights as they are now, on any rank.
         """
-        it, steps = (self.it + 1, self.step) if self.step else (self.it, inner_loop)  # counted from one
-        finite = torch.isfinite(self.losses) & torch.isfinite(self.optimizer.pixels.flatten(1)).all(1)  # (classes,)
-        wrong = self.shard.all_gather((~finite).byte()).tolist()
-        broken = not all(torch.isfinite(p).all() for p in self.net.parameters())
-        if any((*wrong, *self.shard.group.all_reduce_max(broken))):
-            raise NotFinite(it, steps, [c for c, is_wrong in enumerate(wrong) if is_wrong])
-        return self.shard.all_gather(self.losses).mean().item() / steps
+        taken = [*earlier, self.losses_so_far(inner_loop)]
+        sums = torch.stack([losses.sums for losses in taken], 1)  # (classes, times)
+        finite = torch.isfinite(sums)
+        finite[:, -1] &= torch.isfinite(self.optimizer.pixels.flatten(1)).all(1)
+        weights = torch.stack([torch.isfinite(p).all() for p in self.net.parameters()]).all()
+        all_sums, all_finite = self.shard.all_gather(sums).mT, self.shard.all_gather(finite.byte()).mT
+        means = torch.stack([row.mean() for row in all_sums.contiguous()])
+        # (times, 2 + classes): a single copy from the device
+        rows = torch.cat([means[:, None], weights.expand(len(taken), 1), all_finite], 1).tolist()
+        (broken,) = self.shard.group.all_reduce_max(not rows[-1][1])
+        for losses, (_, _, *row) in zip(taken, rows, strict=True):
+            if not all(row) or (broken and losses is taken[-1]):
+                raise NotFinite(losses.it, losses.steps, [c for c, is_finite in enumerate(row) if not is_finite])
+        return [row[0] / losses.steps for losses, row in zip(taken, rows, strict=True)]
 
     # --- Saving and going on ------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from utils.method.state import State
+from utils.method.state import Losses, State
 from utils.runs.folder import RunFolder
 from utils.system.device import peak_memory
 from utils.system.distributed import Group
@@ -19,6 +19,7 @@ from utils.system.report import Progress, span
 
 log = logging.getLogger("dream")
 
+REPORT_SECONDS = {"cpu": 0.0, "cuda": 1.0}  # from one look at the losses to the next: a GPU has to be waited for
 METRIC_LINES = 10_000  # losses in metrics.jsonl at most; longer runs record every n-th outer iteration only
 
 
@@ -28,11 +29,14 @@ class Recorder:
     def __init__(
         self, folder: RunFolder, stopper: Stopper, group: Group, *, niter: int, inner_loop: int, interval: int
     ) -> None:
-        """interval: inner steps, of niter * inner_loop, between two reads of the loss."""
+        """interval: inner steps, of niter * inner_loop, between two selections."""
         self.folder, self.stopper, self.group = folder, stopper, group
         self.niter, self.inner_loop, self.interval = niter, inner_loop, interval
         self.steps_here = 0
-        self._first_step = self._started = time.monotonic()
+        self._unread: list[tuple[Losses, float]] = []  # of finished outer iterations, and the seconds until then
+        self._late = 0.0  # whether the next report is due, on any rank: they wait for each other in it
+        self._estimated = False
+        self._first_step = self._started = self._reported = time.monotonic()
 
     def start(self, state: State) -> None:
         """Begin to record at the position of the state."""
@@ -56,30 +60,49 @@ class Recorder:
             with self.progress.paused():
                 yield
         finally:
-            self._started += time.monotonic() - began
+            elapsed = time.monotonic() - began
+            self._started += elapsed
+            self._first_step += elapsed
 
     def after_step(self, state: State) -> bool:
         """Report progress, and return whether a checkpoint is due on any rank. Raises Stopped on request."""
         self.progress.advance()
         self.steps_here += 1
         if state.step == 0 and (state.it % math.ceil(self.niter / METRIC_LINES) == 0 or state.it == self.niter):
-            loss, seconds = state.mean_loss(self.inner_loop), self.seconds(state)
-            self.folder.metric(iteration=state.it, loss=round(loss, 6), seconds=round(seconds, 1))
-        if self.steps_here % self.interval == 0:
-            accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
-            loss = state.mean_loss(self.inner_loop)
-            self.progress.say(f"iteration {state.it}/{self.niter}, loss {loss:.4g}{accuracy}")
-        self._estimate()
-        reason, due = self.group.all_reduce_max(self.stopper.reason(), self.folder.checkpoint_due())
+            self._unread.append((state.losses_so_far(self.inner_loop), self.seconds(state)))
+        if self.steps_here == 1 or (self._late and (self._unread or self.steps_here % self.interval == 0)):
+            self.report(state)
+        late = time.monotonic() - self._reported >= REPORT_SECONDS[state.losses.device.type]
+        asked = (self.stopper.reason(), self.folder.checkpoint_due(), late)
+        reason, due, self._late = self.group.all_reduce_max(*asked)
         self.stopper.obey(reason)
         return bool(due)
 
+    def report(self, state: State) -> None:
+        """Record the losses of the outer iterations that are finished, and show the present one's.
+
+        To be called before every save and evaluation. Raises NotFinite for NaN in the state.
+        """
+        *means, now = state.mean_losses([losses for losses, _ in self._unread], self.inner_loop)
+        for mean, (losses, seconds) in zip(means, self._unread, strict=True):
+            self.folder.metric(iteration=losses.it, loss=round(mean, 6), seconds=round(seconds, 1))
+        self._unread.clear()
+        self._reported = time.monotonic()
+        if self.steps_here:
+            accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
+            self.progress.say(f"iteration {state.it}/{self.niter}, loss {now:.4g}{accuracy}")
+            self._estimate()
+
     def _estimate(self) -> None:
-        """Show once how long the run will take, when a selection and the steps after it have been timed."""
+        """Show once how long the run will take, when a selection and the steps after it have been timed.
+
+        To be called after a look at the device, which may be far behind.
+        """
         if self.steps_here == 1:
-            self._first_step = time.monotonic()
-        if self.steps_here == self.interval + 1:
-            pace = (time.monotonic() - self._first_step) / self.interval
+            self._first_step = self._reported
+        elif self.steps_here > self.interval and not self._estimated:
+            self._estimated = True
+            pace = (self._reported - self._first_step) / (self.steps_here - 1)
             left = pace * (self.progress.total - self.progress.done)
             if left > 60:
                 log.info("about %s for the steps that are left; stop at any time, the same command goes on", span(left))
