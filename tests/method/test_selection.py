@@ -255,6 +255,20 @@ def test_a_gpu_embeds_uneven_classes_in_pieces_of_one_shape(
     assert len(shapes) == most
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_selection_never_asks_for_a_number(strategy: str) -> None:
+    """Each would wait for a GPU."""
+
+    class Numbers(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert function.overloadpacket is not torch.ops.aten._local_scalar_dense
+            return function(*args, **(kwargs or {}))
+
+    where = context(real_set((40, 30, 20)))
+    with Numbers():
+        select(where, 7, strategy=strategy)
+
+
 class Convolved(TorchDispatchMode):
     """The shapes of images that are convolved meanwhile, those of so many channels."""
 

@@ -147,10 +147,11 @@ def herded_images(context: Context, c: int, k: int) -> Tensor:
     mean, total, penalty = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(len(x))
     herd = []
     for chosen in range(1, k + 1):
-        herd.append((((total + x) / chosen - mean).square().sum(1) + penalty).argmin())
-        total = total + x[herd[-1]]
-        penalty[herd[-1]] = torch.inf  # so that no image is chosen twice
-    return torch.stack(herd)
+        # (1,): indexing by a single number would wait for the GPU
+        herd.append((((total + x) / chosen - mean).square().sum(1) + penalty).argmin(0, keepdim=True))
+        total = total + x[herd[-1]][0]
+        penalty.index_fill_(0, herd[-1], torch.inf)  # so that no image is chosen twice
+    return torch.cat(herd)
 
 
 # A strategy takes how many images to select of each of the context's classes, and returns their positions within the
