@@ -23,11 +23,12 @@ from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
-from utils.method.selection import BASELINE, Context, coreset, initial_pixels
+from utils.method.selection import BASELINE, Context, cluster, coreset, initial_pixels
 from utils.method.state import State
 from utils.method.training import Together, Trainer, fresh_network
 from utils.method.trajectory import TrajectoryStep
 from utils.numerics.compilation import computing
+from utils.numerics.compute import Captured
 from utils.runs.board import check_board
 from utils.runs.checkpoint import resumed_from
 from utils.runs.experts import Experts, portions, selected
@@ -227,6 +228,7 @@ class Parts:
         self.earlier = None if folder is None else resumed_from(o.resume_from, folder, stored)
         self.flop = derived.run_flop(o, self.spec, self.counts)
         self.compute = computing(self.device, o.compile, o.precision, self.flop)
+        self.captured_kmeans = Captured(cluster, self.device) if o.kmeans == "batched" else None
         self.n_data = o.n_data if o.train_on == "real" else None  # None: all synthetic images
         self.shares_update = self._shares_update()
 
@@ -241,7 +243,8 @@ class Parts:
     def context(self, net: Network, draws: Draws, *, per_cluster: int = 1) -> Context:
         """Context of a selection among the real images of this rank's classes, under a network."""
         o = self.o
-        return Context(net, self.real, draws, self.compute.cheapest(), o.cluster_raw, o.kmeans, per_cluster)
+        cheapest, captured = self.compute.cheapest(), self.captured_kmeans
+        return Context(net, self.real, draws, cheapest, o.cluster_raw, o.kmeans, per_cluster, captured=captured)
 
     def describe(self) -> str:
         """Description for people: the work of the run, and how ranks share it."""

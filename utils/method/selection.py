@@ -16,7 +16,7 @@ from models import Network
 from utils.method.formation import pack
 from utils.method.images import ImageSet, to_unit
 from utils.numerics import derivatives
-from utils.numerics.compute import Compute
+from utils.numerics.compute import Captured, Compute
 from utils.system.draws import Draws
 
 KMEANS_ITERATIONS = 15  # inertia within 1 % of scikit-learn's at a third of the iterations to convergence
@@ -34,6 +34,7 @@ class Context:
     raw: bool = False  # embed un-normalised images, as the published code does
     kmeans: str = "batched"
     per_cluster: int = 1  # representatives of every cluster, those nearest its centroid
+    captured: Captured | None = field(default=None, kw_only=True)  # `cluster`, kept by a run that selects repeatedly
     embeddings: dict[int, Tensor] = field(default_factory=dict, init=False)  # of one group of classes at a time
 
     @cached_property
@@ -98,12 +99,14 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     are m times fewer clusters, and the m images nearest each centroid are selected (DREAM+, Liu et al., 2023).
     """
     real, wanted = context.real, dict(zip(context.real.held, counts, strict=True))
+    kmeans = KMEANS[context.kmeans]
+    if context.captured and len(context.groups) == 1:  # graphs of many groups would take too much memory for good
+        kmeans = partial(batched_kmeans, cluster=context.captured)
     picks = {c: torch.arange(k, device=real.device) for c, k in wanted.items() if k == real.counts[c]}
     for group in context.groups:
-        if clustered := [c for c in group if c not in picks]:
-            x, draws = [context.embedded(c) for c in clustered], [context.draws.of_class(c) for c in clustered]
-            found = KMEANS[context.kmeans](x, wanted[clustered[0]], draws, context.per_cluster)
-            picks.update(zip(clustered, found, strict=True))
+        if todo := [c for c in group if c not in picks]:
+            x, draws = [context.embedded(c) for c in todo], [context.draws.of_class(c) for c in todo]
+            picks.update(zip(todo, kmeans(x, wanted[todo[0]], draws, context.per_cluster), strict=True))
     return [picks[c] for c in context.real.held]
 
 
@@ -222,19 +225,30 @@ def coreset(
 # --- Clustering: points (N, D) of several classes, k representatives of each, all k < N ------------------------------
 
 
+def cluster(points: Tensor, real: Tensor, chance: Tensor, *, k: int, each: int) -> Tensor:
+    """Representatives of every class, (classes, k * each): Lloyd's algorithm from random points; see `lloyd`."""
+    _, nearest, distance = lloyd(points, real, k, chance)
+    return representatives(real, nearest, distance, k, each)
+
+
 def batched_kmeans(
-    x: Sequence[Tensor], k: int, draws: Sequence[Draws], each: int = 1, *, iterations: int = KMEANS_ITERATIONS
+    x: Sequence[Tensor],
+    k: int,
+    draws: Sequence[Draws],
+    each: int = 1,
+    *,
+    cluster: Callable[..., Tensor] = cluster,
 ) -> list[Tensor]:
     """Representatives by Lloyd's algorithm for all classes at once: row numbers of k different points, (k,) per class.
 
     They are the `each` points nearest each centroid of k / each clusters. x: points (N, D) of every class; draws: of
-    every class. Starts from random points and takes a fixed number of iterations, so that a GPU is never waited for.
-    Clusters that run empty move to the points farthest from their own centroid.
+    every class; cluster: the function of that name, or the same captured. Starts from random points and takes a fixed
+    number of iterations, so that a GPU is never waited for. Clusters that run empty move to the points farthest from
+    their own centroid.
     """
     points, real = padded(x)
     chance, _ = padded([d.uniform(len(own)) for d, own in zip(draws, x, strict=True)])
-    _, nearest, distance = lloyd(points, real, k // each, chance, iterations=iterations)
-    return list(representatives(real, nearest, distance, k // each, each))
+    return list(cluster(points, real, chance, k=k // each, each=each).clone())  # a graph's next call overwrites it
 
 
 def lloyd(

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -102,10 +102,10 @@ class Captured:
     """A function of tensors that is captured as a CUDA graph and replayed as one launch; on a CPU it is just called.
 
     The function must do the same whatever the values of its inputs are: no look at them from Python, no random draws,
-    everything else that it uses always at the same addresses. For each set of input shapes the first WARM calls run as
-    usual, so that libraries choose their kernels, the next one is captured, and the others replay it. A result is
-    overwritten by the next call. Where capturing fails, a warning says so, the graphs made so far are given up, and
-    every call runs as usual.
+    everything else that it uses always at the same addresses. For each set of input shapes (and of keywords, which are
+    plain values) the first WARM calls run as usual, so that libraries choose their kernels, the next one is captured,
+    and the others replay it. A result is overwritten by the next call. Where capturing fails, a warning says so, the
+    graphs made so far are given up, and every call runs as usual.
 
     A bound method is held weakly: its object holds this one, and with the object the graphs and their memory go.
     """
@@ -127,30 +127,31 @@ class Captured:
         assert function is not None, "the object of this method is gone"
         return function
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor, **settings: Any) -> Any:
+        function = partial(self.function, **settings) if settings else self.function
         if self.off:
-            return self.function(*inputs)
-        key = tuple((x.shape, x.dtype) for x in inputs)
+            return function(*inputs)
+        key = (tuple((x.shape, x.dtype) for x in inputs), tuple(settings.items()))
         if key not in self.graphs:
             self.calls[key] = self.calls.get(key, 0) + 1
             if self.calls[key] <= self.WARM:
                 with aside(self.device):
-                    return self.function(*inputs)
-            if not self._capture(key, inputs):
-                return self.function(*inputs)
+                    return function(*inputs)
+            if not self._capture(key, function, inputs):
+                return function(*inputs)
         graph = self.graphs[key]
         for mine, given in zip(graph.inputs, inputs, strict=True):
             mine.copy_(given)
         graph.kernels.replay()
         return graph.result
 
-    def _capture(self, key: Any, inputs: tuple[Tensor, ...]) -> bool:
+    def _capture(self, key: Any, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
         """Capture the function for these inputs' shapes. Returns False, and captures nothing any more, if it fails."""
         # A graph has memory of its own, and what the calls before it have left unused would be missing for it.
         torch.cuda.synchronize()
         return_freed_memory(self.device)
         try:
-            self.graphs[key] = capture(self.function, tuple(x.clone() for x in inputs), self.device)
+            self.graphs[key] = capture(function, tuple(x.clone() for x in inputs), self.device)
             return True
         except (RuntimeError, MemoryError) as error:
             reason = first_line(error)
