@@ -134,16 +134,16 @@ class Recorder(TorchDispatchMode):
         finally:
             self.current = current
 
-    def call_captured(self, captured: Captured, *inputs: Tensor) -> Any:
+    def call_captured(self, captured: Captured, *inputs: Tensor, **settings: Any) -> Any:
         """A call of `Captured`: what would be captured, audited and compared with the call before it."""
         if captured.off:
-            return captured.function(*inputs)
-        key = (captured, tuple((x.shape, x.dtype) for x in inputs))
+            return captured.function(*inputs, **settings)
+        key = (captured, tuple((x.shape, x.dtype) for x in inputs), tuple(settings.items()))
         if key not in self.static:
             self.static[key] = tuple(x.clone() for x in inputs)
         shapes = " ".join("x".join(map(str, x.shape)) for x in inputs)
         with self.audit(f"{captured.function.__qualname__} {shapes}", captured=True) as audit:
-            result = captured.function(*self.static[key])
+            result = captured.function(*self.static[key], **settings)
         if key in self.last:
             audit.moved(self.last[key])
         self.last[key] = audit
@@ -302,7 +302,7 @@ def fake_cuda() -> Iterator[Recorder]:
         (torch._C, "_select_conv_backend", lambda *args, **kwargs: None),
         (torch._C, "_conv_determine_backend_memory_format", _cudnn_layout),
         (passes, "features", noted_features),
-        (Captured, "__call__", lambda captured, *inputs: recorder.call_captured(captured, *inputs)),
+        (Captured, "__call__", lambda captured, *inputs, **how: recorder.call_captured(captured, *inputs, **how)),
     ]
     with FakeTensorMode(), ExitStack() as stack:  # the mode first: what it imports needs the real parts
         if importlib.util.find_spec("triton") is None:

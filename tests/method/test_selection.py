@@ -30,7 +30,7 @@ from utils.method.selection import (
     update_centroids,
 )
 from utils.method.training import fresh_network
-from utils.numerics.compute import Compute
+from utils.numerics.compute import Captured, Compute
 from utils.system.draws import Draws
 
 CPU = Compute(torch.device("cpu"))
@@ -229,6 +229,23 @@ def test_classes_are_clustered_group_by_group_where_their_embeddings_are_large(m
     picks = select(context(real), 10, strategy="kmeans")
     assert groups == [[40, 30, 20, 25], [40], [30], [20, 25]]  # a class of ten images needs no clustering
     assert torch.equal(real.labels[picks], torch.arange(5)[:, None].expand(5, 10))
+
+
+def test_k_means_is_captured_where_one_graph_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def noted(points: Tensor, real: Tensor, chance: Tensor, *, k: int, each: int) -> Tensor:
+        calls.append((len(points), k, each))
+        return selection.cluster(points, real, chance, k=k, each=each)
+
+    def selected(real: ImageSet, captured: Captured | None) -> Tensor:
+        return select(dataclasses.replace(context(real), captured=captured), 10, strategy="kmeans")
+
+    real, captured = real_set((40, 30, 20)), Captured(noted, CPU.device)
+    monkeypatch.setattr(Compute, "classes_together", True)  # as on a GPU
+    assert torch.equal(selected(real, captured), selected(real, None)) and calls == [(3, 10, 1)]
+    monkeypatch.setattr(selection, "EMBEDDING_BYTES", 0)  # class by class
+    assert torch.equal(selected(real, captured), selected(real, None)) and len(calls) == 1
 
 
 @pytest.mark.parametrize("strategy", ["kmeans", "central", "boundary", "herding"])
