@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,7 +40,7 @@ from utils.method.training import Recipe, Together, Trainer, fresh_network, upda
 from utils.numerics.compute import Compute
 from utils.numerics.derivatives import flattened
 from utils.system import distributed
-from utils.system.distributed import SINGLE, Shard, balanced
+from utils.system.distributed import SINGLE, LostRank, Shard, balanced
 from utils.system.draws import Draws
 
 UNEVEN = {"a": 12, "b": 30, "c": 9, "d": 45, "e": 20}  # images of a folder's classes
@@ -178,6 +179,30 @@ def test_a_rank_that_does_not_answer_is_given_up(server: Server) -> None:
     assert ended.status == 1 and "rank 0: error: another rank has ended or does not answer" in ended.err, ended
     children[1].send(signal.SIGKILL)
     children[1].wait()
+
+
+def test_a_time_out_between_gpus_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without GPUs: what NCCL is asked to do, and what is made of the error that PyTorch then raises."""
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    handling: list[str | None] = []
+
+    def begun(*words: Any, **settings: Any) -> None:
+        handling.append(os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING"))
+
+    def timed_out(*words: Any) -> None:
+        raise dist.DistBackendError("NCCL communicator was aborted on rank 0.\nOriginal reason: ...")
+
+    monkeypatch.setattr(dist, "rendezvous", lambda *words, **settings: iter([(None, 0, 2)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(dist, "init_process_group", begun)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", timed_out)
+    says = r"does not answer \(NCCL communicator was aborted on rank 0\.\); what was saved last"
+    with distributed.process_group("cpu:gloo,cuda:nccl", minutes=1) as group, pytest.raises(LostRank, match=says):
+        group.all_reduce_sum(torch.ones(2))
+    assert handling == ["2"]  # operations are given up, and the process goes on
 
 
 # --- The same run, whatever the number of ranks -----------------------------------------------------------------------

@@ -7,7 +7,8 @@ program that was started without torchrun is a group of one: all classes are its
 
 Nothing else in the program asks for a rank. What must happen once only, such as writing a file, is a function under
 `rank_zero_only`; what all have to agree on, such as when to stop, is a collective operation. Every collective operation
-has a time-out, and raises LostRank when another rank has ended.
+has a time-out, and raises LostRank when another rank has ended. Between GPUs, which are not waited for, the next
+operation raises it: nothing that was computed in the meantime is saved, as every save begins with one.
 """
 
 from __future__ import annotations
@@ -106,6 +107,9 @@ def process_group(backends: str, *, minutes: float) -> Iterator[Group]:
         yield SINGLE
         return
     timeout = timedelta(minutes=minutes)
+    # NCCL's operations that fail or time out are given up, so that the next one raises an error that can be told in one
+    # line. By default PyTorch aborts the process, with a page of C++.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
         # After a restart the old store may still be there, with addresses of dead ranks.
