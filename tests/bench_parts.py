@@ -115,7 +115,7 @@ class Timer:
 
 def operators(*functions: Callable[[], object]) -> int:
     """Operator calls of some functions on a CPU, nested ones too."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         for function in functions:
             function()
     return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
@@ -124,7 +124,7 @@ def operators(*functions: Callable[[], object]) -> int:
 def kernels(function: Callable[[], object]) -> tuple[int, float]:
     """Number and seconds of what a GPU runs for a function: kernels, copies and fills, those of CUDA graphs too."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         function()
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]

@@ -46,7 +46,7 @@ from utils.system.report import messages, span
 if TYPE_CHECKING:  # only `check` needs it
     import pytest
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- Check ------------------------------------------------------------------------------------------------------------
 
 GPU_TESTS = "tests/test_gpu.py"
 MARK = "RECORD "  # before the lines that pytest's process writes for this one
@@ -77,6 +77,7 @@ def check(record: Record) -> bool:
         subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests,
     ):
         killer = threading.Timer(max(record.left, 0), tests.kill)
+        killer.daemon = True
         killer.start()
         for line in tests.stdout or ():
             output.write(line)
@@ -103,7 +104,7 @@ def check(record: Record) -> bool:
     return everything and not counts["failed"]
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- Speed ------------------------------------------------------------------------------------------------------------
 
 
 def speed(record: Record) -> bool:

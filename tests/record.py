@@ -90,7 +90,8 @@ def outlives(path: Path) -> bool:
     """Whether the archive holds a file: of a run, nothing that follows from its other files."""
     card = path.with_name(CARD)
     finished = card.exists() and atomic.read_json(card).get("finished", False)
-    return path.name not in (PREVIOUS, CHECKPOINT if finished else DATA) and path.suffix not in (".png", ".lock")
+    unneeded = path.name in (PREVIOUS, CHECKPOINT if finished else DATA) or path.suffix == ".png"
+    return not unneeded and not path.name.startswith(".")  # the lock, and what is being written
 
 
 def unpack(archive: Path, folder: Path) -> None:

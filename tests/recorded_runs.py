@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import shlex
 import time
@@ -148,6 +149,7 @@ def distil(record: Record, name: str, words: Sequence[str], published: dict[int,
 
     published: accuracies in per cent, by outer iteration; -1: the last one.
     """
+    gc.collect()  # the run before, and its memory on the device
     given = record.given
     precision = given.precision or ("tf32" if record.device.type == "cuda" else "fp32")
     argv = [*(TINY if given.tiny else CIFAR10), *words, "--precision", precision, "--device", record.device.type]
@@ -168,6 +170,8 @@ def distil(record: Record, name: str, words: Sequence[str], published: dict[int,
             return True
         log.info("%s: %s", name, parts.describe())
         RecordedRun(name, known, o, parts, folder, stopper).to_the_end()
+        if stopper.signal is not None:
+            record.end = 0.0  # no further run begins
         return folder.check() == "finished"
 
 

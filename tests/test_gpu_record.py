@@ -48,7 +48,7 @@ def results(archive: Path, part: str) -> dict[str, Any]:
     return found
 
 
-# --- headline, methods ------------------------------------------------------------------------------------------------
+# --- Headline, methods ------------------------------------------------------------------------------------------------
 
 
 def test_a_headline_run_that_is_cut_goes_on_from_its_archive_to_the_same_set(
@@ -130,9 +130,12 @@ def test_one_method_that_fails_does_not_keep_the_others(
     rows = results(made, "methods")
     assert list(rows) == ["dm, ipc 1, iteration 2", "random real images, ipc 1", "dc, ipc 1, iteration 2"]
     assert [row["published"] for row in rows.values()] == [26.0, None, 28.3]
+    with signals(1):
+        stopped = archive(tmp_path / "stopped", "methods", *SHORT)
+    assert "dc" not in capsys.readouterr().out and record.RESULTS not in content(stopped)
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- Speed ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_variant_that_fails_has_its_line_and_is_measured_again_by_the_next_call(
@@ -197,7 +200,7 @@ def test_a_variant_s_process_that_fails_is_told_from_one_without_time(
     assert bench.apart("good", words, timeout=1e-3) == {"error": "out of time"}
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- Check ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_tests_are_told_one_by_one_so_that_a_crash_loses_none(
@@ -223,7 +226,7 @@ def test_the_tests_are_told_one_by_one_so_that_a_crash_loses_none(
     assert "0 passed" in capsys.readouterr().out
 
 
-# --- archives ---------------------------------------------------------------------------------------------------------
+# --- Archives ---------------------------------------------------------------------------------------------------------
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, **more: Any) -> tarfile.TarInfo:
@@ -232,6 +235,17 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, **more: Any) -> tarfile.Tar
     for attribute, value in more.items():
         setattr(info, attribute, value)
     return info
+
+
+def test_the_archive_holds_no_second_copy_and_no_lock(tmp_path: Path) -> None:
+    names = {"checkpoint.pt", "checkpoint_previous.pt", "data.pt", "data_000040.pt", "data.json", "log.txt"}
+    for name in {*names, ".lock", ".log.txt.part", "stored_latest.png"}:
+        (tmp_path / name).write_text("{}")
+    kept = {path.name for path in tmp_path.iterdir() if record.outlives(path)}
+    assert kept == names - {"checkpoint_previous.pt", "data.pt"}
+    (tmp_path / "data.json").write_text('{"finished": true}')
+    kept = {path.name for path in tmp_path.iterdir() if record.outlives(path)}
+    assert kept == names - {"checkpoint_previous.pt", "checkpoint.pt"}
 
 
 @pytest.mark.parametrize(
