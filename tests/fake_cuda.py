@@ -199,10 +199,7 @@ WORKS: dict[str, Work] = {
     "hard labels": partial(evaluate, soft=False),
     "soft labels": partial(evaluate, soft=True),
     **{f"select {name}": partial(choose, data=SMALL, strategy=name, network=SMALL_NETWORK) for name in STRATEGIES},
-    **{
-        f"embed {name}": partial(choose, data=data, network=dict(depth=3, width=16))
-        for name, data in SELECTIONS.items()
-    },
+    **{f"embed {name}": partial(choose, data=data, network=NARROW) for name, data in SELECTIONS.items()},
 }
 FULL_SIZE: dict[str, Work] = {
     "headline": partial(distil, flags=HEADLINE_FLAGS, data=CIFAR10),
