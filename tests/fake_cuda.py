@@ -153,7 +153,7 @@ def parts_of(flags: Flags, data: Shape) -> tuple[CondenseOptions, FakeParts]:
 
 def distil(recorder: Recorder, how: Flags, *, flags: Flags, data: Shape) -> None:
     """The loop of condense.py; what happens between its captured functions is audited as well."""
-    o, parts = parts_of({**flags, **how}, data)
+    o, parts = parts_of({**how, **flags}, data)
     state = parts.state(None)
     with recorder.audit("between", captured=False):
         condense.condense(cast(condense.Run, FakeRun(o, parts, state, recorder)))
@@ -195,13 +195,11 @@ SELECTIONS: dict[str, Shape] = {  # the data sets that images are selected from
 Work = Callable[[Recorder, Flags], None]  # takes --precision and --compile
 WORKS: dict[str, Work] = {
     **{name: partial(distil, flags={**SMALL_FLAGS, "method": name}, data=SMALL) for name in METHODS},
+    "dream without Triton": partial(distil, flags={**SMALL_FLAGS, "compile": "off"}, data=SMALL),
     "hard labels": partial(evaluate, soft=False),
     "soft labels": partial(evaluate, soft=True),
     **{f"select {name}": partial(choose, data=SMALL, strategy=name, network=SMALL_NETWORK) for name in STRATEGIES},
-    **{
-        f"embed {name}": partial(choose, data=data, network=dict(depth=3, width=16))
-        for name, data in SELECTIONS.items()
-    },
+    **{f"embed {name}": partial(choose, data=data, network=NARROW) for name, data in SELECTIONS.items()},
 }
 FULL_SIZE: dict[str, Work] = {
     "headline": partial(distil, flags=HEADLINE_FLAGS, data=CIFAR10),
