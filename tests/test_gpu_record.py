@@ -193,6 +193,19 @@ def test_the_benchmark_writes_what_it_has_and_goes_on_after_a_variant_that_fails
     assert "| inner step | 4.4 s | 4.4 s, 1.00 x |" in lines
 
 
+def test_the_benchmark_of_frameworks_goes_on_after_a_variant_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"naive": {"error": "out of time"}}
+    other = {"seconds": [0.5, 1.0, 3.0], "peak memory": 1e9}
+    monkeypatch.setattr(bench, "apart", lambda variant, words: found.get(variant, other))
+    assert bench.main(["--device", "cpu", "--methods", "dm", "--precisions", "fp32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "headline dm, naive: failed: out of time" in lines
+    assert "headline dm, ours fp32: ms: inner step 1,000.0 (500.0-3,000.0); 1.0 GB" in lines
+    assert lines[-1] == "| dm | failed: out of time | 1 s, 1.0 GB | 1 s, 1.00 x, 1.0 GB |"
+
+
 def test_a_variant_s_process_that_fails_is_told_from_one_without_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
