@@ -148,11 +148,14 @@ def table(results: dict[str, dict[str, dict[str, Any]]], flags: str) -> str:
     lines = [f"inner steps, {flags}: seconds (median), x over the naive form / over it with the allocator kept, GB", ""]
     lines += ["| | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
     for method, found in results.items():
-        seconds = {variant: statistics.median(one["seconds"]) for variant, one in found.items()}
+        seconds = {variant: statistics.median(one["seconds"]) for variant, one in found.items() if "error" not in one}
         cells = []
         for variant, one in found.items():
-            ratios = " / ".join(f"{seconds[form] / seconds[variant]:.2f} x" for form in NAIVE)
-            ratio = "" if variant in NAIVE else f", {ratios}"
+            if "error" in one:
+                cells.append(f"failed: {one['error']}")
+                continue
+            ratios = " / ".join(f"{seconds[form] / seconds[variant]:.2f} x" for form in NAIVE if form in seconds)
+            ratio = "" if variant in NAIVE or not ratios else f", {ratios}"
             cells.append(f"{seconds[variant]:.3g} s{ratio}, {one['peak memory'] / 1e9:.1f} GB")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -252,7 +252,7 @@ def seconds(found: dict[str, Any], part: str) -> float:
     """Median seconds of a part of a variant; a step's selection counts a tenth."""
     if part == SELECTION:
         return seconds(found, "embedding") + seconds(found, "k-means")
-    if part == STEP:
+    if part == STEP and part not in found:
         return seconds(found, "matching") + seconds(found, "network update") + seconds(found, SELECTION) / INTERVAL
     return statistics.median(found[part])
 
@@ -263,7 +263,7 @@ def row(found: dict[str, Any]) -> str:
         return f"failed: {found['error']}"
     cells = [
         f"{part} {1e3 * seconds(found, part):,.1f} ({1e3 * min(found[part]):,.1f}-{1e3 * max(found[part]):,.1f})"
-        for part in (*PARTS, EVALUATION)
+        for part in (*PARTS, EVALUATION, STEP)
         if part in found
     ]
     if set(PARTS) <= set(found):

@@ -59,6 +59,8 @@ class FourTests(Parts):
         with compute.rounding():
             for epoch, trainer in train_networks(self.spec, sets, recipe, draws, compute):
                 stopper.check(signals_only=True)
+                if epoch < 2 * first and self.record.left <= 0:
+                    raise Stopped(f"no time for {title}")
                 if epoch == first:  # from here on, CUDA graphs are replayed
                     trainer.parameters[0].sum().item()  # waits for the device
                     began = time.monotonic()

@@ -86,12 +86,17 @@ def test_a_row_holds_the_last_epoch_as_train_py_gives_it_and_the_best_of_four_te
 
 
 def test_an_evaluation_that_would_not_end_in_time_is_left_for_the_next_call(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     none = archive(tmp_path / "none", "headline", "--minutes", "0.25", *SHORT)  # all of it reserved for the packing
     said = capsys.readouterr().out
-    assert "stopped (evaluating iteration 0 needs" in said and "headline: not complete" in said
+    assert "stopped (no time for evaluating iteration 0)" in said and "headline: not complete" in said
     assert record.RESULTS not in content(none)
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded_runs, "span", lambda seconds: "hours")
+        patch.setattr(record.Record, "left", 1e-9)
+        archive(tmp_path / "little", "headline", *SHORT)
+    assert "stopped (evaluating iteration 0 needs hours, there are hours)" in capsys.readouterr().out
     done = archive(tmp_path / "done", "headline", *SHORT, goes_on_from=none)
     assert len(results(done, "headline")) == 3
     capsys.readouterr()
@@ -132,7 +137,7 @@ def test_one_method_that_fails_does_not_keep_the_others(
     assert [row["published"] for row in rows.values()] == [26.0, None, 28.3]
     with signals(1):
         stopped = archive(tmp_path / "stopped", "methods", *SHORT)
-    assert "dc" not in capsys.readouterr().out and record.RESULTS not in content(stopped)
+    assert "dc, ipc 1" not in capsys.readouterr().out and record.RESULTS not in content(stopped)
 
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
@@ -186,6 +191,19 @@ def test_the_benchmark_writes_what_it_has_and_goes_on_after_a_variant_that_fails
     assert "tiny, published: failed: exit status 1" in lines and "published failed: exit status 1" in lines
     assert "| | published, allocator kept | ours fp32 |" in lines
     assert "| inner step | 4.4 s | 4.4 s, 1.00 x |" in lines
+
+
+def test_the_benchmark_of_frameworks_goes_on_after_a_variant_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"naive": {"error": "out of time"}}
+    other = {"seconds": [0.5, 1.0, 3.0], "peak memory": 1e9}
+    monkeypatch.setattr(bench, "apart", lambda variant, words: found.get(variant, other))
+    assert bench.main(["--device", "cpu", "--methods", "dm", "--precisions", "fp32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "headline dm, naive: failed: out of time" in lines
+    assert "headline dm, ours fp32: ms: inner step 1,000.0 (500.0-3,000.0); 1.0 GB" in lines
+    assert lines[-1] == "| dm | failed: out of time | 1 s, 1.0 GB | 1 s, 1.00 x, 1.0 GB |"
 
 
 def test_a_variant_s_process_that_fails_is_told_from_one_without_time(
