@@ -23,6 +23,7 @@ from utils.system import distributed
 from utils.system.device import device_name, keep_freed_memory, out_of_memory
 from utils.system.distributed import Group
 from utils.system.errors import UserError, first_line, printable
+from utils.system.waiting import spin_only_when_idle
 
 OUT_OF_MEMORY = (
     "error: the memory is full ({}); lower --batch_real, --batch_syn_max, --batch_size, --width or --size, or use a "
@@ -37,6 +38,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the scripts set this while they import PyTorch
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
+    spin_only_when_idle()
     prepare_output()
     if not distributed.is_first() and sys.stdout is not None:
         discard(sys.stdout)
