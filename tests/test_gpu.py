@@ -33,7 +33,7 @@ from utils.method.trajectory import TrajectoryStep
 from utils.numerics.compilation import compiler_error
 from utils.numerics.compute import Captured, Compute
 from utils.numerics.derivatives import flattened
-from utils.system.device import set_precision
+from utils.system.device import set_precision, with_precision
 from utils.system.distributed import SINGLE
 from utils.system.draws import Draws
 
@@ -41,6 +41,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SPEC = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16)
 UPDATE = Recipe(batch_size=16, augment=Augment("color_crop"), mixup="cut")
 STEPS = 8  # the calls that warm up, the one that is captured, and replays
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """PyTorch begins with TF32 in a GPU's convolutions: what is compared would differ by a thousandth."""
+    with with_precision(torch.device("cuda"), "fp32"):
+        yield
 
 
 def compute(device: str, precision: str = "fp32", compile: bool = False) -> Compute:
@@ -158,7 +165,7 @@ def test_a_captured_step_gives_the_same(names: str, norm: str, matched: Comparis
         assert captured_step(captured).graphs and captured.trainer.steps.graphs
         assert not captured_step(captured).off and not captured.trainer.steps.off
     for ours, expected in zip(everything(captured), everything(plain), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=5e-5)  # grid_sample adds in any order
 
 
 @pytest.mark.parametrize("device", DEVICES)
