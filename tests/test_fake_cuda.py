@@ -96,8 +96,8 @@ def check(found: dict[str, list[dict[str, Any]]], table: dict[str, Limits]) -> N
 @pytest.mark.parametrize(
     "works",
     [
-        ("dream", "idc", "dc", "dsa", "dream without Triton"),
-        ("dm", "mtt", "dream+", "hard labels", "soft labels"),
+        ("dream", "idc", "dc", "dsa"),
+        ("dm", "mtt", "dream+", "dream without Triton", "hard labels", "soft labels"),
     ],
     ids=" ".join,
 )
