@@ -96,6 +96,31 @@ def test_compiled_functions_give_the_same(quick: BlockFunctions, case: str, norm
         assert (ours - exact).double().norm() <= EXACT[dtype] * exact.double().norm()
 
 
+@pytest.fixture(scope="module")
+def without_avx512() -> BlockFunctions:
+    """Those that processors without AVX-512 get, which handle fewer channels at a time."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("needs a processor with AVX2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "TARGET", "x86-64-v3")
+        try:
+            return cpu_functions.__wrapped__()
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_processors_without_avx512_get_the_same(
+    quick: BlockFunctions, without_avx512: BlockFunctions, norm: str, dtype: torch.dtype
+) -> None:
+    groups = NORMS[norm] if norm != "instance" else CASES["odd"][2]
+    for ours, usual in zip(
+        *(every_result(how, dtype, groups, CASES["odd"]) for how in (without_avx512, quick)), strict=True
+    ):
+        assert (ours - usual).double().norm() <= EXACT[dtype] * usual.double().norm()
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_kernels_find_the_same_patches(layout: torch.memory_format) -> None:
     if problem := interpreter_error():

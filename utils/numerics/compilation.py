@@ -136,6 +136,9 @@ def cpu_functions() -> BlockFunctions:
     return BlockFunctions(forward, backward, tangent, adjoint)
 
 
+TARGET = "native"  # the processor that C++ is compiled for: the one that it runs on
+
+
 def _library(source: Path) -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -143,7 +146,7 @@ def _library(source: Path) -> ctypes.CDLL:
     # The threads are to be PyTorch's own: two pools would wait for each other.
     openmp = sorted(Path(torch.__file__).with_name("lib").glob("lib*omp*"))
     # No -ffast-math: NaN has to stay NaN. -w: GCC warns about the vector types, which no other library meets.
-    flags = ["-std=c++17", "-O2", "-march=native", "-w", "-fPIC", "-shared", "-fopenmp"]
+    flags = ["-std=c++17", "-O2", f"-march={TARGET}", "-w", "-fPIC", "-shared", "-fopenmp"]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "block.so")
         command = [compiler, *flags, str(source), "-o", str(target), *map(str, openmp)]
