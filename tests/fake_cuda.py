@@ -262,7 +262,7 @@ def table(name: str, found: Sequence[Result], operators: bool) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the works that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everything = {**WORKS, **FULL_SIZE}
@@ -280,7 +280,7 @@ def main() -> None:
     )
     parser.add_argument("--operators", action="store_true", help="also show the operators of every function")
     parser.add_argument("--json", action="store_true", help="print one JSON object: work -> functions")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if reason := unsupported():
         raise SystemExit(f"this PyTorch cannot compute with fake CUDA tensors: {reason}")
     found = {}
@@ -293,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

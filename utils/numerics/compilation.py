@@ -170,7 +170,7 @@ class _Tensor(ctypes.Structure):
 
 # --- Whether to compile -----------------------------------------------------------------------------------------------
 
-WORTH_COMPILING = {"cpu": 1e12, "cuda": 1e15}  # operations that save the 5 and the 13 s that compiling takes
+WORTH_COMPILING = {"cpu": 1e12, "cuda": 1e15}  # operations that save the 5 and 8 s that compiling takes
 
 
 def computing(device: torch.device, compile: str, precision: str, flop: float) -> Compute:
