@@ -1,8 +1,8 @@
 """How long a run takes beside other programs: alone, and beside processes that keep the processors busy. Not a test.
 
-    $ python3 tests/bench_busy.py                                  # the first command of the README, beside 4
-    $ python3 tests/bench_busy.py --busy 4 --repeats 3 -- --niter 1 --epochs 20    # a short run
-    $ OMP_WAIT_POLICY=active python3 tests/bench_busy.py           # without what utils/system/waiting.py does
+    $ python3 tests/bench_busy.py                                                # the first command of the README
+    $ python3 tests/bench_busy.py --busy 2 --repeats 5 -- --niter 1 --epochs 20  # a short one
+    $ GOMP_SPINCOUNT=300000 python3 tests/bench_busy.py                          # without utils/system/waiting.py
 
 Share: of a processor, what each busy process got while the command ran, which a thread of ours could have had as well.
 Explained: the seconds alone divided by it. Ratio: the seconds beside the busy processes over those. Alone, keep the
