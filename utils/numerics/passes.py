@@ -244,6 +244,8 @@ def slope(net: Weights, kept: FirstOrder, along: Weights, count: int) -> Slope:
 def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[Norm]]:
     """The last features (N, C, H, W), and every block's `conv_input` and norm."""
     h = x.flatten(0, 1)
+    if not as_product(net.blocks[0].weights[0]):  # patches have the layout and the dtype from the beginning
+        h = channels_last(h.to(net.classifier.dtype))
     inputs, norms = [], []
     for block in net.blocks:
         h = conv_input(h, block, net.functions)
@@ -403,10 +405,10 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def conv_input(h: Tensor, block: Block, functions: BlockFunctions) -> Tensor:
-    """What `conv` and `by_weights` take of a block's input (N, C, H, W): the input or its patches, channels last."""
+    """What `conv` and `by_weights` take of a block's input (N, C, H, W): the input, or its patches, channels last."""
     weight = block.weights[0]
     if not as_product(weight):
-        return channels_last(h.to(weight.dtype))
+        return h
     count, kernel = weight[0].numel(), (weight.shape[2], weight.shape[3])
     return functions.patches(h, kernel, block.padding, count + -count % MULTIPLE, weight.dtype)
 
