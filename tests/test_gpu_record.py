@@ -74,6 +74,7 @@ def test_a_headline_run_that_is_cut_goes_on_from_its_archive_to_the_same_set(
     assert not [name for name in content(last) if name.endswith((".png", "checkpoint.pt"))]
 
 
+@pytest.mark.slow
 def test_a_row_holds_the_last_epoch_as_train_py_gives_it_and_the_best_of_four_tests(tmp_path: Path) -> None:
     made = archive(tmp_path / "out", "headline", *SHORT)
     record.unpack(made, tmp_path / "work")
@@ -125,6 +126,7 @@ def test_a_run_is_in_its_precision_and_its_evaluations_are_in_float32(
     assert seen == {("__call__", "tf32"), ("train_networks", "ieee"), ("confusion_matrix", "ieee")}
 
 
+@pytest.mark.slow
 def test_one_method_that_fails_does_not_keep_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def test_one_method_that_fails_does_not_keep_the_others(
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_has_its_line_and_is_measured_again_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +224,7 @@ def test_a_variant_s_process_that_fails_is_told_from_one_without_time(
 # --- Check ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tests_are_told_one_by_one_so_that_a_crash_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
