@@ -8,7 +8,7 @@ import io
 import tarfile
 import time
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -100,10 +100,13 @@ def unpack(archive: Path, folder: Path) -> None:
         with tarfile.open(archive, "r:gz") as tar:
             size = 0
             for member in tar:
-                size += member.size
-                if size > LARGEST or not (member.isfile() or member.isdir()):
+                size, name = size + member.size, PurePosixPath(member.name)
+                file = tar.extractfile(member) if member.isfile() else None
+                if size > LARGEST or file is None or name.is_absolute() or ".." in name.parts:
                     raise UserError(f"{archive}: was not made by this script ({member.name})")
-                tar.extract(member, folder, filter="data")
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read())  # with no other permissions than new files have
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{archive}: cannot be unpacked ({first_line(error)})") from error
 
