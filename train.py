@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ from utils.files.imagefiles import GRID_COLUMNS
 from utils.method.evaluation import Score, evaluate_networks
 from utils.method.formation import Formation
 from utils.method.images import to_unit
+from utils.method.training import Trainer
 from utils.numerics.compilation import computing
 from utils.runs import confusion, export, results, sets
 from utils.runs.board import Board, check_board
@@ -57,6 +59,8 @@ from utils.system.errors import UsageError, UserError
 from utils.system.report import messages, span
 
 log = logging.getLogger("dream")
+
+LOSSES = 50  # points of a training's loss curve, about
 
 Row = tuple[NetSpec, TrainingData]
 
@@ -174,7 +178,7 @@ class Evaluation:
             seed=o.seed,
             compute=computing(self.device, o.compile, o.precision, flop),
             title=title,
-            on_loss=partial(self._show_loss, title) if self.board.on else None,
+            on_epoch=partial(self._show_losses, title) if self.board.on else None,
         )
         return score, time.monotonic() - started
 
@@ -188,9 +192,11 @@ class Evaluation:
                 shown = torch.stack([to_unit(train.of_class(c)[:count]) for c in range(train.classes)])
                 self.board.images(0, **{f"training images/{data.title}": shown})
 
-    def _show_loss(self, title: str, r: int, epoch: int, loss: float) -> None:
-        """Write the loss of training r after an epoch to the TensorBoard log."""
-        self.board.scalar(f"training loss/{title}, training {r}", loss, epoch)
+    def _show_losses(self, title: str, trainings: Sequence[int], epoch: int, trainer: Trainer) -> None:
+        """Write networks' mean losses on their own images to the TensorBoard log, about LOSSES times in a training."""
+        if epoch % math.ceil(trainer.recipe.epochs / LOSSES) == 0:
+            for r, loss in zip(trainings, trainer.losses().tolist(), strict=True):
+                self.board.scalar(f"training loss/{title}, training {r}", loss, epoch)
 
     @rank_zero_only
     def show_confusion(self, training_data: Sequence[TrainingData]) -> None:

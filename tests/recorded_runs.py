@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
+import math
 import shlex
 import time
 import traceback
@@ -13,15 +13,14 @@ from typing import Any
 
 import condense
 from tests.record import Record
-from utils.config import build, derived, resolve
+from utils.config import build, resolve
 from utils.config.build import Parts, Problem
 from utils.config.options import FREE, RESUMABLE
-from utils.method.evaluation import Score
+from utils.method.evaluation import OnEpoch, Score
 from utils.method.images import ImageSet
-from utils.method.training import confusion_matrix, train_networks
+from utils.method.training import Trainer, confusion_matrix
 from utils.runs.folder import RunFolder
 from utils.system import process
-from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
 from utils.system.process import Stopped, Stopper
 from utils.system.report import span
@@ -44,37 +43,60 @@ TINY = shlex.split(
 )
 
 
+class NoTime(Exception):
+    """An evaluation would not end in time. (Stopped is for signals while networks are trained.)"""
+
+
+class Watch:
+    """What an evaluation is watched for: the time that it will take, and four tests of each training."""
+
+    def __init__(self, record: Record, title: str, test: ImageSet, count: int) -> None:
+        """count: of trainings."""
+        self.record, self.title, self.test = record, title, test
+        self.tests: list[list[float]] = [[] for _ in range(count)]
+
+    def __call__(self, trainings: Sequence[int], epoch: int, trainer: Trainer) -> None:
+        """Test after each quarter of the epochs. Raises NoTime, which the first epochs show."""
+        epochs, groups = trainer.recipe.epochs, math.ceil(len(self.tests) / len(trainings))
+        few = max(1, epochs // 50)
+        if trainings[0] == 0 and epoch <= 2 * few:
+            self._check_time(epoch, few, groups * epochs - epoch, trainer)
+        if epoch in {-(-epochs * quarter // 4) for quarter in (1, 2, 3, 4)}:
+            for r, net in zip(trainings, trainer.nets, strict=True):
+                matrix = confusion_matrix(net, self.test, trainer.compute)
+                self.tests[r].append(100 * matrix.trace().item() / len(self.test))
+
+    def _check_time(self, epoch: int, few: int, left: int, trainer: Trainer) -> None:
+        """Time the epochs from `few` to twice as many, in which CUDA graphs are replayed; left: epochs to go."""
+        if self.record.left <= 0:
+            raise NoTime(f"no time for {self.title}")
+        if epoch == few:
+            trainer.parameters[0].sum().item()  # waits for the device
+            self.began = time.monotonic()
+        elif epoch == 2 * few:
+            trainer.parameters[0].sum().item()
+            needed = (time.monotonic() - self.began) / few * left
+            log.info("%s: about %s", self.title, span(needed))
+            if needed > self.record.left:
+                raise NoTime(f"{self.title} needs {span(needed)}, there are {span(max(self.record.left, 0))}")
+
+
 class FourTests(Parts):
     """Parts of a run whose evaluations also give the published statistic, and stop where they would not end in time."""
 
     record: Record
     best: Score  # of the last evaluation: the best of four tests of each training, one after each quarter of its epochs
 
-    def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper) -> Score:
-        """Train networks in float32, test each four times, return the last tests. Raises Stopped for want of time."""
-        o, test, recipe = self.o, self.data.test, derived.evaluation_recipe(self.o, flip=self.data.flip)
-        draws = [Draws(self.device, o.seed, "evaluate", r) for r in range(len(sets))]
-        compute = dataclasses.replace(self.compute, precision="fp32")
-        quarters, first, tests = {-(-recipe.epochs * k // 4) for k in (1, 2, 3, 4)}, max(1, recipe.epochs // 50), []
-        with compute.rounding():
-            for epoch, trainer in train_networks(self.spec, sets, recipe, draws, compute):
-                stopper.check(signals_only=True)
-                if epoch < 2 * first and self.record.left <= 0:
-                    raise Stopped(f"no time for {title}")
-                if epoch == first:  # from here on, CUDA graphs are replayed
-                    trainer.parameters[0].sum().item()  # waits for the device
-                    began = time.monotonic()
-                if epoch == 2 * first:
-                    trainer.parameters[0].sum().item()
-                    needed = (time.monotonic() - began) / first * (recipe.epochs - epoch)
-                    log.info("%s: about %s", title, span(needed))
-                    if needed > self.record.left:
-                        raise Stopped(f"{title} needs {span(needed)}, there are {span(max(self.record.left, 0))}")
-                if epoch in quarters:
-                    matrices = [confusion_matrix(net, test, compute) for net in trainer.nets]
-                    tests.append([100 * matrix.trace().item() / len(test) for matrix in matrices])
-        self.best = Score(tuple(map(max, zip(*tests, strict=True))))
-        return Score(tuple(tests[-1]))
+    def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper, on_epoch: OnEpoch | None = None) -> Score:
+        """Evaluate as condense.py does, under watch. Raises Stopped for want of time."""
+        assert on_epoch is None
+        watch = Watch(self.record, title, self.data.test, len(sets))
+        try:
+            score = super().evaluate(sets, title, stopper, watch)
+        except NoTime as error:
+            raise Stopped(str(error)) from None
+        self.best = Score(tuple(map(max, watch.tests)))
+        return score
 
 
 class RecordedRun(condense.Run):

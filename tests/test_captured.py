@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,14 +272,9 @@ def step(kind: type[Any]) -> Any:
     if kind is MatchingStep:
         return MatchingStep(matcher, net, pixels, real)
 
-    class NoExperts:
-        count = 0
-
-        def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-            raise NotImplementedError
-
+    no_experts: Any = SimpleNamespace(count=0)  # they are not asked for any
     return TrajectoryStep(
-        matcher, net, pixels, real, NoExperts(), steps=1, epochs=1, max_start=1, step_size=0.1, lr_step=0.1
+        matcher, net, pixels, real, no_experts, steps=1, epochs=1, max_start=1, step_size=0.1, lr_step=0.1
     )
 
 

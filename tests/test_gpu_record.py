@@ -15,6 +15,7 @@ import torch
 import train
 from tests import bench, bench_parts, gpu_record, record, recorded_runs
 from tests.distilling import signals
+from utils.method import evaluation
 from utils.method.matching import MatchingStep
 from utils.system.errors import UserError
 
@@ -120,7 +121,7 @@ def test_a_run_is_in_its_precision_and_its_evaluations_are_in_float32(
         monkeypatch.setattr(owner, name, noted)
 
     noting(MatchingStep, "__call__")
-    noting(recorded_runs, "train_networks")
+    noting(evaluation, "train_networks")
     noting(recorded_runs, "confusion_matrix")
     archive(tmp_path / "out", "headline", "--precision", "bf16", *SHORT)
     assert seen == {("__call__", "tf32"), ("train_networks", "ieee"), ("confusion_matrix", "ieee")}

@@ -374,12 +374,16 @@ def test_a_training_and_its_graphs_are_gone_when_the_next_begins(monkeypatch: py
         gc.enable()
 
 
-def test_the_losses_told_are_the_mean_cross_entropy_of_every_training_on_its_own_images() -> None:
+def test_losses_after_an_epoch_are_the_mean_cross_entropy_of_every_training_on_its_own_images() -> None:
     told: list[tuple[int, int, float]] = []
+
+    def note(trainings: Sequence[int], epoch: int, trainer: Trainer) -> None:
+        told.extend((r, epoch, loss) for r, loss in zip(trainings, trainer.losses().tolist(), strict=True))
+
     sets = [easy_set(12, r) for r in range(2)]
     score = evaluate_networks(
         SPEC, lambda r: sets[r], easy_set(40, 9), recipe(epochs=2), trainings=range(2), seed=0, compute=CPU,
-        on_loss=lambda r, epoch, loss: told.append((r, epoch, loss)),
+        on_epoch=note,
     )  # fmt: skip
     assert [(r, epoch) for r, epoch, _ in told] == [(0, 1), (1, 1), (0, 2), (1, 2)]
     for r, expected in enumerate(loss for _, epoch, loss in told if epoch == 2):

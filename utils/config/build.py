@@ -17,7 +17,7 @@ from utils.config.options import FREE, RESUMABLE, CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
 from utils.files.atomic import checksum
 from utils.method.augment import Augment
-from utils.method.evaluation import Score, evaluate_networks
+from utils.method.evaluation import OnEpoch, Score, evaluate_networks
 from utils.method.formation import training_images
 from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
@@ -385,7 +385,7 @@ class Parts:
         context = self.context(fresh_network(self.spec, draws), draws)
         return coreset(context, "random", ipc=self.o.ipc, all_gather=self.shard.all_gather)
 
-    def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper) -> Score:
+    def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper, on_epoch: OnEpoch | None = None) -> Score:
         """Train --repeat networks, shared by the ranks, each on its set, and test them. Raises Stopped on request."""
         o, group = self.o, self.group
         trainings = group.assigned([1.0] * o.repeat)
@@ -400,5 +400,6 @@ class Parts:
                 compute=dataclasses.replace(self.compute, precision="fp32"),
                 title=title,
                 stopper=stopper,
+                on_epoch=on_epoch,
             )
         return score.all_reduce(trainings, group, repeat=o.repeat)

@@ -5,7 +5,6 @@ No test result is ever chosen: neither the best of the epochs nor the best of th
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from models import NetSpec
 from utils.method.images import ImageSet
-from utils.method.training import Recipe, confusion_matrix, train_networks
+from utils.method.training import Recipe, Trainer, confusion_matrix, train_networks
 from utils.numerics.compute import Compute
 from utils.system.distributed import Group
 from utils.system.draws import Draws
@@ -23,7 +22,6 @@ from utils.system.errors import UserError
 from utils.system.process import Stopper
 from utils.system.report import Progress
 
-LOSSES = 50  # points of a training's loss curve, about
 TOGETHER = 4096  # images of a set up to which trainings run side by side; a larger one fills the machine by itself
 
 
@@ -70,6 +68,10 @@ class Score:
         return Score(tuple(group.all_reduce_disjoint(accuracies).tolist()), group.all_reduce_sum(self.confusion))
 
 
+# Called with the numbers of the trainings that run side by side, the epoch, and their trainer.
+OnEpoch = Callable[[Sequence[int], int, Trainer], None]
+
+
 def evaluate_networks(
     spec: NetSpec,
     training_set: Callable[[int], ImageSet],
@@ -81,14 +83,13 @@ def evaluate_networks(
     compute: Compute,
     title: str = "evaluating",
     stopper: Stopper | None = None,
-    on_loss: Callable[[int, int, float], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Score:
     """Train fresh networks and test each once, under a progress bar.
 
     training_set(r) returns the images of training number r. Trainings are independent: their results do not depend on
-    whether they run side by side, one after the other or on other ranks. on_loss(r, epoch, loss) is called about LOSSES
-    times in a training, with the mean loss of the network on its own images. Raises Stopped between two epochs when a
-    signal asks for it, and UserError when a network's weights are NaN.
+    whether they run side by side, one after the other or on other ranks. on_epoch is called after every epoch. Raises
+    Stopped between two epochs when a signal asks for it, and UserError when a network's weights are NaN.
     """
     with compute.rounding(), Progress(len(trainings) * recipe.epochs, title, "epoch") as progress:
         with progress.paused():  # selecting real images may take longer than training on them
@@ -103,9 +104,8 @@ def evaluate_networks(
                 progress.advance(len(now))
                 if stopper is not None:
                     stopper.check(signals_only=True)
-                if on_loss is not None and epoch % math.ceil(recipe.epochs / LOSSES) == 0:
-                    for r, loss in zip(now, trainer.losses().tolist(), strict=True):
-                        on_loss(r, epoch, loss)
+                if on_epoch is not None:
+                    on_epoch(now, epoch, trainer)
             for r, net in zip(now, trainer.nets, strict=True):
                 if not all(torch.isfinite(p).all() for p in net.parameters()):
                     raise UserError(f"training {r + 1} of {spec.name} gave NaN; lower --lr ({recipe.lr:g})")
