@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Network
+from utils.method.augment import GEOMETRIC, Augment
 from utils.method.images import ImageSet, Normalize
 from utils.method.objectives import METRICS
 from utils.method.training import Recipe, plan, train_networks
@@ -48,10 +49,14 @@ def decode_naively(stored: Tensor, factor: int, decode_type: str) -> Tensor:
     return torch.cat(found)
 
 
-def augment_one(x: Tensor, u: Tensor, names: tuple[str, ...], geometries: list[str]) -> Tensor:
+def augment_one(x: Tensor, u: Tensor, augment: Augment) -> Tensor:
     """One image (C, H, W) under one draw, operation by operation, pixel by pixel where it can be."""
     channels, height, width = x.shape
     flip, bright, saturate, contrast, move_y, move_x, cut_y, cut_x, pick = u[:9].tolist()
+    names, geometries = augment.names, augment.geometries
+    if augment.one:
+        names = (names[math.floor(pick * len(names))],)
+        geometries, pick = [name for name in names if name in GEOMETRIC], 0
     geometry = geometries[math.floor(pick * len(geometries))] if geometries else None
     if "color" in names:
         x = x + (bright - 0.5) * 1.0
@@ -91,9 +96,9 @@ def augment_one(x: Tensor, u: Tensor, names: tuple[str, ...], geometries: list[s
     return x
 
 
-def augment_shared(x: Tensor, u: Tensor, names: tuple[str, ...], geometries: list[str]) -> Tensor:
+def augment_shared(x: Tensor, u: Tensor, augment: Augment) -> Tensor:
     """A batch under one draw."""
-    return torch.stack([augment_one(image, u, names, geometries) for image in x])
+    return torch.stack([augment_one(image, u, augment) for image in x])
 
 
 def layer_distance(metric: str, real: Tensor, syn: Tensor) -> Tensor:
@@ -103,7 +108,8 @@ def layer_distance(metric: str, real: Tensor, syn: Tensor) -> Tensor:
     if metric == "l1":
         return (real - syn).abs().sum()
     if metric == "l1_mean":
-        return (real - syn).abs().sum() / real.numel()
+        rows = zip(real, syn, strict=True) if real.dim() > 1 else [(real, syn)]
+        return torch.stack([(a - b).abs().sum() / a.numel() for a, b in rows]).sum()
     if metric != "cos":
         return METRICS[metric](real, syn)
     total = real.new_zeros(())
@@ -142,8 +148,9 @@ def class_distance(
     if match == "embed":
         mean_real, mean_syn = (sum(net.embed(x), real.new_zeros(())) / len(x) for x in (real, syn))
         return layer_distance(metric, mean_real.detach(), mean_syn)
-    if match == "feat":
+    if match in ("feat", "blocks"):
         pairs = [(a.mean(0), b.mean(0)) for a, b in zip(net.features(real), net.features(syn), strict=True)]
+        pairs = pairs if match == "blocks" else pairs[-1:]
         return sum((layer_distance(metric, a.detach(), b) for a, b in pairs), real.new_zeros(()))
     weights = matched(net, bias=bias, fc=fc)
     target = torch.tensor([label], device=real.device)
@@ -171,8 +178,7 @@ class PublishedPixels:
         *,
         factor: int,
         decode_type: str = "single",
-        names: tuple[str, ...],
-        geometries: list[str],
+        augment: Augment,
         metric: str,
         match: str,
         bias: bool = False,
@@ -188,8 +194,8 @@ class PublishedPixels:
             decoded = decode_naively(self.pixels[c], factor, decode_type)
             if chosen is not None:
                 decoded = torch.stack([decoded[i] for i in chosen[c].tolist()])
-            syn = augment_shared(normalize(decoded), shared[c], names, geometries)
-            wanted = augment_shared(normalize(real.images[picks[c]]), shared[c], names, geometries)
+            syn = augment_shared(normalize(decoded), shared[c], augment)
+            wanted = augment_shared(normalize(real.images[picks[c]]), shared[c], augment)
             loss = class_distance(net, wanted, syn, c, metric, match, bias=bias, fc=fc)
             self.pixels.grad = torch.autograd.grad(loss, self.pixels)[0]  # zero for the other classes
             self.sgd.step()
@@ -220,7 +226,7 @@ def naive_epoch(
         for n in range(start, end):
             position, u = int(drawn.order[n]), torch.cat([drawn.u[n, :8], geometry[None]])
             image = train.normalize(train.images[[position]])[0]
-            x.append(augment_one(image, u, recipe.augment.names, recipe.augment.geometries))
+            x.append(augment_one(image, u, recipe.augment))
             y.append(int(train.labels[position]))
         partner, kept = list(range(len(x))), 1.0
         apply, size, centre_y, centre_x = numbers

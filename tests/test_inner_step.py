@@ -80,8 +80,7 @@ def check_inner_steps(match: Matcher, net: Network, *, ipc: int = 2, side: int =
             *match.draw(CLASSES, ipc, Draws("cpu", "match", it)),
             factor=match.formation.factor,
             decode_type=match.formation.decode_type,
-            names=match.augment.names,
-            geometries=match.augment.geometries,
+            augment=match.augment,
             metric=how.metric,
             match=how.objective,
             bias=how.bias,
@@ -97,7 +96,12 @@ def check_inner_steps(match: Matcher, net: Network, *, ipc: int = 2, side: int =
 
 OTHERS = (Comparison("embed"), Comparison("grad+embed"), Comparison("grad", "cos", fc=True))
 MATCHERS: list[tuple[Matcher, str]] = [
-    *((matcher(factor, Comparison(o, m)), "instance") for factor in (1, 3) for m in METRICS for o in ("grad", "feat")),
+    *(
+        (matcher(factor, Comparison(o, m)), "instance")
+        for factor in (1, 3)
+        for m in METRICS
+        for o in ("grad", "blocks")
+    ),
     *((matcher(2, Comparison(o)), norm) for norm in models.NORMS for o in ("grad", "feat")),
     *(
         (matcher(1, Comparison("grad", metric, bias, fc)), norm)
@@ -105,7 +109,10 @@ MATCHERS: list[tuple[Matcher, str]] = [
         for bias, fc in ((True, False), (False, True), (True, True))
     ),
     *((matcher(2, how), norm) for norm in ("instance", "group", "batch") for how in OTHERS),
-    *((matcher(2, names=names), "instance") for names in ("none", "color_crop_cutout", "flip_rotate")),
+    *(
+        (matcher(2, names=names), "instance")
+        for names in ("none", "one_color_crop_cutout_flip_scale_rotate", "color_crop_cutout", "flip_rotate")
+    ),
 ]
 
 
@@ -203,7 +210,7 @@ def test_matching_leaves_the_running_statistics_of_batch_norm_alone() -> None:
 def test_objectives_are_joined_by_a_plus_and_each_is_named_once() -> None:
     assert parse("embed") == ("embed",) and Comparison("grad+embed").parts == ("grad", "embed")
     for text in ("", "gradient", "grad+", "grad+grad", "grad,embed", "grad + embed"):
-        with pytest.raises(ValueError, match="not one of grad, feat, embed"):
+        with pytest.raises(ValueError, match="not one of grad, feat, blocks, embed"):
             parse(text)
 
 

@@ -9,14 +9,15 @@ from utils.system.draws import Draws
 
 ONE_OF = ["crop", "scale", "rotate", "translate"]
 EVERYTHING = "_".join(["flip", "color", "cutout", *ONE_OF])
+SIX = "color_crop_cutout_flip_scale_rotate"
 
 
 @pytest.mark.parametrize("side", [8, 15, 28])
-@pytest.mark.parametrize("names", ["color_cutout_flip", *ONE_OF, EVERYTHING, "crop_rotate"])
+@pytest.mark.parametrize("names", ["color_cutout_flip", *ONE_OF, EVERYTHING, "crop_rotate", f"one_{SIX}"])
 def test_a_batch_is_augmented_as_each_image_alone(names: str, side: int) -> None:
     x = torch.randn(16, 3, side, side, dtype=torch.float64)
     augment, u = Augment(names), torch.rand(16, COLUMNS)
-    expected = torch.stack([augment_one(x[i], u[i], augment.names, augment.geometries) for i in range(16)])
+    expected = torch.stack([augment_one(x[i], u[i], augment) for i in range(16)])
     torch.testing.assert_close(augment(x, u), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -52,6 +53,24 @@ def test_one_geometric_operation_is_drawn_per_call_and_each_one_comes_up() -> No
     assert (drawn[:, 0] * 3).long().unique().tolist() == [0, 1, 2]
 
 
+def test_exactly_one_of_six_operations_is_applied_at_a_call_in_dsa() -> None:
+    """Each of the six comes up, alone: the result is that of this operation by itself."""
+    x, augment, found = torch.randn(5, 3, 16, 16), Augment(f"one_{SIX}"), []
+    for seed in range(60):
+        u = augment.draw_shared(1, Draws("cpu", seed))
+        alone = u.clone()
+        alone[:, GEOMETRY] = 0
+        same = [name for name in parse(SIX) if torch.equal(augment(x, u), Augment(name)(x, alone))]
+        found.append("flip" if "flip" in same else same[0])  # half of the flips leave images as they are
+    assert {*found} == {*parse(SIX)}
+
+
+def test_one_of_several_changes_images_less_than_all_of_them() -> None:
+    x, u = torch.randn(600, 3, 16, 16), torch.rand(600, COLUMNS)
+    one, several = ((Augment(names)(x, u) - x).square().mean().sqrt() for names in (f"one_{SIX}", SIX))
+    assert one < 0.75 * several
+
+
 def test_crop_shifts_by_an_eighth_of_the_side_at_most_and_brings_zeros_in() -> None:
     x = torch.ones(1000, 1, 32, 32)
     shown = Augment("crop")(x, torch.rand(1000, COLUMNS)).sum((1, 2, 3))
@@ -66,7 +85,7 @@ def test_cutout_hides_a_square_of_half_the_side_clipped_at_the_border() -> None:
 
 def test_augmentation_has_a_gradient_with_respect_to_the_pixels() -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    for names in (*ONE_OF, EVERYTHING):
+    for names in (*ONE_OF, EVERYTHING, f"one_{EVERYTHING}"):
         u = torch.rand(1, 9, dtype=torch.float64)
         assert torch.autograd.gradcheck(lambda x, names=names, u=u: Augment(names)(x, u), x)
 
@@ -85,5 +104,6 @@ def test_an_unknown_operation_is_refused_with_the_choices() -> None:
 
 def test_without_drops_names_and_says_none_when_nothing_is_left() -> None:
     assert without("color_crop_cutout", "cutout") == "color_crop"
-    assert without("flip", "flip") == "none"
+    assert without("flip", "flip") == without("one_flip", "flip") == "none"
+    assert without("one_color_crop", "crop") == "one_color"
     assert parse("none") == ()

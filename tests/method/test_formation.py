@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import decode_single
-from utils.method.formation import BOUND, DECODE_TYPES, Formation, cells_of, pack
+from utils.method.formation import BOUND, DECODE_TYPES, PACKS, Formation, cells_of, pack
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 5])
@@ -27,6 +27,14 @@ def test_cells_come_out_in_reading_order_a_stored_image_at_a_time() -> None:
 def test_decode_inverts_pack_on_images_without_detail(side: int, factor: int) -> None:
     images = torch.rand(2, 3 * factor**2, 3, 1, 1).expand(-1, -1, -1, side, side)
     torch.testing.assert_close(Formation(factor).decode(pack(images, factor=factor)), images, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cell_holds_means_of_pixels_or_every_other_pixel() -> None:
+    images = torch.rand(1, 4, 3, 8, 8)
+    area, nearest = (pack(images, factor=2, mode=mode)[0, 0] for mode in PACKS)
+    for i, (rows, columns) in enumerate(cells_of(8, 8, 2)):
+        torch.testing.assert_close(area[:, rows, columns], images[0, i].unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4)))
+        assert torch.equal(nearest[:, rows, columns], images[0, i, :, ::2, ::2])
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])

@@ -22,12 +22,12 @@ import train
 from data import Dataset
 from models import Network
 from tests.distilling import distilled
-from tests.files import last_json
+from tests.files import image_folder, last_json
 from tests.killing import Server
 from tests.oracle import augment_shared, class_distance, decode_naively, naive_epoch
 from tests.outcome import outcome
 from utils.config import resolve
-from utils.config.derived import update_recipe
+from utils.config.derived import caveat, update_recipe
 from utils.config.options import CondenseOptions
 from utils.config.presets import METHODS, Method
 from utils.method.augment import Augment
@@ -40,7 +40,7 @@ from utils.system.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-ALL = "color_crop_cutout_flip_scale_rotate"
+ONE_OF_SIX = "one_color_crop_cutout_flip_scale_rotate"
 
 
 def parsed(*argv: str) -> CondenseOptions:
@@ -51,21 +51,21 @@ def parsed(*argv: str) -> CondenseOptions:
 
 # The table of the papers, written out once more.
 DC = dict(
-    match="grad", metric="cos", fc=True, bias=False, batch_real=256, lr_img=0.1, mom_img=0.5, init="noise", niter=1000,
+    match="grad", metric="cos", fc=True, bias=False, batch_real=256, lr_img=0.1, mom_img=0.5, init="normal", niter=1000,
     train_on="syn", lr=0.01, mom_net=0, wd_net=0, pixel_step="joint", mixup_net="vanilla", select="random", interval=1,
 )  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
     "dream": dict(match="grad", metric="mse", fc=False, select="kmeans", init="kmeans", interval=10, batch_real=128,
         pixel_step="sweep", lr_img=5e-3, niter=2000, inner_loop=100, train_on="real", n_data=2000, pretrain=0),
-    "idc": dict(match="grad", metric="mse", select="random", init="random", interval=1, batch_real=128,
+    "idc": dict(match="grad", metric="mse", select="random", init="random", interval=1, batch_real=64,
         pixel_step="sweep", lr_img=5e-3, niter=2000, inner_loop=100, train_on="real", n_data=2000),
     "dc": dict(DC, aug_type="none"),
-    "dsa": dict(DC, aug_type=ALL),
+    "dsa": dict(DC, aug_type=ONE_OF_SIX, init="random"),
     "dm": dict(match="embed", metric="mse", batch_real=256, lr_img=1.0, mom_img=0.5, init="random", niter=20000,
-        inner_loop=1, n_data=0, aug_type=ALL, pixel_step="joint", select="random", interval=1),
+        inner_loop=1, n_data=0, aug_type=ONE_OF_SIX, pixel_step="joint", select="random", interval=1),
     "mtt": dict(match="trajectory", lr_img=1000, mom_img=0.5, init="random", niter=5000, inner_loop=1, n_data=0,
         step_size=0.01, lr_step=1e-5, student_steps=20, match_epochs=3, max_start=25, experts=100, expert_epochs=50,
-        batch_real=256, lr=0.01, mom_net=0, aug_type=ALL, select="random", pixel_step="joint", whiten="none"),
+        batch_real=256, lr=0.01, mom_net=0, aug_type=ONE_OF_SIX, select="random", pixel_step="joint", whiten="none"),
     "dream+": dict(match="grad+embed", metric="mse", select="kmeans", init="kmeans", interval=10, batch_real=128,
         pixel_step="sweep", lr_img=5e-3, niter=2000, inner_loop=100, train_on="real", n_data=2000, pretrain=1,
         per_cluster=1),
@@ -85,11 +85,33 @@ def test_the_loops_of_dc_follow_from_the_images_per_class(method: str, ipc: int,
     assert (o.inner_loop, o.net_epoch) == (outer, inner)
 
 
-@pytest.mark.parametrize("method", [name for name in PUBLISHED if name not in ("dream", "dream+")])
-def test_representatives_are_selected_every_ten_steps_and_begin_the_images_that_begin_real(method: str) -> None:
-    o, random = (parsed("-d", "cifar10", "-m", method, "--select", s) for s in ("kmeans", "random"))
-    assert (o.select, o.interval, random.interval) == ("kmeans", 10, 1)
-    assert o.init == ("noise" if random.init == "noise" else "kmeans") and random.init in ("noise", "random")
+@pytest.mark.parametrize("reproduce", [[], ["--reproduce"]])
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_representatives_are_selected_every_ten_steps_and_random_images_at_every_step(
+    method: str, reproduce: list[str]
+) -> None:
+    argv = ["-d", "cifar10", "-m", method, *reproduce]
+    o, random = (parsed(*argv, "--select", strategy) for strategy in ("kmeans", "random"))
+    assert (o.select, o.interval, o.init) == ("kmeans", 10, "kmeans")
+    assert random.interval == 1
+    assert parsed(*argv, "--select", "random", "--interval", "10").interval == 10
+
+
+@pytest.mark.parametrize(
+    ("method", "init"), [("dream", "kmeans"), ("idc", "random"), ("dc", "normal"), ("dsa", "random"), ("dm", "random")]
+)
+def test_without_representatives_each_method_begins_as_its_own_command_does(method: str, init: str) -> None:
+    assert parsed("-d", "cifar10", "-m", method, "--select", "random").init == init
+
+
+def test_what_reproduce_does_not_reproduce_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["-d", "cifar10", "-m", "mtt"]
+    assert "one set of settings for every --ipc" in caveat(parsed(*argv, "--reproduce"))
+    assert not caveat(parsed(*argv)) and not caveat(parsed("-d", "cifar10", "-m", "dm", "--reproduce"))
+    folder = image_folder(tmp_path / "images", dict.fromkeys("0123456789", 2), shape=(28, 28))
+    words = ["--reproduce", "-m", "mtt", "-d", "mnist", "--image_folder", str(folder), "--results_dir", str(tmp_path)]
+    assert condense.main([*words, "--device", "cpu", "--dry_run"]) == 0
+    assert "one set of settings for every --ipc" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
@@ -185,7 +207,6 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
     """
     o, real, normalize, compute = parsed(*TINY, *argv), digits.train, digits.normalize, Compute(CPU)
     augment, recipe = Augment(o.aug_type), update_recipe(o)
-    how: dict[str, Any] = dict(names=augment.names, geometries=augment.geometries)
     joint = o.pixel_step == "joint"  # pixels are learned where they are normalised, in one step of all classes
 
     def representatives(net: Network, purpose: Draws) -> Context:
@@ -195,7 +216,10 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
         return normalize(images.flatten(0, 1)).unflatten(0, images.shape[:2]) if joint else images.clone()
 
     first = draws("init")
-    context = Context(fresh_network(SPEC, first), real, first, compute.cheapest())
+    trainer = Trainer([fresh_network(SPEC, first)], [real], recipe, compute)
+    for epoch in range(o.pretrain):
+        trainer.epoch(torch.arange(len(real)), [draws("pretrain init", epoch)])
+    context = Context(trainer.nets[0], real, first, compute.cheapest())
     start, clamped = initial_pixels(context, o.init, ipc=2, factor=o.factor), 0
     x = learned(start).requires_grad_()
     sgd = torch.optim.SGD([x], lr=o.lr_img * (1 if joint else 2 / 10), momentum=o.mom_img)
@@ -216,8 +240,8 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
             u, loss = augment.draw_shared(10, draws("match", it, step)), torch.zeros(())
             for c in range(10):
                 decoded = decode_naively(x[c], o.factor, o.decode_type)
-                syn = augment_shared(decoded if joint else normalize(decoded), u[c], **how)
-                wanted = augment_shared(normalize(real.images[picks[c]]), u[c], **how)
+                syn = augment_shared(decoded if joint else normalize(decoded), u[c], augment)
+                wanted = augment_shared(normalize(real.images[picks[c]]), u[c], augment)
                 loss = loss + class_distance(net, wanted, syn, c, o.metric, o.match, fc=o.fc)
                 if not joint or c == 9:
                     x.grad, loss = torch.autograd.grad(loss, x)[0], torch.zeros(())

@@ -337,8 +337,15 @@ def test_initial_pixels_without_a_factor_are_real_images(init: str) -> None:
 def test_initial_pixels_with_a_factor_hold_small_real_images_and_noise_is_noise() -> None:
     real = real_set()
     mixed = initial_pixels(context(real), "kmeans", ipc=2, factor=2)
-    noise = initial_pixels(context(real), "noise", ipc=200, factor=2)
+    noise, normal = (initial_pixels(context(real), init, ipc=200, factor=2) for init in ("noise", "normal"))
     assert mixed.shape == (3, 2, 1, 8, 8) and mixed.min() >= 0 and mixed.max() <= 1
     assert noise.shape == (3, 200, 1, 8, 8) and noise.min() >= 0 and noise.max() <= 1
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
     assert noise.std().item() == pytest.approx(0.243, abs=0.01)  # 0.25 less what clamping takes
+    # Standard normal after normalisation, where clamping takes nothing.
+    whole = NORMALIZE(normal.flatten(0, 1))[(normal.flatten(0, 1) > 0) & (normal.flatten(0, 1) < 1)]
+    low, high = NORMALIZE(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)).flatten().tolist()
+    expected = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    expected = expected[(expected > low) & (expected < high)]
+    assert whole.mean().item() == pytest.approx(expected.mean().item(), abs=0.02)
+    assert whole.std().item() == pytest.approx(expected.std().item(), abs=0.02)

@@ -176,7 +176,7 @@ def naive_batch(step: TrajectoryStep, z: Tensor, u: Tensor, chosen: Tensor | Non
         decoded = decode_naively(images, step.matcher.formation.factor, "single")
         found += [decoded[i] for i in (range(len(decoded)) if chosen is None else chosen[c].tolist())]
     augment = step.matcher.augment
-    return torch.stack([augment_one(x, n, augment.names, augment.geometries) for x, n in zip(found, u, strict=True)])
+    return torch.stack([augment_one(x, n, augment) for x, n in zip(found, u, strict=True)])
 
 
 @pytest.mark.parametrize(("factor", "ipc", "syn_max"), [(1, 2, 128), (2, 1, 128), (2, 2, 3), (1, 3, 2)])

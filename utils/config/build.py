@@ -23,7 +23,7 @@ from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
-from utils.method.selection import BASELINE, Context, cluster, coreset, initial_pixels
+from utils.method.selection import BASELINE, STRATEGIES, Context, cluster, coreset, initial_pixels
 from utils.method.state import State
 from utils.method.training import Together, Trainer, fresh_network
 from utils.method.trajectory import TrajectoryStep
@@ -221,6 +221,8 @@ class Parts:
         if not len(self.data.test):
             raise UserError(f"{o.dataset}: has no test images")
         self.warnings = checks.check_sizes(o, self.counts, self.data.class_names, matches_images=experts is None)
+        if caveat := derived.caveat(o):
+            self.warnings.append(caveat)
         self.real = self.data.train
         self.formation = derived.formation(o)
         self.shape = (o.ipc, self.data.channels, self.data.side, self.data.side)  # of a class's stored pixels
@@ -283,25 +285,35 @@ class Parts:
     def _state(self, *, empty: bool) -> State:
         """State at the beginning of a run; empty: with zeros in place of initial pixels, to be filled."""
         o, classes, device = self.o, self.shard.classes, self.device
-        if empty:
-            pixels = torch.zeros(len(classes), *self.shape, device=device)
-        else:
-            draws = self.draws("init")
-            context = self.context(fresh_network(self.spec, draws), draws)
-            pixels = initial_pixels(context, o.init, ipc=o.ipc, factor=o.factor)
+        pixels = torch.zeros(len(classes), *self.shape, device=device)
         net = self.network(0)
+        trainer = self.trainer(net, pixels)
+        if not empty:
+            pixels.copy_(self._initial_pixels(trainer))
         rate = derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side)
         joint, count = self.real.normalize if o.pixel_step == "joint" else None, self.data.classes
         optimizer = PixelSGD(pixels, lr=rate, momentum=o.mom_img, joint=joint, held=classes, classes=count)
         return State(
             optimizer=optimizer,
-            trainer=self.trainer(net, pixels),
+            trainer=trainer,
             matching_step=self.matching_step(net, optimizer),
             picks=torch.zeros(len(classes), o.batch_real, dtype=torch.int64, device=device),
             losses=torch.zeros(len(classes), device=device),
             shard=self.shard,
             real_images=RealImages(self.real, self.counts),
         )
+
+    def _initial_pixels(self, trainer: Trainer) -> Tensor:
+        """Initial pixels, (classes, ipc, C, H, W), selected under a fresh network after --pretrain epochs.
+
+        It takes the place of the trainer's network, which every outer iteration begins anew.
+        """
+        o, draws = self.o, self.draws("init")
+        trainer.restart(fresh_network(self.spec, draws))
+        for epoch in range(o.pretrain if o.init in STRATEGIES else 0):
+            trainer.all_images([self.draws("pretrain init", epoch)])
+        context = self.context(trainer.nets[0], draws)
+        return initial_pixels(context, o.init, ipc=o.ipc, factor=o.factor, mode=o.pack)
 
     def matching_step(self, net: Network, optimizer: PixelSGD) -> MatchingStep | TrajectoryStep:
         """Object that moves the pixels: by matching real images under the network, or experts' trajectories."""

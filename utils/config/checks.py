@@ -11,6 +11,7 @@ import models
 from utils.config.options import CondenseOptions
 from utils.config.presets import TRAJECTORY
 from utils.method.augment import GEOMETRIC, parse, without
+from utils.method.selection import NOISES
 from utils.system.errors import UsageError
 
 
@@ -55,7 +56,7 @@ def check_sizes(o: CondenseOptions, counts: list[int], names: list[str], *, matc
     warnings, smallest = [], min(counts)
     name = names[counts.index(smallest)]
     begun = o.ipc * o.factor**2
-    if o.init != "noise" and begun > smallest:
+    if o.init not in NOISES and begun > smallest:
         warnings.append(f"--ipc times -f squared is {begun}, class {name} has {smallest} images: some begin twice")
     if matches_images and o.batch_real > smallest:
         matched = f"class {name} has {smallest} images: all are matched, some twice"

@@ -11,7 +11,7 @@ from data import Dataset
 from models import NetSpec, forward_flop
 from utils.config import resolve
 from utils.config.options import CondenseOptions, Options, TrainOptions
-from utils.config.presets import EVALUATION_AUGMENTATION, TRAJECTORY
+from utils.config.presets import EVALUATION_AUGMENTATION, METHODS, TRAJECTORY
 from utils.method.augment import Augment, without
 from utils.method.formation import Formation
 from utils.method.state import NotFinite, State
@@ -116,6 +116,12 @@ def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
 # --- Descriptions for people ------------------------------------------------------------------------------------------
 
 
+def caveat(o: CondenseOptions) -> str:
+    """In what --reproduce with a method is not the published setting; empty where it is, or is not asked for."""
+    text = METHODS[o.method].caveat if o.reproduce else ""
+    return text and f"--method {o.method} --reproduce: {text}"
+
+
 def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder: Path, experts: Experts | None) -> str:
     """Text of --dry_run: the resolved options, the origin of each, and what follows from them."""
     o = resolved.options
@@ -129,6 +135,7 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
         "network": f"{spec.name}, width {spec.width}, norm {spec.norm}" if spec.norm else spec.name,
         "pixel learning rate": f"{rate:g}",
         "network update": update,
+        **({"caveat": caveat(o)} if caveat(o) else {}),
         "evaluation": evaluation_augmentation(o, flip=dataset.flip),
         "decoded per class": formation(o).decoded_count(o.ipc),
         "run folder": printable(str(folder)),

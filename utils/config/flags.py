@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from utils.config.presets import DATASET_SETTINGS, METHODS, TRAJECTORY
 from utils.method import augment, objectives
-from utils.method.selection import NOISE, STRATEGIES
+from utils.method.selection import NOISES, STRATEGIES
 from utils.system.errors import UsageError
 
 
@@ -72,8 +72,8 @@ def matching(text: str) -> str:
 def initialisation(text: str) -> str:
     """Parser of --init; `mix` is the published name of k-means initialisation with a factor above 1."""
     name = "kmeans" if text == "mix" else text
-    if name not in (*STRATEGIES, NOISE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(STRATEGIES)}, {NOISE}")
+    if name not in (*STRATEGIES, *NOISES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join((*STRATEGIES, *NOISES))}")
     return name
 
 

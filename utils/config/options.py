@@ -124,7 +124,11 @@ class CondenseOptions(Options):
     ipc: int = _synthetic(1, "-i", parse=integer(1), metavar="N", help="stored images per class")
     init: str = _synthetic("kmeans", parse=initialisation, metavar="NAME",
         help="initial pixels: real images selected by one of the names of --select (mix, the published name of kmeans "
-             "for F > 1, is accepted too), or noise")
+             "for F > 1, is accepted too), noise (of mean 0.5 and standard deviation 0.25, as in IDC), or normal "
+             "(standard normal in normalised images, as in DC)")
+    pack: str = _synthetic("area", choices=formation.PACKS,
+        help="how initial images are shrunk into the cells of --factor: means of pixels (area), or every F-th pixel "
+             "(nearest), as the published code does")
     decode_type: str = _synthetic("single", choices=formation.DECODE_TYPES,
         help="decode every stored image with factor F (single), with every factor up to F (multi), or with F as long "
              f"as a class stays within {formation.BOUND} images and smaller factors after (bound)")
@@ -150,13 +154,15 @@ class CondenseOptions(Options):
     cluster_raw: bool = _selection(False,
         help="embed un-normalised images for the selection, as the published code does; everything else normalises")
     match: str = _matching("grad", parse=matching, metavar="WHAT",
-        help=f"one of {', '.join(objectives.OBJECTIVES)} (gradients, mean features of every block, mean embeddings), "
-             f"several joined by +, or {TRAJECTORY}")
+        help=f"one of {', '.join(objectives.OBJECTIVES)} (gradients, mean features of the last block, of every block, "
+             f"mean embeddings), several joined by +, or {TRAJECTORY}")
     metric: str = _matching("mse", choices=tuple(objectives.METRICS), help="distance per layer, summed over layers")
     bias: bool = _matching(False, help="match the gradients of biases and norm layers as well")
     fc: bool = _matching(False, help="match the gradient of the classifier as well")
     aug_type: str = _matching("color_crop_cutout", parse=augmentation, metavar="NAMES",
-        help="augmentation while matching; the network update uses it without cutout under CutMix")
+        help="augmentation while matching: flip, color and cutout, as far as they are named, and one of the others "
+             "named (crop, scale, rotate, translate); with one_ before the names, one of all of them (DSA). The "
+             "network update uses it without cutout under CutMix")
     precision: str = _matching("fp32", choices=PRECISIONS,
         help="arithmetic of matching and network updates; evaluations stay in fp32")
     batch_syn_max: int = _matching(128, parse=integer(1), metavar="IMAGES",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data import has_mirror_images
-from utils.method.augment import without
+from utils.method.augment import ONE, without
 
 # --- Data sets and --reproduce ----------------------------------------------------------------------------------------
 
@@ -73,13 +73,14 @@ class Method:
     """Framework of --method: its settings, in place of those of the data set, and its budgets.
 
     A setting may be a function of `Asked`. published: what --reproduce adds. digits: a budget of minutes on a CPU, for
-    -d digits. about: a few words for --help.
+    -d digits. about: a few words for --help. caveat: in what --reproduce is not the published setting.
     """
 
     about: str
     settings: Settings
     published: Settings = field(default_factory=dict)
     digits: Settings = field(default_factory=dict)
+    caveat: str = ""
 
 
 # Zhao et al. (ICLR 2021), by images per class: matching updates per network, and synthetic epochs after each.
@@ -92,12 +93,12 @@ def loops(asked: Asked) -> tuple[int, int]:
 
 
 def siamese(asked: Asked) -> str:
-    """All augmentations of DSA, without flips where a mirror image belongs to another class."""
-    return without(EVALUATION_AUGMENTATION, *([] if has_mirror_images(asked.dataset) else ["flip"]))
+    """DSA's augmentation, one of six operations at a call; no flips where a mirror image belongs to another class."""
+    return f"{ONE}_" + without(EVALUATION_AUGMENTATION, *([] if has_mirror_images(asked.dataset) else ["flip"]))
 
 
 def selection_interval(asked: Asked) -> int:
-    """Inner steps between two selections: one for random images, which cost nothing, and ten for others."""
+    """Inner steps between two selections: ten, and one for random images, which IDC draws anew at every step."""
     return 1 if asked.select == "random" else 10
 
 
@@ -106,12 +107,18 @@ def real_init(asked: Asked) -> str:
     return "kmeans" if asked.select == "kmeans" else "random"
 
 
+def noise_init(asked: Asked) -> str:
+    """Value of --init: as `real_init` if --select is k-means, noise otherwise."""
+    return "kmeans" if asked.select == "kmeans" else "normal"
+
+
+DREAM = dict(interval=selection_interval)
 JOINT = dict(pixel_step="joint", mom_img=0.5, batch_real=256, interval=selection_interval)
 NO_MOMENTUM = dict(mom_net=0.0, wd_net=0.0, mixup_net="vanilla")
 
 DC = dict(
     JOINT, **NO_MOMENTUM, select="random", match="grad", metric="cos", fc=True, bias=False, aug_type="none",
-    lr_img=0.1, init="noise", train_on="syn", inner_loop=lambda asked: loops(asked)[0],
+    lr_img=0.1, init=noise_init, train_on="syn", inner_loop=lambda asked: loops(asked)[0],
     net_epoch=lambda asked: loops(asked)[1], niter=100,
 )  # fmt: skip
 DM = dict(
@@ -124,11 +131,18 @@ MTT = dict(
 )  # fmt: skip
 
 METHODS = {
-    "dream": Method("gradients of representatives", {}),
-    "idc": Method("gradients of random images", dict(select="random", interval=selection_interval, init=real_init)),
+    "dream": Method("gradients of representatives", DREAM),
+    "idc": Method(
+        "gradients of random images",
+        dict(DREAM, select="random", init=real_init, batch_real=64),
+        digits=dict(batch_real=32),
+    ),
     "dc": Method("gradients", DC, dict(niter=1000), dict(batch_real=32, niter=20)),
     "dsa": Method(
-        "gradients under augmentation", {**DC, "aug_type": siamese}, dict(niter=1000), dict(batch_real=32, niter=20)
+        "gradients under augmentation",
+        dict(DC, aug_type=siamese, init=real_init),
+        dict(niter=1000),
+        dict(batch_real=32, niter=20),
     ),
     "dm": Method("mean embeddings", DM, dict(niter=20000), dict(batch_real=32, niter=400)),
     "mtt": Method(
@@ -136,8 +150,9 @@ METHODS = {
         MTT,
         dict(niter=5000, experts=100),
         dict(batch_real=32, lr_img=30.0, niter=150, experts=4),
+        "one set of settings for every --ipc; the paper has steps, epochs, start, rate and ZCA of each",
     ),
-    "dream+": Method("gradients and mean embeddings", dict(match="grad+embed", pretrain=1)),
+    "dream+": Method("gradients and mean embeddings", dict(DREAM, match="grad+embed", pretrain=1)),
 }
 
 

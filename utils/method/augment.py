@@ -1,15 +1,17 @@
 """Differentiable augmentation of normalised images (DSA, Zhao & Bilen 2021, with the strengths that DREAM uses).
 
 A draw is a table of uniform numbers in [0, 1), one row per image and COLUMNS wide. The column GEOMETRY, equal for all
-images of a call, says which of the geometric operations named is applied; operations take their numbers from the other
-columns. A draw of a single row treats all images alike: that is how real and synthetic images get the same, "siamese",
-augmentation (Sec. 3.1). Python never looks at the values of a draw, so that a CUDA graph can replay the operations.
+images of a call, says which of the geometric operations named is applied, or after "one" which of all operations;
+operations take their numbers from the other columns. A draw of a single row treats all images alike: that is how real
+and synthetic images get the same, "siamese", augmentation (Sec. 3.1). Python never looks at the values of a draw, so
+that a CUDA graph can replay the operations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +27,18 @@ COLUMNS = 9  # more of them, for an operation of your own, change the random num
 FLIP, BRIGHT, SATURATE, CONTRASTED, MOVE_Y, MOVE_X, CUT_Y, CUT_X, GEOMETRY = range(COLUMNS)
 
 
+ONE = "one"  # before the names of operations: exactly one of them is applied at a call
+
+
 class Augment:
-    """The operations named in e.g. `color_crop_cutout`; `none` or an empty name leaves images as they are."""
+    """The operations named in e.g. `color_crop_cutout`; `none` or an empty name leaves images as they are.
+
+    `one_color_crop_cutout` applies exactly one of the three at a call, whichever is drawn, as DSA's mode S does.
+    """
 
     def __init__(self, names: str) -> None:
         """Parse the names. Raises ValueError, which lists the operations, for an unknown one."""
-        self.names = parse(names)
+        self.names, self.one = parse(names), is_one(names)
         self.geometries = [name for name in GEOMETRIC if name in self.names]
 
     def draw(self, calls: int, n: int, draws: Draws) -> Tensor:
@@ -49,6 +57,8 @@ class Augment:
         x: (N, C, H, W) normalised, u: (N or 1, COLUMNS).
         """
         u = u.to(x.dtype)
+        if self.one:
+            return self._one(x, u)
         for name, operation in BEFORE.items():
             x = operation(x, u) if name in self.names else x
         if self.geometries == ["crop"]:
@@ -59,20 +69,38 @@ class Augment:
             x = operation(x, u) if name in self.names else x
         return x
 
+    def _one(self, x: Tensor, u: Tensor) -> Tensor:
+        """Images after the operation that their draw picks. All are computed, since Python cannot look at the draw."""
+        picked, augmented = (column(u, GEOMETRY) * len(self.names)).floor(), x
+        for i, name in enumerate(self.names):
+            geometric = crop if name == "crop" else partial(warp, geometries=[name])
+            operation = {**BEFORE, **AFTER}.get(name, geometric)
+            augmented = torch.where(picked == i, operation(x, u), augmented)
+        return augmented
+
+
+def is_one(names: str) -> bool:
+    """Whether an augmentation's name says that one of its operations is applied at a call, and not all."""
+    return names.startswith(f"{ONE}_")
+
 
 def parse(names: str) -> tuple[str, ...]:
     """Operations of a name: `color_crop_cutout` -> ("color", "crop", "cutout"). Raises ValueError for unknown ones."""
     known = (*BEFORE, *GEOMETRIC, *AFTER)
-    operations = tuple(name for name in names.split("_") if name and name != "none")
+    operations = tuple(name for name in names.removeprefix(f"{ONE}_").split("_") if name and name != "none")
     for name in operations:
         if name not in known:
-            raise ValueError(f"unknown augmentation {name!r}: join any of {', '.join(known)} with '_', or none")
+            raise ValueError(
+                f"unknown augmentation {name!r}: join any of {', '.join(known)} with '_', with {ONE}_ before them to "
+                "apply one at a call, or none"
+            )
     return operations
 
 
 def without(names: str, *dropped: str) -> str:
     """An augmentation's name less some operations: without("color_crop_cutout", "cutout") == "color_crop"."""
-    return "_".join(name for name in parse(names) if name not in dropped) or "none"
+    left = [name for name in parse(names) if name not in dropped]
+    return "_".join([ONE] * is_one(names) + left) if left else "none"
 
 
 def column(u: Tensor, i: int) -> Tensor:

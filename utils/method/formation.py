@@ -18,6 +18,7 @@ from utils.method.images import ImageSet, Normalize
 
 DECODE_TYPES = ("single", "multi", "bound")
 BOUND = 128  # decoded images per class that `bound` does not exceed
+PACKS = ("area", "nearest")  # how an image is shrunk into a cell, in the words of F.interpolate
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ def upsampled(x: Tensor, size: tuple[int, int]) -> Tensor:
     return resize(planes)[0].view(*x.shape[:2], *size)
 
 
-def pack(images: Tensor, *, factor: int) -> Tensor:
+def pack(images: Tensor, *, factor: int, mode: str = "area") -> Tensor:
     """Stored images, of training images shrunk and tiled ("mix"): (..., ipc * f^2, C, H, W) -> (..., ipc, C, H, W).
 
-    Decoding inverts it, up to the resolution that shrinking loses.
+    mode: one of PACKS. Decoding inverts it, up to the resolution that shrinking loses.
     """
     if factor == 1:
         return images
@@ -104,8 +105,7 @@ def pack(images: Tensor, *, factor: int) -> Tensor:
     stored = images.new_empty(len(grouped), channels, height, width)
     for i, (rows, columns) in enumerate(cells_of(height, width, factor)):
         size = (rows.stop - rows.start, columns.stop - columns.start)
-        shrunk = F.interpolate(grouped[:, i], size, mode="bilinear", align_corners=False, antialias=True)
-        stored[..., rows, columns] = shrunk
+        stored[..., rows, columns] = F.interpolate(grouped[:, i], size, mode=mode)
     return stored.view(*lead, n // factor**2, channels, height, width)
 
 

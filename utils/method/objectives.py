@@ -16,17 +16,22 @@ from utils.numerics.derivatives import Distance
 from utils.numerics.passes import Compared
 
 
+def channels(x: Tensor) -> Tensor:
+    """A layer's tensor as one row per output channel, (channels, M); a vector counts as one channel."""
+    return x.flatten(1) if x.dim() > 1 else x[None]
+
+
 def cosine_distance(real: Tensor, syn: Tensor) -> Tensor:
-    """The sum over output channels of 1 - cosine, (); a vector counts as one channel."""
-    real, syn = (x.flatten(1) if x.dim() > 1 else x[None] for x in (real, syn))
-    return (1 - F.cosine_similarity(real, syn, dim=1, eps=1e-6)).sum()
+    """The sum over output channels of 1 - cosine, ()."""
+    return (1 - F.cosine_similarity(channels(real), channels(syn), dim=1, eps=1e-6)).sum()
 
 
-# A metric compares one layer's tensors, real and synthetic; the layers' distances are summed.
+# A metric compares one layer's tensors, real and synthetic; the layers' distances are summed. l1_mean: a mean over each
+# output channel, summed.
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda real, syn: (real - syn).square().sum(),
     "l1": lambda real, syn: (real - syn).abs().sum(),
-    "l1_mean": lambda real, syn: (real - syn).abs().mean(),
+    "l1_mean": lambda real, syn: channels(real - syn).abs().mean(1).sum(),
     "cos": cosine_distance,
 }
 
@@ -62,6 +67,9 @@ class Comparison:
         return Distance(partial(distance, how=self), compared, partial(total, self.metric))
 
 
+LAST = slice(-1, None)  # of the blocks
+
+
 def gradient_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
     """Distance between the gradients of the mean cross-entropy, (). real, syn: (N, C, H, W) augmented, one class."""
     params = matched_parameters(net, bias=how.bias, fc=how.fc)
@@ -73,10 +81,12 @@ def gradient_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, ho
     return total(how.metric, [wanted[name].detach() for name in params], [given[name] for name in params])
 
 
-def feature_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
-    """Distance between the mean features of every block, (). real, syn: (N, C, H, W) augmented, one class."""
-    wanted = [features.mean(0).to(real.dtype).detach() for features in net.features(real)]
-    given = [features.mean(0).to(syn.dtype) for features in net.features(syn)]
+def feature_distance(
+    net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison, blocks: slice = LAST
+) -> Tensor:
+    """Distance between the mean features of some blocks, (). real, syn: (N, C, H, W) augmented, one class."""
+    wanted = [features.mean(0).to(real.dtype).detach() for features in net.features(real)[blocks]]
+    given = [features.mean(0).to(syn.dtype) for features in net.features(syn)[blocks]]
     return total(how.metric, wanted, given)
 
 
@@ -91,7 +101,8 @@ def embedding_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, h
 # gradients by torch.func and never looks at a value from Python.
 OBJECTIVES: dict[str, Callable[[Network, Tensor, Tensor, Tensor, Comparison], Tensor]] = {
     "grad": gradient_distance,
-    "feat": feature_distance,
+    "feat": feature_distance,  # of the last block, as in IDC
+    "blocks": partial(feature_distance, blocks=slice(None)),  # of every block
     "embed": embedding_distance,
 }
 

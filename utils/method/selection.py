@@ -190,23 +190,26 @@ def embed(net: Network, images: Tensor, prepare: Callable[[Tensor], Tensor], com
 
 # --- Sets of real images, selected by a strategy ----------------------------------------------------------------------
 
-NOISE = "noise"  # the other way to begin, beside STRATEGIES
+NOISES = ("noise", "normal")  # the other ways to begin, beside STRATEGIES
 NOISE_MEAN, NOISE_STD = 0.5, 0.25
 BASELINE = "random real"  # key of the draws of the random real images shown beside a set, in both scripts
 
 
-def initial_pixels(context: Context, init: str, *, ipc: int, factor: int) -> Tensor:
+def initial_pixels(context: Context, init: str, *, ipc: int, factor: int, mode: str = "area") -> Tensor:
     """Initial stored images, (classes, ipc, C, H, W) float in [0, 1] (Sec. 3.3, "clustering initialisation").
 
     init = one of STRATEGIES: ipc * factor^2 real images per class, selected by it and shrunk into the cells.
-    init = noise: normal random numbers of mean 0.5 and standard deviation 0.25, clamped to [0, 1].
+    init = noise: normal random numbers of mean 0.5 and standard deviation 0.25 (IDC, DREAM).
+    init = normal: standard normal random numbers as normalised images (DC).
+    mode: see `pack`. Random numbers are clamped to [0, 1].
     """
     real = context.real
-    if init == NOISE:
-        noise = [context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in context.real.held]
-        return (NOISE_MEAN + NOISE_STD * torch.stack(noise)).clamp_(0, 1)
+    if init in NOISES:
+        noise = torch.stack([context.draws.of_class(c).normal(ipc, *real.images.shape[1:]) for c in real.held])
+        mean, std = (NOISE_MEAN, NOISE_STD) if init == "noise" else (real.normalize.mean, real.normalize.std)
+        return (mean + std * noise).clamp_(0, 1)
     index = select(context, ipc * factor**2, strategy=init)
-    return pack(to_unit(real.images[index]), factor=factor).clamp_(0, 1)
+    return pack(to_unit(real.images[index]), factor=factor, mode=mode)
 
 
 def coreset(
