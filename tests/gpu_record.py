@@ -3,12 +3,13 @@
     $ python3 tests/gpu_record.py check --out record         # is everything right?
     $ python3 tests/gpu_record.py speed --out record         # how fast, in every precision and in the published form
     $ python3 tests/gpu_record.py headline --out record --image_folder data/cifar10_jpg  # beside the published curve
-    $ python3 tests/gpu_record.py methods --out record --image_folder data/cifar10_jpg   # dm, dc, dsa, idc
+    $ python3 tests/gpu_record.py arms --out record --image_folder data/cifar10_jpg   # what k-means is worth where
+    $ python3 tests/gpu_record.py methods --out record --image_folder data/cifar10_jpg   # dc, dsa, dm, idc
 
 For machines that are lent for minutes and keep nothing. A part stops within --minutes, prints a table that grows line
 by line, and packs results, runs, logs and compiled kernels into one file, DIR/gpu_record.tar.gz, again and again.
 `--continue_from FILE`, with a copy of that file, goes on from there. Take only your own: it holds compiled kernels, and
-these are run. What follows `--` goes to condense.py (headline, methods) or pytest (check) as it is.
+these are run. What follows `--` goes to condense.py (headline, arms, methods) or pytest (check) as it is.
 """
 
 from __future__ import annotations
@@ -167,18 +168,31 @@ def measured(measure: Callable[[], dict[str, Any]], device: torch.device) -> dic
 
 # --- The program ------------------------------------------------------------------------------------------------------
 
-RECORDED = {"check": check, "speed": speed, "headline": recorded_runs.headline, "methods": recorded_runs.methods}
+RECORDED = {
+    "check": check,
+    "speed": speed,
+    "headline": recorded_runs.headline,
+    "arms": recorded_runs.arms,
+    "methods": recorded_runs.methods,
+}
 
 
 def main(argv: Sequence[str], began: float | None = None) -> int:
     """Work on a part, and pack. Returns the exit status, 1 for failed tests; raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=tuple(RECORDED), metavar="PART", help="check, speed, headline or methods")
+    parser.add_argument("part", choices=tuple(RECORDED), metavar="PART", help=", ".join(RECORDED))
     parser.add_argument("--minutes", type=float, default=9, help="end within this time (default: 9)")
     parser.add_argument("--out", required=True, metavar="DIR", help=f"where to write {ARCHIVE}")
     parser.add_argument("--continue_from", metavar="FILE", help=f"an earlier {ARCHIVE}")
     parser.add_argument("--image_folder", metavar="DIR", help="CIFAR-10 as image files (default: torchvision's)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of distilling (default: tf32 on a GPU)")
+    parser.add_argument(
+        "--evaluation_precision", choices=PRECISIONS, default="fp32", help="of evaluations (default: fp32)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="of arms and methods (default: 1)")
+    parser.add_argument(
+        "--runs", nargs="+", default=[""], metavar="NAME", help="only runs whose names begin so (arms, methods)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="at the size of a test, to try the script itself")
     end = argv.index("--") if "--" in argv else len(argv)

@@ -23,7 +23,7 @@ from utils.system.errors import UserError, first_line
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE, RESULTS = "gpu_record.tar.gz", "record.json"
 RESERVE = 15.0  # seconds at the end, for the last checkpoint and the last packing
-PACK_EVERY = 10.0  # seconds between two packings at least, but for the last one
+PACK_EVERY = 60.0  # seconds between two packings at least, but for the last one
 LARGEST = 2**30  # bytes of what an archive may unpack to
 
 

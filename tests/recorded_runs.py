@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import math
 import shlex
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import condense
@@ -16,6 +17,7 @@ from tests.record import Record
 from utils.config import build, resolve
 from utils.config.build import Parts, Problem
 from utils.config.options import FREE, RESUMABLE
+from utils.config.presets import METHODS, REPRODUCE
 from utils.method.evaluation import OnEpoch, Score
 from utils.method.images import ImageSet
 from utils.method.training import Trainer, confusion_matrix
@@ -33,14 +35,22 @@ CURVES = {
     "kmeans": {0: 54.2, 40: 64.0, 200: 66.9, 1000: 68.9},
     "random": {0: 48.8, 40: 58.6, 200: 65.2, 1000: 66.5},
 }
-PUBLISHED_METHODS = {  # with the published budget, those first that take the least time
-    "dm, ipc 1": 26.0, "dm, ipc 10": 48.9, "dc, ipc 1": 28.3, "dsa, ipc 1": 28.8, "dc, ipc 10": 44.9,
+PUBLISHED_METHODS = {  # with random sampling and the published budget, those first that take the least time
+    "dc, ipc 1": 28.3, "dsa, ipc 1": 28.8, "dm, ipc 1": 26.0, "dm, ipc 10": 48.9, "dc, ipc 10": 44.9,
     "dsa, ipc 10": 52.1, "idc, ipc 1": 50.6, "idc, ipc 10": 67.5,
 }  # fmt: skip
+# The paper's comparison in its parts: what the images begin with, and what they are matched against.
+ARMS = [(init, select) for init in ("random", "kmeans") for select in ("random", "kmeans")]
+ARMS_AT = range(0, 31, 3)  # outer iterations of an evaluation
+ARMS_BUDGET = ["-f", "2", "--ipc", "10", "--niter", str(ARMS_AT[-1]), "--epochs", "200", "--repeat", "1"]
 CIFAR10 = ["--reproduce", "-d", "cifar10"]
 TINY = shlex.split(
     "-d digits --niter 2 --inner_loop 4 --interval 2 --batch_real 4 --n_data 8 --net_epoch 1 --width 4 --epochs 4"
 )
+
+
+# By name: flags, and published accuracies in per cent by outer iteration, see `distil`.
+Runs = dict[str, tuple[list[str], Mapping[int, float | None]]]
 
 
 class NoTime(Exception):
@@ -104,9 +114,10 @@ class RecordedRun(condense.Run):
 
     parts: FourTests
 
-    def __init__(self, name: str, published: dict[int, float], *of_any_run: Any) -> None:
-        """published: accuracies in per cent, by the outer iterations to compare with."""
-        self.name, self.published, self.record = name, published, of_any_run[1].record
+    def __init__(self, name: str, published: Mapping[int, float | None], snapshots: bool, *of_any_run: Any) -> None:
+        """published: accuracies in per cent, or None, by the outer iterations to evaluate; snapshots: keep those."""
+        self.name, self.published, self.snapshots = name, published, snapshots
+        self.record = of_any_run[1].record
         super().__init__(*of_any_run)
 
     def save(self) -> None:
@@ -117,7 +128,8 @@ class RecordedRun(condense.Run):
     def before_iteration(self, it: int) -> None:
         """Evaluate the set, and keep a copy of it, where there is something to compare it with."""
         if it in self.published and not self.record.known(self.row(it)):
-            self.folder.save_snapshot(it, self.state.pixels)
+            if self.snapshots:
+                self.folder.save_snapshot(it, self.state.pixels)
             self.evaluate()
 
     def after_step(self) -> None:
@@ -146,7 +158,8 @@ class RecordedRun(condense.Run):
         """Record and print a row."""
         minutes = self.recorder.seconds(self.state) / 60
         scores = {**score.as_dict(), "best_of_four": self.parts.best.as_dict()}
-        self.record.keep(row, {**scores, "published": published, "minutes": minutes, "precision": self.o.precision})
+        precision = {"precision": self.o.precision, "evaluation_precision": self.parts.evaluation_precision}
+        self.record.keep(row, {**scores, "published": published, "minutes": minutes, **precision})
         self.record.say(line(row, self.record.known(row)))
 
     def finish(self) -> None:
@@ -165,18 +178,21 @@ class RecordedRun(condense.Run):
 def line(row: str, found: dict[str, Any]) -> str:
     """One line of the table: accuracies in per cent, mean +- std, the published one, minutes of distilling."""
     last, best = (str(Score(tuple(f["accuracies"]))) for f in (found, found["best_of_four"]))
-    return f"{row:36}{last:>22}{best:>22}{found['published'] or '':>12}{found['minutes']:>10.1f}"
+    return f"{row:54}{last:>22}{best:>22}{found['published'] or '':>12}{found['minutes']:>10.1f}"
 
 
-def distil(record: Record, name: str, words: Sequence[str], published: dict[int, float]) -> bool:
+def distil(
+    record: Record, name: str, words: Sequence[str], published: Mapping[int, float | None], *, snapshots: bool = True
+) -> bool:
     """Distil and evaluate as far as the time allows. Returns whether the run is finished.
 
-    published: accuracies in per cent, by outer iteration; -1: the last one.
+    published: accuracies in per cent, or None, by outer iteration; -1: of the published budget's end.
     """
     gc.collect()  # the run before, and its memory on the device
     given = record.given
     precision = given.precision or ("tf32" if record.device.type == "cuda" else "fp32")
-    argv = [*(TINY if given.tiny else CIFAR10), *words, "--precision", precision, "--device", record.device.type]
+    argv = [*(TINY if given.tiny else CIFAR10), *words, *(TINY if given.tiny else [])]
+    argv += ["--precision", precision, "--device", record.device.type]
     argv += ["--image_folder", given.image_folder] if given.image_folder else []
     argv += ["--results_dir", str(record.work / "results"), *given.more]
     o = resolve.condense(argv, "").options
@@ -186,14 +202,16 @@ def distil(record: Record, name: str, words: Sequence[str], published: dict[int,
     free = (*FREE, "image_folder")  # the next machine may have the images elsewhere
     folder = RunFolder(resolve.run_folder(o), resolve.as_saved(o), free=free, resumable=RESUMABLE)
     stopper, parts = Stopper(record.left / 60), FourTests(o, problem, folder=folder)
-    parts.record = record
-    known = {o.niter if it < 0 else it: accuracy for it, accuracy in published.items()}
+    parts.record, parts.evaluation_precision = record, given.evaluation_precision
+    whole = o.niter == METHODS[o.method].published.get("niter", REPRODUCE["niter"])
+    known = {it: accuracy for it, accuracy in published.items() if it >= 0}
+    known |= {o.niter: published[-1]} if -1 in published and whole else {}
     session = process.session("gpu_record.py", argv, parts.device, **parts.conditions)
     with folder.held(session) as there, stopper, parts.compute.rounding():
         if there == "finished":
             return True
         log.info("%s: %s", name, parts.describe())
-        RecordedRun(name, known, o, parts, folder, stopper).to_the_end()
+        RecordedRun(name, known, snapshots, o, parts, folder, stopper).to_the_end()
         if stopper.signal is not None:
             record.end = 0.0  # no further run begins
         return folder.check() == "finished"
@@ -207,14 +225,39 @@ def headline(record: Record) -> bool:
 
 
 def methods(record: Record) -> bool:
-    """Distil by other frameworks, as many as there is time for. Returns whether all ended."""
+    """Distil by other frameworks, from random images and from representatives. Returns whether all runs ended."""
+    runs: Runs = {}
+    for seed, (setting, accuracy), select in itertools.product(
+        range(record.given.seeds), PUBLISHED_METHODS.items(), ("random", "kmeans")
+    ):
+        method, ipc = setting.split(", ipc ")
+        words = ["--method", method, "-f", "2" if method == "idc" else "1", "--ipc", ipc, "--select", select]
+        runs[f"{setting}, {select}, seed {seed}"] = (
+            [*words, "--seed", str(seed), "--tag", f"{select}_seed{seed}"],
+            {-1: accuracy} if select == "random" else {},
+        )
+    return all_of(record, runs)
+
+
+def arms(record: Record) -> bool:
+    """Distil from random or k-means images, matching random ones or representatives. Returns whether all runs ended."""
+    runs: Runs = {}
+    for seed, (init, select) in itertools.product(range(record.given.seeds), ARMS):
+        name = f"init {init}, select {select}, seed {seed}"
+        words = ["--init", init, "--select", select, "--seed", str(seed), "--tag", f"{init}_{select}_seed{seed}"]
+        runs[name] = ([*ARMS_BUDGET, *words], dict.fromkeys(ARMS_AT))
+    return all_of(record, runs)
+
+
+def all_of(record: Record, runs: Runs) -> bool:
+    """Do the runs that --runs names, one after the other, as far as the time allows. Returns whether all ended."""
     say_table(record)
     ended = []
-    for name, accuracy in PUBLISHED_METHODS.items():
-        method, ipc = name.split(", ipc ")
-        words = ["--method", method, "-f", "2" if method == "idc" else "1", "--ipc", ipc]
+    for name, (words, published) in runs.items():
+        if not name.startswith(tuple(record.given.runs)):
+            continue
         try:
-            ended.append(record.left > 0 and distil(record, name, words, {-1: accuracy}))
+            ended.append(record.left > 0 and distil(record, name, words, published, snapshots=False))
         except (UserError, RuntimeError) as error:  # the others are to be tried
             record.say(f"{name}: failed: {first_line(error)}\n{traceback.format_exc()}")
             ended.append(False)
@@ -224,6 +267,6 @@ def methods(record: Record) -> bool:
 def say_table(record: Record) -> None:
     """Print the table's head, and the rows that are known already."""
     heads = ("last epoch, %", "best of 4 tests, %", "published", "minutes")
-    record.say("{:36}{:>22}{:>22}{:>12}{:>10}".format("", *heads))
+    record.say("{:54}{:>22}{:>22}{:>12}{:>10}".format("", *heads))
     for row, found in record.results.get(record.given.part, {}).items():
         record.say(line(row, found))

@@ -197,6 +197,8 @@ def _expert_draws(o: CondenseOptions, device: torch.device, *position: int | str
 class Parts:
     """Objects of a run, built from its options. They hold the classes that this rank owns."""
 
+    evaluation_precision = "fp32"  # whatever --precision is, so that accuracies of any two runs can be compared
+
     def __init__(
         self,
         o: CondenseOptions,
@@ -409,7 +411,7 @@ class Parts:
                 derived.evaluation_recipe(o, flip=self.data.flip),
                 trainings=trainings,
                 seed=o.seed,
-                compute=dataclasses.replace(self.compute, precision="fp32"),
+                compute=dataclasses.replace(self.compute, precision=self.evaluation_precision),
                 title=title,
                 stopper=stopper,
                 on_epoch=on_epoch,
