@@ -55,7 +55,8 @@ def augment_one(x: Tensor, u: Tensor, augment: Augment) -> Tensor:
     flip, bright, saturate, contrast, move_y, move_x, cut_y, cut_x, pick = u[:9].tolist()
     names, geometries = augment.names, augment.geometries
     if augment.one:
-        names = (names[math.floor(pick * len(names))],)
+        known = [name for name in ("color", "flip", "cutout", *GEOMETRIC) if name in names]
+        names = (known[math.floor(pick * len(known))],)
         geometries, pick = [name for name in names if name in GEOMETRIC], 0
     geometry = geometries[math.floor(pick * len(geometries))] if geometries else None
     if "color" in names:

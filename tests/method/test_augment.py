@@ -60,15 +60,10 @@ def test_exactly_one_of_six_operations_is_applied_at_a_call_in_dsa() -> None:
         u = augment.draw_shared(1, Draws("cpu", seed))
         alone = u.clone()
         alone[:, GEOMETRY] = 0
-        same = [name for name in parse(SIX) if torch.equal(augment(x, u), Augment(name)(x, alone))]
-        found.append("flip" if "flip" in same else same[0])  # half of the flips leave images as they are
+        ours = augment(x, u)
+        (name,) = (name for name in parse(SIX) if torch.allclose(ours, Augment(name)(x, alone), atol=1e-4))
+        found.append(name)
     assert {*found} == {*parse(SIX)}
-
-
-def test_one_of_several_changes_images_less_than_all_of_them() -> None:
-    x, u = torch.randn(600, 3, 16, 16), torch.rand(600, COLUMNS)
-    one, several = ((Augment(names)(x, u) - x).square().mean().sqrt() for names in (f"one_{SIX}", SIX))
-    assert one < 0.75 * several
 
 
 def test_crop_shifts_by_an_eighth_of_the_side_at_most_and_brings_zeros_in() -> None:

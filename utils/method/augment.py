@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,19 +63,22 @@ class Augment:
         if self.geometries == ["crop"]:
             x = crop(x, u)
         elif self.geometries:
-            x = warp(x, u, self.geometries)
+            x = warp(x, u, self.geometries, (u[:, GEOMETRY] * len(self.geometries)).long())
         for name, operation in AFTER.items():
             x = operation(x, u) if name in self.names else x
         return x
 
     def _one(self, x: Tensor, u: Tensor) -> Tensor:
         """Images after the operation that their draw picks. All are computed, since Python cannot look at the draw."""
-        picked, augmented = (column(u, GEOMETRY) * len(self.names)).floor(), x
-        for i, name in enumerate(self.names):
-            geometric = crop if name == "crop" else partial(warp, geometries=[name])
-            operation = {**BEFORE, **AFTER}.get(name, geometric)
+        operations = [operation for name, operation in (*BEFORE.items(), *AFTER.items()) if name in self.names]
+        picked, augmented = (u[:, GEOMETRY] * len(self.names)).long().view(-1, 1, 1, 1), x
+        for i, operation in enumerate(operations):
             augmented = torch.where(picked == i, operation(x, u), augmented)
-        return augmented
+        if not self.geometries:
+            return augmented
+        geometric = picked - len(operations)  # these come last
+        warped = warp(x, u, self.geometries, geometric.flatten().clamp(min=0))
+        return torch.where(geometric >= 0, warped, augmented)
 
 
 def is_one(names: str) -> bool:
@@ -153,13 +155,12 @@ def cutout(x: Tensor, u: Tensor) -> Tensor:
     return x.masked_fill(hole, 0)
 
 
-def warp(x: Tensor, u: Tensor, geometries: list[str]) -> Tensor:
-    """Apply to every image the geometric operation that its draw picks.
+def warp(x: Tensor, u: Tensor, geometries: list[str], picked: Tensor) -> Tensor:
+    """Apply to every image the geometric operation of its number in `geometries`; picked: (N or 1,) int64.
 
     All operations are affine maps, so that one resampling does them, whichever is picked.
     """
     matrices = torch.stack([GEOMETRIC[name](u, x.shape[2], x.shape[3]) for name in geometries])
-    picked = (u[:, GEOMETRY] * len(geometries)).long()
     theta = matrices[picked, torch.arange(len(u), device=x.device)].expand(len(x), 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
