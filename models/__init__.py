@@ -41,20 +41,24 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """Network class with the defaults of its three settings and the depths that it has (None: see the class)."""
+    """Network class with the defaults of its three settings and the depths that it has (None: see the class).
+
+    large_width: the default width for images of side `resnet.LARGE` and more, where that is another.
+    """
 
     make: Callable[..., Network]
     depth: int
     width: int
     norm: str
     depths: Collection[int] | None
+    large_width: int | None = None
 
 
 FAMILIES = {
     #                    class                           depth width norm      depths
     "convnet": Family(ConvNet, 3, 128, "instance", None),
-    "resnet": Family(ResNet, 10, 64, "batch", resnet.STAGES),
-    "resnet_ap": Family(partial(ResNet, average=True), 10, 64, "instance", resnet.STAGES),
+    "resnet": Family(ResNet, 10, 32, "batch", resnet.STAGES, large_width=64),
+    "resnet_ap": Family(partial(ResNet, average=True), 10, 32, "instance", resnet.STAGES, large_width=64),
     "densenet": Family(DenseNet, 121, 12, "batch", densenet.LAYOUTS),
     "vgg": Family(VGG, 11, 64, "batch", vgg.LAYOUTS),
     "alexnet": Family(AlexNet, 5, 128, "batch", alexnet.LAYOUTS),
@@ -135,10 +139,11 @@ def resolve(
     defaults = FAMILIES[family]
     if depth is None:
         depth = defaults.depth if named is None else named
+    large_width = defaults.large_width if side >= resnet.LARGE else None
     return NetSpec(
         family=family,
         depth=depth,
-        width=width or defaults.width,
+        width=width or large_width or defaults.width,
         norm=norm or defaults.norm,
         channels=channels,
         classes=classes,
@@ -161,8 +166,8 @@ def outline(spec: NetSpec) -> Network:
 def build(spec: NetSpec) -> Network:
     """Freshly initialised network on the CPU; its weights come from PyTorch's global generator.
 
-    Those of `FAMILIES` have PyTorch's default initialisation, torchvision's have theirs. Raises ValueError when depth,
-    norm and image side do not fit together.
+    Those of `FAMILIES` have PyTorch's default initialisation, but for the convolutions of ResNets (models/resnet.py);
+    torchvision's have theirs. Raises ValueError when depth, norm and image side do not fit together.
     """
     if spec.family not in FAMILIES:
         return zoo.ZooNetwork(spec.family, channels=spec.channels, classes=spec.classes, side=spec.side)

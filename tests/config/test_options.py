@@ -194,7 +194,7 @@ def test_a_set_s_own_settings_apply_in_training_unless_a_flag_says_otherwise() -
         return [(spec.name, spec.width) for spec in found]
 
     assert networks() == [("convnet2", 128)]
-    assert networks("-n", "convnet", "resnet10", "convnet3") == [("convnet2", 128), ("resnet10", 64), ("convnet3", 128)]
+    assert networks("-n", "convnet", "resnet10", "convnet3") == [("convnet2", 128), ("resnet10", 32), ("convnet3", 128)]
     assert networks("-n", "resnet", "--depth", "18", "--width", "8") == [("resnet18", 8)]
     with pytest.raises(UsageError, match=r"--factor 3: the set's data.json says 2"):
         training("-f", "3")

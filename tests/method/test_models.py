@@ -65,6 +65,19 @@ def test_vgg_and_alexnet_have_the_parameters_of_their_published_layouts() -> Non
     assert parameters("alexnet") == sum(k * a * b + 3 * b for k, a, b in kernels) + (192 * 4**2 + 1) * 10
 
 
+def test_resnets_of_small_images_have_the_published_parameters() -> None:
+    for name, published, exact in (("resnet10", 1.23, 1_228_970), ("resnet18", 2.80, 2_797_610)):
+        count = sum(p.numel() for p in models.build(spec(name, classes=10)).parameters())
+        assert count == exact and round(count / 1e6, 2) == published
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet_ap10"])
+def test_resnets_are_twice_as_wide_for_large_images_unless_a_width_is_given(name: str) -> None:
+    assert [spec(name, side=side).width for side in (8, 32, 64, 95, 96, 128, 224)] == [32] * 4 + [64] * 3
+    assert [spec(name, side=side, width=48).width for side in (32, 128)] == [48, 48]
+    assert spec("convnet", side=128).width == spec("convnet").width
+
+
 @pytest.mark.parametrize("width", [1, 4, 6, 100])
 def test_a_width_scales_every_convolution_of_vgg_and_alexnet(width: int) -> None:
     def channels(name: str) -> list[int]:
@@ -111,6 +124,39 @@ def test_resnets_have_their_depth_and_the_average_pooled_one_never_strides() -> 
     assert [len([c for c in convolutions(n) if c.kernel_size == (3, 3)]) for n in ("resnet10", "resnet18")] == [9, 17]
     assert {c.stride for c in convolutions("resnet10")} == {(1, 1), (2, 2)}
     assert {c.stride for c in convolutions("resnet_ap10")} == {(1, 1)}
+
+
+@pytest.mark.parametrize("side", [32, 128])
+@pytest.mark.parametrize("name", ["resnet18", "resnet_ap10"])
+def test_convolutions_of_resnets_begin_as_normal_numbers_scaled_by_their_outputs(name: str, side: int) -> None:
+    torch.manual_seed(0)
+    net = models.build(spec(name, side=side))
+    scaled = []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            scaled.append(module.weight.detach().flatten() * (fan_out / 2) ** 0.5)
+            assert abs(scaled[-1].std() - 1) < 4 / (2 * scaled[-1].numel()) ** 0.5  # four standard errors
+        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    every = torch.cat(scaled)
+    assert abs((every.abs() < 1).float().mean() - 0.6827) < 0.002 and every.abs().max() > 4  # of a normal distribution
+    assert net.classifier.weight.abs().max() <= net.classifier.in_features**-0.5  # PyTorch's own, which is uniform
+
+
+@pytest.mark.parametrize("side", [32, 128])
+def test_the_average_pools_of_a_resnet_ap_stand_before_the_norms(side: int) -> None:
+    net, sides = models.build(spec("resnet_ap10", side=side, width=8)), []
+
+    def note(norm: nn.Module, x: tuple[Tensor]) -> None:
+        sides.append(x[0].shape[-1])
+
+    for module in net.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_pre_hook(note)
+    net(torch.zeros(1, 3, side, side))
+    # The stem's norm, two of every block, and one of every shortcut that changes the side.
+    assert sides == [32, 32, 32, 16, 16, 16, 8, 8, 8, 4, 4, 4]
 
 
 def test_large_images_are_shrunk_by_the_stem() -> None:

@@ -46,6 +46,9 @@ _run = partial(flag, group="run")
 def per_family(setting: str) -> str:
     """Defaults of depth, width or norm for every network, for --help."""
     defaults = ", ".join(f"{name} {getattr(family, setting)}" for name, family in models.FAMILIES.items())
+    if setting == "width":
+        large = ", ".join(f"{name} {f.large_width}" for name, f in models.FAMILIES.items() if f.large_width)
+        defaults += f"; {large} from {models.resnet.LARGE} x {models.resnet.LARGE} pixels on"
     for_digits = DATASET_SETTINGS["digits"].get(setting)
     return defaults if for_digits is None else f"{defaults}; convnet {for_digits} for digits"
 
