@@ -27,7 +27,7 @@ from utils.config import build, derived, resolve
 from utils.config.build import Parts
 from utils.config.flags import as_argv
 from utils.config.options import CondenseOptions
-from utils.method.evaluation import Score
+from utils.method.evaluation import BEST_OF_FOUR, Score
 from utils.method.selection import select
 from utils.method.state import NotFinite
 from utils.method.training import update_network
@@ -133,7 +133,8 @@ class Run:
         times = {"seconds": self.recorder.seconds(self.state), "evaluation_seconds": time.monotonic() - began}
         rounded = {name: round(value, 1) for name, value in times.items()}
         self.folder.metric(iteration=it, **score.as_dict(), net=self.parts.spec.name, **rounded)
-        log.info("iteration %d: test accuracy %% %s", it, score)
+        best = f"; {BEST_OF_FOUR}: {score.best_of_four}" if self.o.show_best else ""
+        log.info("iteration %d: test accuracy %% %s%s", it, score, best)
         return score
 
     def finish(self) -> None:

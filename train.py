@@ -40,7 +40,7 @@ from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic
 from utils.files.imagefiles import GRID_COLUMNS
-from utils.method.evaluation import Score, evaluate_networks
+from utils.method.evaluation import Score, evaluate_networks, tested_epochs
 from utils.method.formation import Formation
 from utils.method.images import to_unit
 from utils.method.training import Trainer
@@ -99,13 +99,14 @@ class Evaluation:
             for i in numbers:
                 self.records.append(record := records[i])
                 more = f"; about {span(left)} for the other rows" if left > 60 and i == numbers[-1] else ""
-                score, (spec, data) = Score(tuple(record["accuracies"])), rows[i]
+                score, (spec, data) = Score.from_dict(record), rows[i]
                 log.info("%s on %s: %s%s", spec.name, data.title, score, more)
 
     def _flop(self, spec: NetSpec, data: TrainingData) -> float:
         """Floating-point operations of a row; a backward pass costs two forward passes."""
         trained = 3 * data.epochs * data.decoded_per_class * self.data.classes
-        return self.o.repeat * (trained + len(self.data.test)) * forward_flop(spec)
+        tested = len(tested_epochs(data.epochs)) * len(self.data.test)
+        return self.o.repeat * (trained + tested) * forward_flop(spec)
 
     def _description(self, spec: NetSpec, data: TrainingData) -> Record:
         """Record of a row without its result."""
@@ -141,8 +142,13 @@ class Evaluation:
         record = results.find(file, self._description(spec, data), repeat=self.o.repeat)
         if record is None:
             return None
-        if self.o.confusion and not record.get("confusion"):
-            log.warning("%s: knows no confusion matrix of %s; --retrain makes one", file, data.name)
+        asked = {
+            "confusion": (self.o.confusion, "confusion matrix"),
+            "best_of_four": (self.o.show_best, "best of four tests"),
+        }
+        for entry, (wanted, what) in asked.items():
+            if wanted and not record.get(entry):
+                log.warning("%s: knows no %s of %s; --retrain makes one", file, what, data.name)
         row = f"{spec.name} on {data.title}"
         log.info("%s: known from %s (%s); --retrain trains again", row, file, results.made_by(record))
         return record
@@ -320,9 +326,10 @@ def records_of(argv: Sequence[str]) -> list[Record]:
                 log.warning("%s", text)
         if o.confusion:
             evaluation.show_confusion(training_data)
-        log.info("\n%s\npeak memory: %.2g GB", results.as_text(records), peak_memory(data.device) / 1e9)
+        table = results.as_text(records, best=o.show_best)
+        log.info("\n%s\npeak memory: %.2g GB", table, peak_memory(data.device) / 1e9)
         for file in map(Path, o.table or []):
-            table = results.TABLES[file.suffix](records, session)
+            table = results.TABLES[file.suffix](records, session, best=o.show_best)
             rank_zero_only(atomic.write_atomically)(file, table.encode())
             log.info("wrote %s", file)
         if o.json:

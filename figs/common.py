@@ -278,14 +278,15 @@ class Run:
         """The mean matching loss of every outer iteration."""
         return self._series("loss")
 
-    def scores(self) -> Series:
-        """The mean test accuracy of every evaluation, in per cent."""
-        return self._series("accuracy_mean")
+    def scores(self, *, best: bool = False) -> Series:
+        """The mean test accuracy of every evaluation, in per cent; best: of the best of four tests of each training."""
+        return self._series("accuracy_mean", "best_of_four" if best else None)
 
-    def _series(self, name: str) -> Series:
-        by_iteration = {event["iteration"]: event for event in self.events if name in event}
+    def _series(self, name: str, within: str | None = None) -> Series:
+        found = [(event, event.get(within, {}) if within else event) for event in self.events]
+        by_iteration = {e["iteration"]: (e["seconds"], values[name]) for e, values in found if name in values}
         at = sorted(by_iteration)
-        return Series(at, [by_iteration[it]["seconds"] for it in at], [by_iteration[it][name] for it in at])
+        return Series(at, [by_iteration[it][0] for it in at], [by_iteration[it][1] for it in at])
 
     def __str__(self) -> str:
         return str(self.path)

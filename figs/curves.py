@@ -6,7 +6,7 @@
 Runs that differ in nothing but their seed are repeats: a line is their mean, the band +- their standard deviation. For
 every pair of groups, or those with --baseline, a star marks where one first reaches the other's final accuracy: at an
 evaluation, without interpolation, so run condense.py with a small --eval_every. Time is that spent distilling, without
-evaluations. Losses are comparable within one strategy only: other real images are other targets, and a lower distance
+evaluations. With --show_best the accuracies are those that published curves show, chosen on the test set. Losses are comparable within one strategy only: other real images are other targets, and a lower distance
 to easier ones says nothing.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figs import common
 from figs.common import Group, Run, Series
+from utils.method.evaluation import BEST_OF_FOUR
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages
@@ -84,6 +86,12 @@ def main(argv: Sequence[str]) -> int:
         "--baseline", metavar="LABEL", help="compare with this group only, such as select=random (default: each other)"
     )
     parser.add_argument("--no_time", action="store_true", help="leave out the panels over time")
+    parser.add_argument(
+        "--show_best",
+        action="store_true",
+        help="show the best of four tests of each training, chosen on the test set, in place of the last test: to be "
+        "laid over published curves",
+    )
     given = common.parse(parser, argv)
     with messages(), common.style():
         runs = common.read_runs(given.runs)
@@ -92,12 +100,17 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(
                     f"{run}: holds no evaluation yet; let condense.py finish it, or run it with --eval_every N"
                 )
+            if given.show_best and not run.scores(best=True).values:
+                raise UserError(f"{run}: is of a version that did not record four tests; leave out --show_best")
         common.warn_of_unfinished(runs)
         groups = common.group_runs(runs)
-        comparisons = reaching(groups, given.baseline)
+        comparisons = reaching(groups, given.baseline, best=given.show_best)
+        if given.show_best:
+            print(f"accuracies: {BEST_OF_FOUR}")
         for reached in comparisons:
             print(reached)
-        common.save(draw(groups, comparisons, time=not given.no_time), given.out, pdf=given.pdf)
+        figure = draw(groups, comparisons, time=not given.no_time, best=given.show_best)
+        common.save(figure, given.out, pdf=given.pdf)
     return 0
 
 
@@ -113,9 +126,9 @@ def average(runs: Sequence[Run], series: Sequence[Series], what: str) -> Curve:
     return Curve(np.array(at, float), seconds.mean(0), values.mean(0), std)
 
 
-def accuracy(group: Group) -> Curve:
-    """Test accuracy in per cent over the evaluations."""
-    return average(group.runs, [run.scores() for run in group.runs], "evaluation")
+def accuracy(group: Group, *, best: bool = False) -> Curve:
+    """Test accuracy in per cent over the evaluations; best: of the best of four tests of each training."""
+    return average(group.runs, [run.scores(best=best) for run in group.runs], "evaluation")
 
 
 def loss(group: Group) -> Curve:
@@ -123,12 +136,15 @@ def loss(group: Group) -> Curve:
     return average(group.runs, [run.losses() for run in group.runs], "loss")
 
 
-def reaching(groups: Sequence[Group], baseline: str | None = None) -> list[Reached]:
-    """Comparisons of every ordered pair of groups, or of those with the baseline second. Raises UsageError."""
+def reaching(groups: Sequence[Group], baseline: str | None = None, *, best: bool = False) -> list[Reached]:
+    """Comparisons of every ordered pair of groups, or of those with the baseline second. Raises UsageError.
+
+    best: of the best of four tests of each training.
+    """
     labels = [group.label for group in groups]
     if baseline is not None and baseline not in labels:
         raise UsageError(f"--baseline {baseline}: no such group; choose one of {'; '.join(labels)}")
-    curves = [accuracy(group) for group in groups]
+    curves = [accuracy(group, best=best) for group in groups]
     comparisons = []
     for group, curve in zip(groups, curves, strict=True):
         for target, goal in zip(groups, curves, strict=True):
@@ -139,15 +155,19 @@ def reaching(groups: Sequence[Group], baseline: str | None = None) -> list[Reach
     return comparisons
 
 
-def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool) -> Figure:
-    """Panels of accuracy and loss over iterations, and with `time` a second column over minutes."""
+def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool, best: bool = False) -> Figure:
+    """Panels of accuracy and loss over iterations, and with `time` a second column over minutes.
+
+    best: the accuracy is the best of four tests of each training, and the axis says so.
+    """
     figure = Figure(figsize=(common.WIDTH, 5.4 if time else 3.2), layout="constrained")
     panels = (
         figure.subplots(2, 2, sharex="col", sharey="row", squeeze=False)
         if time
         else figure.subplots(1, 2, squeeze=False).T
     )
-    rows = zip(panels, ("test accuracy, %", "matching loss"), (accuracy, loss), strict=True)
+    label = BEST_OF_FOUR.replace(", ", ",\n").replace(": ", ":\n") if best else "test accuracy, %"
+    rows = zip(panels, (label, "matching loss"), (partial(accuracy, best=best), loss), strict=True)
     for line, what, of_group in rows:
         for number, group in enumerate(groups):
             curve = of_group(group)

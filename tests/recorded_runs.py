@@ -20,7 +20,7 @@ from utils.config.options import FREE, RESUMABLE
 from utils.config.presets import METHODS, REPRODUCE
 from utils.method.evaluation import OnEpoch, Score
 from utils.method.images import ImageSet
-from utils.method.training import Trainer, confusion_matrix
+from utils.method.training import Trainer
 from utils.runs.folder import RunFolder
 from utils.system import process
 from utils.system.errors import UserError, first_line
@@ -58,26 +58,18 @@ class NoTime(Exception):
 
 
 class Watch:
-    """What an evaluation is watched for: the time that it will take, and four tests of each training."""
+    """What an evaluation is watched for: the time that it will take."""
 
-    def __init__(self, record: Record, title: str, test: ImageSet, count: int) -> None:
+    def __init__(self, record: Record, title: str, count: int) -> None:
         """count: of trainings."""
-        self.record, self.title, self.test = record, title, test
-        self.tests: list[list[float]] = [[] for _ in range(count)]
+        self.record, self.title, self.count = record, title, count
 
     def __call__(self, trainings: Sequence[int], epoch: int, trainer: Trainer) -> None:
-        """Test after each quarter of the epochs. Raises NoTime, which the first epochs show."""
-        epochs, groups = trainer.recipe.epochs, math.ceil(len(self.tests) / len(trainings))
+        """Time the first epochs, from `few` to twice as many, in which CUDA graphs are replayed. Raises NoTime."""
+        epochs, groups = trainer.recipe.epochs, math.ceil(self.count / len(trainings))
         few = max(1, epochs // 50)
-        if trainings[0] == 0 and epoch <= 2 * few:
-            self._check_time(epoch, few, groups * epochs - epoch, trainer)
-        if epoch in {-(-epochs * quarter // 4) for quarter in (1, 2, 3, 4)}:
-            for r, net in zip(trainings, trainer.nets, strict=True):
-                matrix = confusion_matrix(net, self.test, trainer.compute)
-                self.tests[r].append(100 * matrix.trace().item() / len(self.test))
-
-    def _check_time(self, epoch: int, few: int, left: int, trainer: Trainer) -> None:
-        """Time the epochs from `few` to twice as many, in which CUDA graphs are replayed; left: epochs to go."""
+        if trainings[0] != 0 or epoch > 2 * few:
+            return
         if self.record.left <= 0:
             raise NoTime(f"no time for {self.title}")
         if epoch == few:
@@ -85,34 +77,30 @@ class Watch:
             self.began = time.monotonic()
         elif epoch == 2 * few:
             trainer.parameters[0].sum().item()
-            needed = (time.monotonic() - self.began) / few * left
+            needed = (time.monotonic() - self.began) / few * (groups * epochs - epoch)
             log.info("%s: about %s", self.title, span(needed))
             if needed > self.record.left:
                 raise NoTime(f"{self.title} needs {span(needed)}, there are {span(max(self.record.left, 0))}")
 
 
-class FourTests(Parts):
-    """Parts of a run whose evaluations also give the published statistic, and stop where they would not end in time."""
+class TimedParts(Parts):
+    """Parts of a run whose evaluations stop where they would not end in time."""
 
     record: Record
-    best: Score  # of the last evaluation: the best of four tests of each training, one after each quarter of its epochs
 
     def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper, on_epoch: OnEpoch | None = None) -> Score:
         """Evaluate as condense.py does, under watch. Raises Stopped for want of time."""
         assert on_epoch is None
-        watch = Watch(self.record, title, self.data.test, len(sets))
         try:
-            score = super().evaluate(sets, title, stopper, watch)
+            return super().evaluate(sets, title, stopper, Watch(self.record, title, len(sets)))
         except NoTime as error:
             raise Stopped(str(error)) from None
-        self.best = Score(tuple(map(max, watch.tests)))
-        return score
 
 
 class RecordedRun(condense.Run):
     """A run with a row in the record for some outer iterations and for its end, packed whenever it is saved."""
 
-    parts: FourTests
+    parts: TimedParts
 
     def __init__(self, name: str, published: Mapping[int, float | None], snapshots: bool, *of_any_run: Any) -> None:
         """published: accuracies in per cent, or None, by the outer iterations to evaluate; snapshots: keep those."""
@@ -157,9 +145,8 @@ class RecordedRun(condense.Run):
     def keep(self, row: str, score: Score, *, published: float | None = None) -> None:
         """Record and print a row."""
         minutes = self.recorder.seconds(self.state) / 60
-        scores = {**score.as_dict(), "best_of_four": self.parts.best.as_dict()}
         precision = {"precision": self.o.precision, "evaluation_precision": self.parts.evaluation_precision}
-        self.record.keep(row, {**scores, "published": published, "minutes": minutes, **precision})
+        self.record.keep(row, {**score.as_dict(), "published": published, "minutes": minutes, **precision})
         self.record.say(line(row, self.record.known(row)))
 
     def finish(self) -> None:
@@ -177,8 +164,8 @@ class RecordedRun(condense.Run):
 
 def line(row: str, found: dict[str, Any]) -> str:
     """One line of the table: accuracies in per cent, mean +- std, the published one, minutes of distilling."""
-    last, best = (str(Score(tuple(f["accuracies"]))) for f in (found, found["best_of_four"]))
-    return f"{row:54}{last:>22}{best:>22}{found['published'] or '':>12}{found['minutes']:>10.1f}"
+    last = Score.from_dict(found)
+    return f"{row:54}{last!s:>22}{last.best_of_four!s:>22}{found['published'] or '':>12}{found['minutes']:>10.1f}"
 
 
 def distil(
@@ -201,7 +188,7 @@ def distil(
     problem = Problem(record.problem.data, resolve.network(o, o.net_type, record.problem.data))
     free = (*FREE, "image_folder")  # the next machine may have the images elsewhere
     folder = RunFolder(resolve.run_folder(o), resolve.as_saved(o), free=free, resumable=RESUMABLE)
-    stopper, parts = Stopper(record.left / 60), FourTests(o, problem, folder=folder)
+    stopper, parts = Stopper(record.left / 60), TimedParts(o, problem, folder=folder)
     parts.record, parts.evaluation_precision = record, given.evaluation_precision
     whole = o.niter == METHODS[o.method].published.get("niter", REPRODUCE["niter"])
     known = {it: accuracy for it, accuracy in published.items() if it >= 0}

@@ -122,7 +122,7 @@ def test_a_run_is_in_its_precision_and_its_evaluations_are_in_float32(
 
     noting(MatchingStep, "__call__")
     noting(evaluation, "train_networks")
-    noting(recorded_runs, "confusion_matrix")
+    noting(evaluation, "confusion_matrix")
     archive(tmp_path / "out", "headline", "--precision", "bf16", *SHORT)
     assert seen == {("__call__", "tf32"), ("train_networks", "ieee"), ("confusion_matrix", "ieee")}
 

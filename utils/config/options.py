@@ -22,6 +22,7 @@ RESULTS_DIR = "results"
 FREE = (
     "data_dir", "data_threads", "results_dir", "device", "compile", "wait_minutes", "max_minutes", "dry_run",
     "experts_only", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic", "share_update",
+    "show_best",
 )  # fmt: skip
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
@@ -105,6 +106,9 @@ class Options:
         help=f"augmentation of evaluation trainings (default: {EVALUATION_AUGMENTATION}, without cutout under CutMix, "
              "without flip where mirror images are other classes)")
     repeat: int = _evaluation(5, parse=integer(1), metavar="N", help="trainings per evaluation")
+    show_best: bool = _evaluation(False,
+        help="also show the best of four tests of each training, chosen on the test set: biased, for a comparison with "
+             "published figures only")
     tensorboard: bool = _run(False,
         help="also write losses, accuracies and pictures for TensorBoard, beside the results (pip install tensorboard)")
 

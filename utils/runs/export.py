@@ -209,6 +209,6 @@ def _making(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     for what, key in (("test accuracy, %", "accuracy"), ("of as many random real images, %", "random_real")):
         # An unfinished run has no scores yet, and a card may say anything.
         with suppress(KeyError, TypeError, ValueError, ArithmeticError):
-            score = Score(tuple(map(float, card[key]["accuracies"])))
+            score = Score.from_dict(card[key])
             rows.append((what, f"{score}, {NetSpec(**card['network']).name}"))
     return rows

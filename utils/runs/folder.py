@@ -22,7 +22,7 @@ from models import NetSpec
 from utils.files import atomic, tensors
 from utils.files.imagefiles import grid_png
 from utils.files.lock import locked
-from utils.method.evaluation import Score
+from utils.method.evaluation import BEST_OF_FOUR, Score
 from utils.runs import card as cards
 from utils.runs.board import FOLDER as BOARD
 from utils.runs.board import Board
@@ -288,13 +288,17 @@ class RunFolder:
     def say_results(self, before: str = "", after: str = "") -> None:
         """Show the accuracies in a finished run's data.json, with lines before and after them."""
         card = atomic.read_json(self.path / cards.CARD)
+        ours, random = (Score.from_dict(card[name]) for name in ("accuracy", "random_real"))
         rows = [
-            f"  {what:20}{count:>24}     {Score(tuple(score['accuracies']))}"
+            f"  {what:20}{count:>24}     {score}"
             for what, count, score in (
-                ("distilled set", f"{card['ipc']} stored, {card['decoded_per_class']} decoded", card["accuracy"]),
-                ("random real images", str(card["ipc"]), card["random_real"]),
+                ("distilled set", f"{card['ipc']} stored, {card['decoded_per_class']} decoded", ours),
+                ("random real images", str(card["ipc"]), random),
             )
         ]
+        if self.options.get("show_best"):
+            best, other = (score.best_of_four or "unknown" for score in (ours, random))
+            rows.append(f"  {BEST_OF_FOUR}: distilled set {best}, random real images {other}")
         net, epochs = NetSpec(**card["network"]).name, card["settings"]["epochs"]
         head = f"  {'trained on':20}{'images per class':>24}     test accuracy %, {net}, {epochs} epochs"
         log.info("%s", "\n".join(filter(None, [before, f"run folder: {self.path}", head, *rows, after])))
