@@ -6,13 +6,13 @@
 Runs that differ in nothing but their seed are repeats: a line is their mean, the band +- their standard deviation. For
 every pair of groups, or those with --baseline, a star marks where one first reaches the other's final accuracy: at an
 evaluation, without interpolation, so run condense.py with a small --eval_every. Time is that spent distilling, without
-evaluations. With --show_best the accuracies are those that published curves show, chosen on the test set. Losses are comparable within one strategy only: other real images are other targets, and a lower distance
-to easier ones says nothing.
+evaluations. Losses are comparable within one strategy only: other real images are other targets, and a lower distance
+to easier ones says nothing. --show_best draws the statistic of published curves, which is chosen on the test set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -167,8 +167,8 @@ def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool,
         else figure.subplots(1, 2, squeeze=False).T
     )
     label = BEST_OF_FOUR.replace(", ", ",\n").replace(": ", ":\n") if best else "test accuracy, %"
-    rows = zip(panels, (label, "matching loss"), (partial(accuracy, best=best), loss), strict=True)
-    for line, what, of_group in rows:
+    curves: tuple[Callable[[Group], Curve], ...] = (partial(accuracy, best=best), loss)
+    for line, what, of_group in zip(panels, (label, "matching loss"), curves, strict=True):
         for number, group in enumerate(groups):
             curve = of_group(group)
             for axes, x in zip(line, (curve.iterations, curve.minutes), strict=False):
