@@ -52,6 +52,29 @@ def test_curves_say_when_a_group_reaches_the_end_of_another(tmp_path: Path, caps
     assert out.read_bytes().startswith(b"%PDF")
 
 
+def test_curves_of_the_published_statistic_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, out = two_strategies(tmp_path), tmp_path / "x.png"
+    older = [*words, "--show_best", "--out", str(out)]
+    refused(curves.main, older, words[0], "leave out --show_best", status=1, unchanged=tmp_path)
+    for word in words:
+        file = Path(word) / "metrics.jsonl"
+        events = [json.loads(line) for line in file.read_text().splitlines()]
+        for event in events:
+            if "accuracy_mean" in event:
+                event["best_of_four"] = {"accuracy_mean": event["accuracy_mean"] + 5}
+        file.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert curves.main([*words, "--out", str(out)]) == 0
+    assert "chosen on the test set" not in capsys.readouterr().out
+    assert curves.main([*words, "--show_best", "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "accuracies: best of 4 tests %, as published: chosen on the test set"
+    assert "the final accuracy of select=random (42.1 %) at iteration 4 of 10" in said[1]
+    groups = common.group_runs(common.read_runs([Path(word) for word in words]))
+    figure = curves.draw(groups, curves.reaching(groups, best=True), time=False, best=True)
+    assert "chosen on the test set" in figure.axes[0].get_ylabel()
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [25, 43, 49]  # type: ignore[union-attr]
+
+
 def test_a_curve_is_the_mean_over_repeats_with_their_sample_standard_deviation(tmp_path: Path) -> None:
     group = common.group_runs(common.read_runs([Path(word) for word in two_strategies(tmp_path)]))[0]
     curve = curves.accuracy(group)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import math
@@ -32,6 +33,7 @@ from utils.method.training import (
     update_network,
 )
 from utils.numerics.compute import Compute
+from utils.system.distributed import Group, balanced
 from utils.system.draws import Draws
 
 NORMALIZE = Normalize((0.0,), (1.0,))
@@ -392,6 +394,68 @@ def test_losses_after_an_epoch_are_the_mean_cross_entropy_of_every_training_on_i
         assert F.cross_entropy(net(x), y).item() == pytest.approx(expected, rel=1e-4)
     assert score.confusion is not None and score.confusion.sum() == 2 * 40
     assert score.mean == pytest.approx(100 * score.confusion.trace().item() / 80)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize(
+    ("epochs", "tested"), [(8, (2, 4, 6, 8)), (7, (2, 4, 6, 7)), (5, (2, 3, 4, 5)), (3, (1, 2, 3))]
+)
+def test_the_best_of_four_is_that_of_the_tests_after_each_quarter_and_they_change_nothing(
+    epochs: int, tested: tuple[int, ...], norm: str
+) -> None:
+    """Against one training after the other without a test on the way, and plain accuracies of copies of its network."""
+    spec, settings = dataclasses.replace(SPEC, norm=norm), recipe(epochs=epochs, lr=0.1, batch_size=2)
+    *sets, test = (easy_set(n, r) for r, n in enumerate((40, 40, 40, 90)))
+    for seed, noise in enumerate((*sets, test)):  # luck decides
+        noise.images.copy_(torch.rand(noise.images.shape, generator=torch.Generator().manual_seed(seed)))
+    score = evaluate_networks(spec, sets.__getitem__, test, settings, trainings=range(3), seed=0, compute=CPU)
+    x, y = test.batch(torch.arange(90))
+    last, best = [], []
+    for r in range(3):
+        draws, accuracies = Draws("cpu", 0, "evaluate", r), []
+        for epoch, trainer in train_networks(spec, [sets[r]], settings, [draws], CPU):
+            net = copy.deepcopy(trainer.nets[0]).eval()
+            if epoch in tested:
+                accuracies.append(100 * (net(x).argmax(1) == y).sum().item() / 90)
+        last.append(accuracies[-1])
+        best.append(max(accuracies))
+    assert score == Score(tuple(last), Score(tuple(best)))
+    assert last != best or epochs == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_rank_has_the_scores_of_all_trainings(count: int) -> None:
+    """Whoever has which of three trainings; of four ranks one has none."""
+    last, best = (50.0, 40.0, 61.5), (55.0, 40.0, 90.0)
+    totals: list[torch.Tensor] = []
+
+    class Rank(Group):
+        """One that sums what it is given with what the ranks before gave."""
+
+        given = 0
+
+        def all_reduce_sum(self, x: torch.Tensor) -> torch.Tensor:
+            if self.given == len(totals):
+                totals.append(torch.zeros_like(x))
+            totals[self.given] += x
+            self.given += 1
+            return x.copy_(totals[self.given - 1])
+
+    for rank, own in enumerate(balanced([1.0] * 3, count)):
+        confusion = torch.full((2, 2), len(own))
+        score = Score(tuple(last[r] for r in own), Score(tuple(best[r] for r in own)), confusion)
+        whole = score.all_reduce(own, Rank(rank, count), repeat=3)
+    assert whole == Score(last, Score(best)) and whole.confusion is not None and whole.confusion.sum() == 3 * 4
+
+
+def test_a_score_is_read_as_it_was_written_and_one_of_an_older_version_without_four_tests() -> None:
+    score = Score((50.0, 41.25, 61.5), Score((55.0, 41.25, 90.0)))
+    entries = score.as_dict()
+    assert Score.from_dict(entries) == score
+    assert Score.from_dict(entries, 2) == Score((50.0, 41.25), Score((55.0, 41.25)))
+    assert entries["accuracy_mean"] == 50.9167 and entries["best_of_four"] == score.best_of_four.as_dict()  # type: ignore[union-attr]
+    del entries["best_of_four"]
+    assert Score.from_dict(entries) == Score((50.0, 41.25, 61.5)) and Score((50.0,)).as_dict().keys() == entries.keys()
 
 
 def test_a_score_s_spread_is_the_sample_deviation_and_unknown_for_one() -> None:

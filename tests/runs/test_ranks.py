@@ -350,7 +350,7 @@ def test_trajectories_are_matched_by_ranks_together(server: Server, tmp_path: Pa
 def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tmp_path: Path) -> None:
     assert server.run(tiny(tmp_path)).status == 0
     run = tmp_path / FOLDER
-    flags = shlex.split("-n convnet --epochs 1 --repeat 3 --width 4 --device cpu --baselines random --confusion")
+    flags = shlex.split("-n convnet --epochs 2 --repeat 3 --width 4 --device cpu --baselines random --confusion")
     argv = [str(run), *flags, "--results_dir", str(tmp_path), "--json"]
     one = server.run([*argv], program="train:main")
     assert one.status == 0, one
@@ -360,7 +360,7 @@ def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tm
 
     def results(ended: Ended) -> list[tuple[Any, ...]]:
         records = json.loads(ended.out.splitlines()[-1])["results"]
-        return [(r["net"], r["trained_on"], r["accuracies"], r["confusion"]) for r in records]
+        return [(r["net"], r["trained_on"], r["accuracies"], r["best_of_four"], r["confusion"]) for r in records]
 
     assert results(many[0]) == results(one) and len(results(one)) == 3
     assert len((run / "eval.json").read_text().split('"trained_on"')) == 1 + 3

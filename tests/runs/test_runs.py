@@ -18,13 +18,16 @@ from tests.distilling import STOPPED, TINY, distilled, signals
 from tests.files import last_json, quick
 from tests.outcome import metrics, outcome
 from tests.tally import injected
+from utils.files import atomic
 from utils.method import evaluation
 from utils.method.state import Losses, State
 from utils.numerics import derivatives
 from utils.numerics.compilation import compiler_error
 from utils.runs import recorder
+from utils.runs.folder import RunFolder
 from utils.system import process
 from utils.system.errors import UsageError
+from utils.system.report import messages
 
 OFTEN = [*TINY, "--eval_every", "2"]
 ONCE = ["--niter", "1", "--inner_loop", "1", "--epochs", "1", "--repeat", "1"]
@@ -115,6 +118,31 @@ def test_a_finished_run_is_over(
     distilled(finished.parent.parent, OFTEN)
     out = capsys.readouterr().out
     assert "is finished" in out and "random real images" in out and str(finished) in out
+
+
+def test_the_best_of_four_tests_is_recorded_and_shown_on_request_only(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = json.loads((finished / "data.json").read_text())
+    events = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for scores in (card["accuracy"], card["random_real"], *(event for event in events if "accuracy_mean" in event)):
+        assert scores["best_of_four"]["n"] == 2 and scores["best_of_four"]["accuracy_mean"] >= scores["accuracy_mean"]
+    name, results = "best of 4 tests %, as published: chosen on the test set", finished.parent.parent
+    distilled(results, OFTEN)
+    assert "best of 4" not in capsys.readouterr().out
+    distilled(results, [*OFTEN, "--show_best"])  # the same run
+    best, random = (f"{card[of]['best_of_four']['accuracy_mean']:.1f} +- " for of in ("accuracy", "random_real"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if name in line)
+    assert f": distilled set {best}" in line and f", random real images {random}" in line
+    older = run(tmp_path, *ONCE, "--show_best")
+    assert capsys.readouterr().out.count(name) == 2  # in the evaluation's line, and below the table
+    content = atomic.read_json(older / "data.json")
+    for of in ("accuracy", "random_real"):
+        del content[of]["best_of_four"]
+    atomic.write_json(older / "data.json", content)
+    with messages():
+        RunFolder(older, {"show_best": True}).say_results()
+    assert f"{name}: distilled set unknown, random real images unknown" in capsys.readouterr().out
 
 
 def test_another_command_for_the_same_folder_is_refused_and_restart_begins_again(tmp_path: Path) -> None:

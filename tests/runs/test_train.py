@@ -23,6 +23,7 @@ from tests.files import image_folder, last_json, tree
 from utils.config import resolve
 from utils.config.flags import make_parser
 from utils.config.options import TrainOptions
+from utils.files import atomic
 from utils.system.errors import UsageError, UserError
 
 Evaluate = Callable[..., dict[str, Any]]
@@ -133,7 +134,7 @@ def test_a_damaged_eval_json_is_said_and_begun_again(finished: Path, capsys: pyt
     good = {"accuracies": [1.0], "seconds": 1.0}
     for damaged in ("{", "[]", '{"results": 3}', *(json.dumps({"results": [r]}) for r in (
         {"accuracies": [10**400], "seconds": 1},
-        7, {**good, "accuracies": ["x"]}, {"accuracies": [1.0]}, {**good, "versions": 5},
+        7, {**good, "accuracies": ["x"]}, {"accuracies": [1.0]}, {**good, "versions": 5}, {**good, "best_of_four": [1]},
     ))):  # fmt: skip
         file.write_text(damaged)
         assert train.main([*FEW, str(finished), *ALONE]) == 0
@@ -155,6 +156,50 @@ def test_the_table_is_written_as_markdown_csv_and_json(finished: Path, tmp_path:
     for row, record in zip(by_csv, by_json, strict=True):
         assert (row["net"], row["trained_on"]) == (record["net"], record["trained_on"])
         assert float(row["accuracy_mean"]) == record["accuracy_mean"] and row["n"] == "2"
+
+
+CHOSEN = "as published: chosen on the test set"
+
+
+def test_the_best_of_four_tests_is_shown_on_request_only_and_with_its_name(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = [tmp_path / f"table{suffix}" for suffix in (".md", ".csv", ".json")]
+    argv = ["--device", "cpu", "--epochs", "5", "--repeat", "2", "--width", "4", *ALONE, "--table", *map(str, tables)]
+    for more in ([], ["--show_best"]):
+        assert train.main([str(finished), *argv, *more]) == 0
+        for shown in (capsys.readouterr().out, *(table.read_text() for table in tables[:2])):
+            assert (CHOSEN in shown) == bool(more)
+        (record,) = json.loads(tables[2].read_text())["results"]
+        best = record["best_of_four"]
+        assert len(best["accuracies"]) == best["n"] == 2
+        assert all(b >= a for a, b in zip(record["accuracies"], best["accuracies"], strict=True))
+    text = tables[0].read_text()
+    assert f"{best['accuracy_mean']:.1f} +- {best['accuracy_std']:.1f} (n=2)" in text and "biased upwards" in text
+    (row,) = csv.DictReader(tables[1].read_text().splitlines())
+    (name,) = (name for name in row if name.endswith(CHOSEN) and not name.startswith("std"))
+    assert float(row[name]) == best["accuracy_mean"]
+    (finished / "eval.json").unlink()
+
+
+def test_an_upper_bound_of_an_older_version_is_used_again_without_four_tests(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*FEW, "--real", "--results_dir", str(tmp_path), "--show_best", "--json"]
+    assert train.main([*argv, "--repeat", "3"]) == 0
+    (real,) = last_json(capsys)["results"]
+    assert train.main(argv) == 0
+    (again,) = last_json(capsys)["results"]
+    assert again["best_of_four"]["accuracies"] == real["best_of_four"]["accuracies"][:2]
+    file = tmp_path / "digits" / "real" / "eval.json"
+    content = atomic.read_json(file)
+    del content["results"][0]["best_of_four"]
+    atomic.write_json(file, content)
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "known from" in out and "knows no best of four tests of all real images; --retrain makes one" in out
+    (older,) = json.loads(out.splitlines()[-1])["results"]
+    assert older["accuracies"] == real["accuracies"][:2] and "unknown" in out
 
 
 @pytest.mark.parametrize("name", ["table.txt", "table", "nowhere/table.md"])
