@@ -1,6 +1,6 @@
 """The test split says how good a set is, and nothing else: it has no part in pixels, selection, length of training or
-the choice of a number that is reported, but for the one that says so. Shown by other test splits in its place, by one that cannot be read outside of
-a test, and by made-up results of tests."""
+the choice of a number that is reported, but for the one that says so. Shown by other test splits in its place, by one
+that cannot be read outside of a test, and by made-up results of tests."""
 
 from __future__ import annotations
 
