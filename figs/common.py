@@ -311,16 +311,16 @@ def warn_of_unfinished(runs: Sequence[Run]) -> None:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the options that distinguish runs, but not repeats; without those that follow from --method."""
+    """Names of the options that distinguish runs, but not repeats; without those that follow from others of them."""
     names = dict.fromkeys(name for run in runs for name in run.options if name not in UNLABELLED)
     differ = [name for name in names if not _same(runs, name)]
-    if "method" not in differ:
-        return differ
-    implying = ("method", "select", "ipc")  # a method's settings follow from these
+    # What may follow: a method's settings from the method, --select and --ipc; the interval from --select.
+    implying, following = (("method", "select", "ipc"), differ) if "method" in differ else (("select",), ["interval"])
     kinds: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         kinds.setdefault(tuple(run.options.get(name) for name in implying), []).append(run)
-    return [name for name in differ if name in implying or not all(_same(kind, name) for kind in kinds.values())]
+    follow = {name for name in following if all(_same(kind, name) for kind in kinds.values())}
+    return [name for name in differ if name in implying or name not in follow]
 
 
 def _same(runs: Sequence[Run], name: str) -> bool:

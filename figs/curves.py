@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figs import common
 from figs.common import Group, Run, Series
-from utils.method.evaluation import BEST_OF_FOUR
+from utils.method.evaluation import BEST_OF_FOUR, Score
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
 from utils.system.report import messages
@@ -50,13 +50,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where one group's accuracy first reaches another's final one. at: position in `curve`, None for never."""
+    """Where one group's accuracy first reaches another's final one. at: position in `curve`, None for never.
+
+    by_seed: for every seed that both have, how many times fewer iterations one run needs to reach the final accuracy of
+    the other; infinite at iteration 0, zero for never.
+    """
 
     group: Group
     target: Group
     curve: Curve
     goal: Curve
     at: int | None
+    by_seed: Sequence[float] = ()
 
     def __str__(self) -> str:
         accuracy = f"the final accuracy of {self.target.label} ({self.goal.mean[-1]:.1f} %)"
@@ -69,7 +74,15 @@ class Reached:
         spent, allowed = self.curve.seconds[self.at], self.goal.seconds[-1]
         line += ": " + times(here, there, "fewer iterations", "more iterations", "as many iterations")
         timed = times(spent, allowed, "less time", "more time", "as much time") if spent and allowed else ""
-        return f"{line}, {timed}" if timed else line
+        return (f"{line}, {timed}" if timed else line) + self._seeds()
+
+    def _seeds(self) -> str:
+        """The factors of single seeds in words: `; by seed: 2.0, 1.7, never`; empty for a single seed."""
+        if len(self.by_seed) < 2:
+            return ""
+        words = [{0: "never", np.inf: "at once"}.get(factor, f"{factor:.1f}") for factor in self.by_seed]
+        spread = f", {Score(tuple(self.by_seed))}" if all(0 < factor < np.inf for factor in self.by_seed) else ""
+        return f"; by seed: {', '.join(words)}{spread}"
 
 
 def times(here: float, there: float, less: str, more: str, same: str) -> str:
@@ -151,8 +164,22 @@ def reaching(groups: Sequence[Group], baseline: str | None = None, *, best: bool
             if group is not target and baseline in (None, target.label):
                 # Means of equal numbers may differ in their last bit.
                 enough = np.flatnonzero(curve.mean >= goal.mean[-1] - 1e-9)
-                comparisons.append(Reached(group, target, curve, goal, int(enough[0]) if len(enough) else None))
+                at = int(enough[0]) if len(enough) else None
+                comparisons.append(Reached(group, target, curve, goal, at, by_seed(group, target, best=best)))
     return comparisons
+
+
+def by_seed(group: Group, target: Group, *, best: bool) -> list[float]:
+    """How many times fewer iterations the runs of a group need than those of another; see `Reached`."""
+    others = {run.options["seed"]: run for run in target.runs}
+    factors = []
+    for run in group.runs:
+        if run.options["seed"] in others:
+            own, other = run.scores(best=best), others[run.options["seed"]].scores(best=best)
+            reached = (it for it, value in zip(own.iterations, own.values, strict=True) if value >= other.values[-1])
+            here = next(reached, None)
+            factors.append(0.0 if here is None else other.iterations[-1] / here if here else np.inf)
+    return factors
 
 
 def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool, best: bool = False) -> Figure:

@@ -34,7 +34,8 @@ CASES = {
     "mtt": f"--method mtt {TRAJECTORIES} --lr_img 30",
     "dream+": "--method dream+",
     "autograd": "--norm_type batch --metric cos --fc --bias",
-    "features": "--match feat --decode_type multi --init noise",
+    "features": "--match blocks --decode_type multi --init noise",
+    "last features": "--match feat --metric l1_mean --pack nearest",
     "whitened": "--whiten zca --select herding",
 }
 DIGESTS = {

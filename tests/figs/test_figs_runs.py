@@ -45,11 +45,23 @@ def test_curves_say_when_a_group_reaches_the_end_of_another(tmp_path: Path, caps
     assert curves.main([*words, "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "select=kmeans reaches the final accuracy of select=random (37.1 %) at iteration 4 of 10: "
-        "2.5 times fewer iterations, 1.3 times less time",
+        "2.5 times fewer iterations, 1.3 times less time; by seed: 1.0, 2.5, 1.8 +- 1.1 (n=2)",
         "select=random never reaches the final accuracy of select=kmeans (44.0 %); its best is 37.1 %",
         f"wrote {out}",
     ]
     assert out.read_bytes().startswith(b"%PDF")
+
+
+def test_the_factor_of_a_seed_says_when_a_run_begins_there_or_never_comes(tmp_path: Path) -> None:
+    paths = [
+        run(tmp_path, "k0", {0: (0, 40), 10: (9, 41)}, select="kmeans", seed=0),
+        run(tmp_path, "k1", {0: (0, 20), 10: (9, 30)}, select="kmeans", seed=1),
+        run(tmp_path, "r0", {0: (0, 10), 10: (9, 35)}, select="random", seed=0),
+        run(tmp_path, "r1", {0: (0, 10), 10: (9, 35)}, select="random", seed=1),
+    ]
+    groups = common.group_runs(common.read_runs([Path(path) for path in paths]))
+    (reached,) = curves.reaching(groups, "select=random")
+    assert reached.by_seed == [float("inf"), 0] and str(reached).endswith("; by seed: at once, never")
 
 
 def test_curves_of_the_published_statistic_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
