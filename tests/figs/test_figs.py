@@ -77,6 +77,27 @@ def test_runs_are_compared_class_by_class(runs: list[Path], tmp_path: Path) -> N
     )
 
 
+def test_runs_are_drawn_side_by_side_under_titles(runs: list[Path], tmp_path: Path) -> None:
+    out, words = tmp_path / "blocks.png", [str(runs[0]), str(runs[2]), "--side_by_side", "--columns", "3"]
+    here = ["--out", str(out)]
+    assert compare.main([*words, "--classes", "2", "7", "--titles", "DC", "DC + DREAM", *here]) == 0
+    width, height = size(out)
+    assert 6 * 76 + compare.BETWEEN - 8 < width < 7 * 76 + compare.BETWEEN and 2 * 76 < height < 3 * 76
+    names, first = common.decoded(runs[0])
+    _, second = common.decoded(runs[2])
+    figure = compare.draw_blocks([[first[c][:3], second[c][:3]] for c in (2, 7)], [names[2], names[7]], ["a", "b"])
+    picture = torch.from_numpy(figure.axes[0].images[0].get_array())
+    left, right = picture[:, : 3 * 76 - 4], picture[:, 3 * 76 - 4 + compare.BETWEEN :]
+    for block, images in ((left, first), (right, second)):
+        for row, c in enumerate((2, 7)):
+            seen = block[row * 76 : row * 76 + 72 : 9, 76 : 76 + 72 : 9, 0]  # its second image
+            assert torch.equal(seen, (images[c][1, 0] * 255).round().byte())
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b", "2", "7"]
+    small, large = torch.rand(2, 1, 8, 8), torch.rand(2, 1, 16, 16)  # of other tile sides: 72 and 64
+    assert compare.draw_blocks([[small, large]], ["x"], ["a", "b"]).axes[0].images[0].get_size() == (72, 2 * 148 + 40)
+    refused(compare.main, [*words, "--titles", "DC", *here], "--titles", "1 for 2 runs", status=2, unchanged=tmp_path)
+
+
 def test_labels_name_what_differs_and_the_seed_where_it_is_needed(runs: list[Path]) -> None:
     found = common.read_runs(runs)
     assert [run.options["seed"] for run in found] == [0, 1, 0]
