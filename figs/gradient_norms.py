@@ -236,22 +236,21 @@ def table(states: Sequence[State], published: dict[str, tuple[float, float]]) ->
 
 def draw(state: State, about: dict[str, Any]) -> Figure:
     """Histograms of all images, random ones and representatives, the most of them, on one axis, with means as lines."""
-    figure = Figure(figsize=(common.WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(common.WIDTH, 4), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in state.rows if row.gradient == ALL]
     most = max(row.n for row in rows[1:])
     drawn = [rows[0], *(row for row in rows[1:] if row.n == most)]
     for row, colour in zip(drawn, (common.GREY, common.PALETTE[1], common.PALETTE[0]), strict=True):
-        width = row.top / len(row.histogram)
-        left = [i * width for i in range(len(row.histogram))]
+        edges = [row.top * i / len(row.histogram) for i in range(len(row.histogram) + 1)]
         name = f"{row.group}, n={row.n}" + (f", {row.draws} draws" if row.draws > 1 else "")
-        name += f": {row.mean:.1f} ± {row.std:.1f}"
-        axes.bar(left, row.histogram, width, align="edge", color=colour, alpha=0.6, label=name)
-        axes.axvline(row.mean, color=colour, lw=1.6, ls="--")
+        axes.stairs(row.histogram, edges, fill=True, color=colour, alpha=0.4)
+        axes.stairs(row.histogram, edges, color=colour, label=f"{name}: {row.mean:.1f} ± {row.std:.1f}")
+        axes.axvline(row.mean, color=colour, ls="--")
     updates = f"after {state.updates} updates" if state.updates else "as initialised"
     axes.set_xlabel(f"gradient norm of an image ({about['class']}, {about['dataset']}, {about['network']} {updates})")
     axes.set_ylabel("images")
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure
 
 
