@@ -194,12 +194,15 @@ def tile_side(images: Tensor) -> int:
     return images.shape[-1] * max(1, round(TILE / images.shape[-1]))
 
 
-def mosaic(rows: Sequence[Tensor], *, gap: int = 4, apart: Sequence[int] = ()) -> tuple[Picture, list[float], int]:
+def mosaic(
+    rows: Sequence[Tensor], *, gap: int = 4, apart: Sequence[int] = (), side: int = 0
+) -> tuple[Picture, list[float], int]:
     """Rows of images on white: the picture, each row's centre, and the distance between columns, in pixels.
 
-    rows: (n, C, H, W) in [0, 1] each, n may differ. apart: rows that keep a larger distance from the one above.
+    rows: (n, C, H, W) in [0, 1] each, n may differ. apart: rows that keep a larger distance from the one above. side:
+    of an image in pixels; 0: as `tile_side` says.
     """
-    side = max(tile_side(row) for row in rows)
+    side = side or max(tile_side(row) for row in rows)
     step, columns = side + gap, max(1, max(len(row) for row in rows))
     tops, y = [], 0
     for number in range(len(rows)):

@@ -1,19 +1,25 @@
 """How long the gradients of single images are: all of a class, random ones, and representatives.
 
     $ python3 -m figs.gradient_norms --count 32
-    $ python3 -m figs.gradient_norms -d cifar10 --image_folder data/cifar10_jpg --class airplane
-    $ python3 -m figs.gradient_norms -d cifar10 --updates 0 -n resnet18 --out untrained.png
+    $ python3 -m figs.gradient_norms -d cifar10 --image_folder data/cifar10_jpg --class airplane \\
+          --updates 0 50 250 --count 16 1000 --save norms.jsonl
+    $ python3 -m figs.gradient_norms norms.jsonl --at 250
 
-The gradient is that of an image's cross-entropy with respect to all parameters of the network, in evaluation mode and
-without augmentation; the norm is Euclidean. The network has been trained on real data by --updates network updates.
-Random images and representatives are drawn --draws times, the latter from other starts of k-means.
+The gradient is that of an image's cross-entropy, in evaluation mode and without augmentation; the norm is Euclidean,
+over all parameters of the network or over the weights of its convolutions. The network is trained on real data, and
+looked at after each number of --updates. Random images and representatives are drawn --draws times, the latter from
+other starts of k-means.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,83 +33,151 @@ from models import Network
 from utils.config.flags import integer
 from utils.method.images import ImageSet
 from utils.method.selection import select
-from utils.system.process import run_main
+from utils.method.training import confusion_matrix
+from utils.system.errors import UsageError, UserError
+from utils.system.process import run_main, session
 from utils.system.report import Progress, messages
 
 GRADIENT_BYTES = 2**28  # of the gradients that are computed at once
-CHUNK_PIXELS = 2**16  # of the images of these gradients, since their features take memory, too
-BINS = 40
+CHUNK_PIXELS = 2**14  # of the images of these gradients, so that their features stay in a cache
+BINS = 60
 
+ALL, CONVOLUTIONS = "all parameters", "convolutions"
+STRATEGIES = {"random": "random", "representatives": "kmeans"}
 # Liu et al. (ICCV 2023): mean and standard deviation. They do not say for how long their network was trained.
 PUBLISHED = {("cifar10", "airplane"): {"random": (10.0, 8.8), "representatives": (6.4, 7.1)}}
 
 
 @dataclass(frozen=True)
-class Norms:
-    """Gradient norms of a group of images in D draws of n images each. draws: (D, n)."""
+class Row:
+    """Gradient norms of a group of `n` images, over all `draws` of it."""
 
+    gradient: str  # by which parameters
     group: str
-    draws: Tensor
+    n: int
+    draws: int
+    mean: float
+    std: float  # sample standard deviation over the images of all draws
+    spread: float | None  # sample standard deviation of the draws' means; None for a single draw
+    top: float  # largest norm of any image of the class
+    histogram: list[float]  # images in BINS equal bins from 0 to `top`, mean over the draws
 
-    @property
-    def mean(self) -> float:
-        return self.draws.mean().item()
 
-    @property
-    def std(self) -> float:
-        """Sample standard deviation over the images of all draws."""
-        return self.draws.std().item()
+@dataclass(frozen=True)
+class State:
+    """What is measured of a network after so many updates. accuracy: on the test images, in per cent."""
 
-    @property
-    def spread(self) -> float | None:
-        """Sample standard deviation of the draws' means; None for a single draw."""
-        return statistics.stdev(self.draws.mean(1).tolist()) if len(self.draws) > 1 else None
+    updates: int
+    accuracy: float
+    rows: list[Row]
 
 
 def main(argv: Sequence[str]) -> int:
     """The program. Raises UserError for flags and data that do not fit."""
     parser = common.figure_parser("gradient_norms", __doc__)
-    subject.add_flags(parser, count=128)
+    parser.add_argument(
+        "record", type=Path, nargs="?", metavar="RECORD", help="a file of --save: draw it, and measure nothing"
+    )
+    subject.add_flags(parser, count=128, several=True)
     parser.add_argument("--draws", type=integer(1), default=10, metavar="N", help="draws of each (default: 10)")
+    parser.add_argument(
+        "--at", type=integer(0), metavar="N", help="draw the network after so many updates (default: the last)"
+    )
+    parser.add_argument(
+        "--save", type=common.ending(".jsonl"), metavar="FILE", help="write a line per network, as soon as measured"
+    )
     given = common.parse(parser, argv)
+    if given.record is None and given.at not in (None, *given.updates):
+        raise UsageError(f"--at {given.at}: is none of --updates; name one of them")
     with messages(), common.style():
-        observed = subject.prepare(given)
-        norms = groups(observed, given.count, given.draws)
-        print(f"gradient norm, class {observed.class_name} of {observed.dataset}, {observed.about}")
-        print(table(norms, PUBLISHED.get((observed.dataset, observed.class_name), {})))
-        common.save(draw(norms, observed), given.out, pdf=given.pdf)
+        if given.record is None:
+            observed = subject.prepare(given, count=max(given.count), updates=max(given.updates))
+            about = {"dataset": observed.dataset, "class": observed.class_name, "network": observed.network}
+            about |= session("figs.gradient_norms", argv, observed.images.device)
+            states = []
+            for state in measured(observed, sorted(set(given.updates)), given.count, given.draws):
+                states.append(state)
+                if given.save is not None:
+                    common.write(given.save, recorded(about, states), flag="--save")
+        else:
+            about, states = read(given.record)
+        shown = [state for state in states if given.at in (None, state.updates)]
+        if not shown:
+            there = ", ".join(str(state.updates) for state in states)
+            raise UsageError(f"--at {given.at}: {given.record} holds {there} updates; name one of them")
+        print(f"gradient norms, class {about['class']} of {about['dataset']}, {about['network']}")
+        print(table(states, PUBLISHED.get((about["dataset"], about["class"]), {})))
+        common.save(draw(shown[-1], about), given.out, pdf=given.pdf)
     return 0
 
 
-def groups(observed: Subject, count: int, draws: int) -> list[Norms]:
-    """Norms of all images of the class, of random images, and of representatives."""
-    norms = image_norms(observed.net, observed.images, observed.label)
-    picks: dict[str, list[Tensor]] = {"random": [], "representatives": []}
-    with Progress(draws, "selecting", "draw") as progress:
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def measured(observed: Subject, updates: Sequence[int], counts: Sequence[int], draws: int) -> Iterator[State]:
+    """Train the network on, and measure it after each of these ascending numbers of updates."""
+    for number in updates:
+        observed.train(number)
+        confusion = confusion_matrix(observed.net, observed.test, observed.trainer.compute)
+        accuracy = 100 * confusion.diagonal().sum().item() / len(observed.test)
+        norms = image_norms(observed.net, observed.images, observed.label)
+        picks = {
+            (group, count): torch.stack(indices)
+            for count in counts
+            for group, indices in picked(observed, count, draws).items()
+        }
+        rows = []
+        for gradient, values in norms.items():
+            rows.append(row(gradient, "all images", values[None], values.max().item()))
+            rows += [row(gradient, group, values[index], values.max().item()) for (group, _), index in picks.items()]
+        yield State(number, accuracy, rows)
+
+
+def picked(observed: Subject, count: int, draws: int) -> dict[str, list[Tensor]]:
+    """Positions of random images and of representatives, (count,) each, in so many draws."""
+    picks: dict[str, list[Tensor]] = {group: [] for group in STRATEGIES}
+    embedding = observed.embedding()
+    with Progress(draws, f"selecting {count}", "draw") as progress:
         for d in range(draws):
-            for group, strategy in (("random", "random"), ("representatives", "kmeans")):
-                context = observed.context(observed.draws(f"gradient norms of {group}", d))
-                picks[group].append(select(context, count, strategy=strategy)[0])
+            for group, strategy in STRATEGIES.items():
+                context = observed.context(observed.draws(f"gradient norms of {group}", count, d))
+                context.embeddings[0] = embedding  # the same for all draws
+                picks[group].append(select(context, count, strategy=strategy)[0].cpu())
             progress.advance()
-    drawn = [Norms(group, norms[torch.stack(indices)]) for group, indices in picks.items()]
-    return [Norms("all images", norms[None]), *drawn]
+    return picks
 
 
-def image_norms(net: Network, images: ImageSet, label: int) -> Tensor:
-    """The gradient norm of every image of a set, (N,) on the CPU. label: the class of all of them."""
+def row(gradient: str, group: str, norms: Tensor, top: float) -> Row:
+    """The row of a group's norms, (draws, n)."""
+    return Row(
+        gradient=gradient,
+        group=group,
+        n=norms.shape[1],
+        draws=len(norms),
+        mean=norms.mean().item(),
+        std=norms.std().item(),
+        spread=statistics.stdev(norms.mean(1).tolist()) if len(norms) > 1 else None,
+        top=top,
+        histogram=[round(count / len(norms), 2) for count in norms.histc(BINS, 0, top).tolist()],
+    )
+
+
+def image_norms(net: Network, images: ImageSet, label: int) -> dict[str, Tensor]:
+    """Gradient norms of every image of a set, each (N,) on the CPU. label: the class of all of them."""
     size = sum(p.numel() * p.element_size() for p in net.parameters())
     chunk = max(1, min(CHUNK_PIXELS // images.side**2, GRADIENT_BYTES // size))
-    norms = []
+    norms: dict[str, list[Tensor]] = {ALL: [], CONVOLUTIONS: []}
     with Progress(len(images), "gradients", "image") as progress:
         for index in torch.arange(len(images), device=images.device).split(chunk):
             x, y = images.batch(index)
-            norms.append(gradient_norms(net, x, torch.full_like(y, label)).cpu())
+            for gradient, values in gradient_norms(net, x, torch.full_like(y, label)).items():
+                norms[gradient].append(values.cpu())
             progress.advance(len(index))
-    return torch.cat(norms)
+    return {gradient: torch.cat(values) for gradient, values in norms.items()}
 
 
-def gradient_norms(net: Network, x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean norm of every image's gradient with respect to all parameters, in the network's mode, (B,).
+def gradient_norms(net: Network, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Euclidean norms of every image's gradient in the network's mode, (B,): by all parameters, and by convolutions.
 
     x: (B, C, H, W) normalised images; y: (B,) labels.
     """
@@ -115,40 +189,68 @@ def gradient_norms(net: Network, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits, label[None])
 
     gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)  # each (B, *shape)
-    return torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+    squares = {name: g.flatten(1).square().sum(1) for name, g in gradients.items()}
+    of_convolutions = [squares[name] for name, p in parameters.items() if p.dim() == 4]
+    return {
+        ALL: torch.stack(list(squares.values())).sum(0).sqrt(),
+        CONVOLUTIONS: torch.stack(of_convolutions).sum(0).sqrt(),
+    }
 
 
-def table(norms: Sequence[Norms], published: dict[str, tuple[float, float]]) -> str:
-    """A line of text for each group, and the published values where there are any."""
-    lines = [f"{'group':24}{'n':>6}{'mean':>9}{'std':>9}   std of the mean over draws"]
-    for group in norms:
-        spread = "" if group.spread is None else f"{group.spread:.2f} ({len(group.draws)} draws)"
-        lines.append(
-            f"{group.group:24}{group.draws.shape[1]:>6}{group.mean:>9.2f}{group.std:>9.2f}   {spread}".rstrip()
-        )
-    for group_name, (mean, std) in published.items():
-        name = f"{group_name}, published"
-        lines.append(f"{name:24}{'':>6}{mean:>9.1f}{std:>9.1f}   at the paper's own network state")
+# --- Showing ----------------------------------------------------------------------------------------------------------
+
+
+def recorded(about: dict[str, Any], states: Sequence[State]) -> bytes:
+    """Content of a file of --save: a line that says how it was measured, and a line per network."""
+    lines = [about, *map(dataclasses.asdict, states)]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[State]]:
+    """What `recorded` wrote. Raises UserError when the file is none of its."""
+    try:
+        about, *lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        states = [State(s["updates"], s["accuracy"], [Row(**values) for values in s["rows"]]) for s in lines]
+        return {name: about[name] for name in ("dataset", "class", "network")}, states
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); name a file of --save") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: is no file of --save ({error}); name another") from error
+
+
+def table(states: Sequence[State], published: dict[str, tuple[float, float]]) -> str:
+    """A line of text for each group of each network, and the published values where there are any."""
+    head = f"{'updates':>7}{'test acc %':>12}  {'gradient by':16}{'group':28}{'n':>5}{'mean':>9}{'std':>9}"
+    lines = [f"{head}   std of the mean over draws"]
+    for state in states:
+        for group in state.rows:
+            spread = "" if group.spread is None else f"   {group.spread:.2f} ({group.draws} draws)"
+            lines.append(
+                f"{state.updates:>7}{state.accuracy:>12.1f}  {group.gradient:16}{group.group:28}{group.n:>5}"
+                f"{group.mean:>9.2f}{group.std:>9.2f}{spread}"
+            )
+    for name, (mean, std) in published.items():
+        lines.append(f"{'?':>7}{'?':>12}  {'?':16}{f'{name}, published':28}{'':>5}{mean:>9.1f}{std:>9.1f}")
     return "\n".join(lines)
 
 
-def draw(norms: Sequence[Norms], observed: Subject) -> Figure:
-    """Histograms of the groups above each other, on one scale, with the means as lines."""
-    figure = Figure(figsize=(common.WIDTH, 1.2 + 1.35 * len(norms)), layout="constrained")
-    panels = figure.subplots(len(norms), 1, sharex=True, sharey=True)
-    top = max(group.draws.max().item() for group in norms)
-    for number, (group, axes) in enumerate(zip(norms, panels, strict=True)):
-        values = group.draws.flatten()
-        share = torch.full_like(values, 100 / len(values)).numpy()
-        axes.hist(values.numpy(), bins=BINS, range=(0, top), weights=share, color=common.colour(number), alpha=0.75)
-        count, draws = group.draws.shape[1], len(group.draws)
-        name = f"{group.group}, n={count}" + (f", {draws} draws" if draws > 1 else "")
-        axes.axvline(group.mean, color="black", lw=1.4, label=f"{name}: {group.mean:.2f} ± {group.std:.2f}")
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-    panels[-1].set_xlabel(
-        f"gradient norm of an image of class {observed.class_name} ({observed.dataset}, {observed.about})"
-    )
-    figure.supylabel("images, %", fontsize=10)
+def draw(state: State, about: dict[str, Any]) -> Figure:
+    """Histograms of all images, random ones and representatives, the most of them, on one axis, with means as lines."""
+    figure = Figure(figsize=(common.WIDTH, 4), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in state.rows if row.gradient == ALL]
+    most = max(row.n for row in rows[1:])
+    drawn = [rows[0], *(row for row in rows[1:] if row.n == most)]
+    for row, colour in zip(drawn, (common.GREY, common.PALETTE[1], common.PALETTE[0]), strict=True):
+        edges = [row.top * i / len(row.histogram) for i in range(len(row.histogram) + 1)]
+        name = f"{row.group}, n={row.n}" + (f", {row.draws} draws" if row.draws > 1 else "")
+        axes.stairs(row.histogram, edges, fill=True, color=colour, alpha=0.4)
+        axes.stairs(row.histogram, edges, color=colour, label=f"{name}: {row.mean:.1f} ± {row.std:.1f}")
+        axes.axvline(row.mean, color=colour, ls="--")
+    updates = f"after {state.updates} updates" if state.updates else "as initialised"
+    axes.set_xlabel(f"gradient norm of an image ({about['class']}, {about['dataset']}, {about['network']} {updates})")
+    axes.set_ylabel("images")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure
 
 

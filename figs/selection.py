@@ -49,9 +49,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--method", choices=tuple(METHODS), default="pca", help="how to draw a plane (default: pca)")
     given = common.parse(parser, argv)
     with messages(), common.style():
-        observed = subject.prepare(given)
+        observed = subject.prepare(given, count=given.count, updates=given.updates)
+        observed.train(given.updates)
         draws = observed.draws("selection")
-        x = subject.embedding(observed, draws)
+        x = observed.embedding()
         clusters = cluster(x, given.count, draws)
         random = observed.draws("selection, random").permutation(len(x))[: given.count]
         sizes, hit = clusters.sizes, clusters.nearest[random].unique()

@@ -10,37 +10,58 @@ import torch
 from torch import Tensor
 
 from figs.common import class_number
-from models import Network
+from models import Network, forward_flop
 from utils.config import build, checks, derived, flags, resolve
 from utils.config.options import CondenseOptions
 from utils.method.images import ImageSet
 from utils.method.selection import Context
 from utils.method.training import Trainer, fresh_network, update_network
-from utils.numerics.compute import Compute
+from utils.numerics.compilation import computing
 from utils.system.draws import Draws
 from utils.system.errors import UsageError
 from utils.system.report import Progress
 
 # Flags of condense.py, with the same defaults and data sets' settings.
 BORROWED = (
-    "dataset", "image_folder", "size", "whiten", "data_dir", "net_type", "depth", "width", "norm_type", "seed",
-    "device",
+    "dataset", "image_folder", "size", "whiten", "data_dir", "net_type", "depth", "width", "norm_type", "aug_type",
+    "mixup_net", "seed", "device", "compile",
 )  # fmt: skip
 UPDATES = 50  # by default: halfway through an outer iteration of the published run
 
 
-@dataclass(frozen=True)
+@dataclass
 class Subject:
-    """Images of one class, and a network in evaluation mode that has been trained on all classes for a while."""
+    """Images of one class, and a network that `train` trains on all classes, in evaluation mode."""
 
     dataset: str
     class_name: str
     label: int
     images: ImageSet  # of this class alone, as its class 0
-    net: Network
-    about: str  # description of the network
+    test: ImageSet  # of all classes
+    network: str
+    trainer: Trainer
+    n_data: int
     seed: int
-    compute: Compute
+    updates: int = 0  # that the network has been trained for
+
+    @property
+    def net(self) -> Network:
+        """The network as it is now."""
+        return self.trainer.nets[0]
+
+    @property
+    def about(self) -> str:
+        """Description of the network as it is now."""
+        return f"{self.network} after {self.updates} updates" if self.updates else f"{self.network} as initialised"
+
+    def train(self, updates: int) -> None:
+        """Go on training until the network has had so many updates: those of condense.py's first outer iteration."""
+        with Progress(updates, "training the network", "update", done=self.updates) as progress:
+            for step in range(self.updates, updates):
+                update_network(self.trainer, n_data=self.n_data, draws=self.draws("update", 0, step))
+                progress.advance()
+        self.updates = updates
+        self.net.eval()
 
     def draws(self, purpose: str, *position: int) -> Draws:
         """Random numbers for one purpose at one position."""
@@ -48,11 +69,18 @@ class Subject:
 
     def context(self, draws: Draws) -> Context:
         """Context of a selection among these images, as condense.py makes it."""
-        return Context(self.net, self.images, draws, self.compute.cheapest())
+        return Context(self.net, self.images, draws, self.trainer.compute.cheapest())
+
+    def embedding(self) -> Tensor:
+        """Embeddings of all images of the class, (N, D), as they are clustered."""
+        return self.context(self.draws("embedding")).embedded(0)  # nothing is drawn
 
 
-def add_flags(parser: flags.Parser, *, count: int) -> None:
-    """Add the flags that `prepare` reads to a parser; count: the default of --count."""
+def add_flags(parser: flags.Parser, *, count: int, several: bool = False) -> None:
+    """Add the flags of a subject to a parser. count: the default of --count; several: --updates and --count take lists.
+
+    --updates is for the script, which calls `Subject.train`.
+    """
     fields = {field.name: field for field in dataclasses.fields(CondenseOptions)}
     for name in BORROWED:
         flags.add_flag(parser, fields[name], default=argparse.SUPPRESS)
@@ -63,53 +91,50 @@ def add_flags(parser: flags.Parser, *, count: int) -> None:
         help="name or number of the class to look at (default: the first)",
     )
     parser.add_argument(
-        "--updates", type=flags.integer(0), default=UPDATES, metavar="N",
+        "--updates", type=flags.integer(0), default=[UPDATES] if several else UPDATES, metavar="N",
+        nargs="+" if several else None,
         help="train the network on real data first, by this many of the updates that condense.py makes after every "
              f"inner step; 0: as initialised (default: {UPDATES}, halfway through a published outer iteration)",
     )  # fmt: skip
     parser.add_argument(
-        "--count", type=flags.integer(2), default=count, metavar="IMAGES",
-        help=f"random images, and representatives (default: {count})",
+        "--count", type=flags.integer(2), default=[count] if several else count, metavar="IMAGES",
+        nargs="+" if several else None, help=f"random images, and representatives (default: {count})",
     )  # fmt: skip
 
 
-def prepare(given: argparse.Namespace) -> Subject:
-    """Read the data, and train the network of condense.py's first outer iteration for --updates updates.
+def prepare(given: argparse.Namespace, *, count: int, updates: int) -> Subject:
+    """Read the data, and make the network of condense.py's first outer iteration, as initialised.
 
+    count: the largest of --count. updates: that the network will be trained for, by which --compile decides.
     Raises UsageError or UserError for flags and data that do not fit.
     """
     o = resolve.condense_options({name: value for name, value in vars(given).items() if name in BORROWED}).options
-    dataset = build.dataset(o)
-    spec, device = resolve.network(o, o.net_type, dataset), dataset.device
-    c = 0 if given.class_name is None else class_number(given.class_name, dataset.class_names, "--class")
-    name, real = dataset.class_names[c], dataset.train
-    if given.count >= real.counts[c]:
+    data = build.dataset(o)
+    spec, device, real = resolve.network(o, o.net_type, data), data.device, data.train
+    c = 0 if given.class_name is None else class_number(given.class_name, data.class_names, "--class")
+    name = data.class_names[c]
+    if count >= real.counts[c]:
         raise UsageError(
-            f"--count {given.count}: class {name} has {real.counts[c]} training images, so that nothing would be "
+            f"--count {count}: class {name} has {real.counts[c]} training images, so that nothing would be "
             "selected; give a smaller number"
         )
     checks.check_batches(spec, o.batch_real, o.n_data or 2)
-    net, compute = fresh_network(spec, Draws(device, o.seed, "network", 0)), Compute(device)
-    train(net, real, o, given.updates, compute)
+    net = fresh_network(spec, Draws(device, o.seed, "network", 0)).eval()
+    compute = computing(device, o.compile, "fp32", 3 * updates * o.n_data * forward_flop(spec))
     one = ImageSet(
         real.of_class(c),
         torch.zeros(real.counts[c], dtype=torch.int64, device=device),
         classes=1,
         normalize=real.normalize,
     )
-    about = f"{spec.name} after {given.updates} updates" if given.updates else f"{spec.name} as initialised"
-    return Subject(o.dataset, name, c, one, net.eval(), about, o.seed, compute)
-
-
-def train(net: Network, real: ImageSet, o: CondenseOptions, updates: int, compute: Compute) -> None:
-    """Train a network for so many updates, with the random numbers of condense.py's first outer iteration."""
-    trainer = Trainer([net], [real], derived.update_recipe(o), compute)
-    with Progress(updates, "training the network", "update") as progress:
-        for step in range(updates):
-            update_network(trainer, n_data=o.n_data, draws=Draws(real.device, o.seed, "update", 0, step))
-            progress.advance()
-
-
-def embedding(subject: Subject, draws: Draws) -> Tensor:
-    """Embeddings of all images of the class, (N, D), as they are clustered."""
-    return subject.context(draws).embedded(0)
+    return Subject(
+        dataset=o.dataset,
+        class_name=name,
+        label=c,
+        images=one,
+        test=data.test,
+        network=spec.name,
+        trainer=Trainer([net], [real], derived.update_recipe(o), compute),
+        n_data=o.n_data,
+        seed=o.seed,
+    )

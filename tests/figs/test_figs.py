@@ -77,6 +77,27 @@ def test_runs_are_compared_class_by_class(runs: list[Path], tmp_path: Path) -> N
     )
 
 
+def test_runs_are_drawn_side_by_side_under_titles(runs: list[Path], tmp_path: Path) -> None:
+    out, words = tmp_path / "blocks.png", [str(runs[0]), str(runs[2]), "--side_by_side", "--columns", "3"]
+    here = ["--out", str(out)]
+    assert compare.main([*words, "--classes", "2", "7", "--titles", "DC", "DC + DREAM", *here]) == 0
+    width, height = size(out)
+    assert 6 * 76 + compare.BETWEEN - 8 < width < 7 * 76 + compare.BETWEEN and 2 * 76 < height < 3 * 76
+    names, first = common.decoded(runs[0])
+    _, second = common.decoded(runs[2])
+    figure = compare.draw_blocks([[first[c][:3], second[c][:3]] for c in (2, 7)], [names[2], names[7]], ["a", "b"])
+    picture = torch.from_numpy(figure.axes[0].images[0].get_array())
+    left, right = picture[:, : 3 * 76 - 4], picture[:, 3 * 76 - 4 + compare.BETWEEN :]
+    for block, images in ((left, first), (right, second)):
+        for row, c in enumerate((2, 7)):
+            seen = block[row * 76 : row * 76 + 72 : 9, 76 : 76 + 72 : 9, 0]  # its second image
+            assert torch.equal(seen, (images[c][1, 0] * 255).round().byte())
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b", "2", "7"]
+    small, large = torch.rand(2, 1, 8, 8), torch.rand(2, 1, 16, 16)  # of other tile sides: 72 and 64
+    assert compare.draw_blocks([[small, large]], ["x"], ["a", "b"]).axes[0].images[0].get_size() == (72, 2 * 148 + 40)
+    refused(compare.main, [*words, "--titles", "DC", *here], "--titles", "1 for 2 runs", status=2, unchanged=tmp_path)
+
+
 def test_labels_name_what_differs_and_the_seed_where_it_is_needed(runs: list[Path]) -> None:
     found = common.read_runs(runs)
     assert [run.options["seed"] for run in found] == [0, 1, 0]
@@ -130,21 +151,63 @@ def test_gradient_norms_equal_those_of_one_image_at_a_time(network: str) -> None
     torch.manual_seed(0)
     net = models.build(models.resolve(network, channels=3, classes=4, side=8, width=4)).double().eval()
     x, y = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
-    for got, image, label in zip(gradient_norms.gradient_norms(net, x, y), x, y, strict=True):
-        gradients = torch.autograd.grad(F.cross_entropy(net(image[None]), label[None]), list(net.parameters()))
-        assert got.item() == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-12)
+    weights = [p for m in net.modules() if isinstance(m, torch.nn.Conv2d) for p in [m.weight]]
+    found = gradient_norms.gradient_norms(net, x, y)
+    for gradient, parameters in ((gradient_norms.ALL, list(net.parameters())), (gradient_norms.CONVOLUTIONS, weights)):
+        for got, image, label in zip(found[gradient], x, y, strict=True):
+            gradients = torch.autograd.grad(F.cross_entropy(net(image[None]), label[None]), parameters)
+            assert got.item() == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-12)
 
 
-def test_gradient_norms_of_digits_are_drawn_and_tabulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "norms.png"
-    assert gradient_norms.main([*NETWORK, "--count", "8", "--draws", "3", "--out", str(out)]) == 0
+def test_gradient_norms_of_digits_are_drawn_tabulated_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, record = tmp_path / "norms.png", tmp_path / "norms.jsonl"
+    words = [*NETWORK, "2", "0", "--count", "8", "20", "--draws", "3", "--save", str(record), "--out", str(out)]
+    assert gradient_norms.main(words) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "gradient norm, class 0 of digits, convnet2 after 2 updates"
-    assert [line.split()[:2] for line in said[3:5]] == [["random", "8"], ["representatives", "8"]]
-    assert said[2].startswith("all images") and "(3 draws)" in said[3] and "published" not in "".join(said)
-    assert 850 < size(out)[0] < 920
-    table = gradient_norms.table([], gradient_norms.PUBLISHED["cifar10", "airplane"]).splitlines()
-    assert table[1].split()[:4] == ["random,", "published", "10.0", "8.8"] and len(table) == 3
+    assert said.count(f"wrote {record}") == 2 and said[2] == "gradient norms, class 0 of digits, convnet2"
+    lines = said[4:-1]
+    assert len(lines) == 2 * 2 * (1 + 2 * 2) and "published" not in "".join(said)
+    assert [line.split()[0] for line in lines] == ["0"] * 10 + ["2"] * 10
+    assert [line.split()[4:6] for line in lines[1:5]] == [
+        ["random", "8"], ["representatives", "8"], ["random", "20"], ["representatives", "20"]
+    ]  # fmt: skip
+    assert "(3 draws)" in lines[1] and 850 < size(out)[0] < 920
+    picture = out.read_bytes()
+
+    about, states = gradient_norms.read(record)
+    assert about["class"] == "0" and [state.updates for state in states] == [0, 2]
+    for row in states[1].rows:
+        assert sum(row.histogram) == pytest.approx(row.n, abs=0.1)
+    assert gradient_norms.main([str(record), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == said[2:] and out.read_bytes() == picture
+    assert gradient_norms.main([str(record), "--at", "0", "--out", str(out)]) == 0
+    assert out.read_bytes() != picture
+    here = ["--out", str(out)]
+    refused(
+        gradient_norms.main, [str(record), "--at", "1", *here], "--at 1", "0, 2 updates", status=2, unchanged=tmp_path
+    )
+    refused(gradient_norms.main, [*NETWORK, "--at", "1", *here], "--at 1", "--updates", status=2, unchanged=tmp_path)
+    refused(gradient_norms.main, [str(out), *here], str(out), "no file of --save", status=1, unchanged=tmp_path)
+
+
+def test_published_norms_stand_below_ours() -> None:
+    lines = gradient_norms.table([], gradient_norms.PUBLISHED["cifar10", "airplane"]).splitlines()
+    assert [line.split()[-4:] for line in lines[1:]] == [
+        ["random,", "published", "10.0", "8.8"], ["representatives,", "published", "6.4", "7.1"]
+    ]  # fmt: skip
+
+
+def test_networks_on_the_way_do_not_change_what_comes_after_them() -> None:
+    parser = common.figure_parser("x", None)
+    subject.add_flags(parser, count=8)
+    straight, stopping = (subject.prepare(common.parse(parser, NETWORK), count=8, updates=2) for _ in range(2))
+    straight.train(2)
+    list(gradient_norms.measured(stopping, [0, 1, 2], [8], 1))
+    assert stopping.about == "convnet2 after 2 updates" and not stopping.net.training
+    for name, value in straight.net.state_dict().items():
+        assert torch.equal(value, stopping.net.state_dict()[name]), name
 
 
 def test_the_network_is_that_of_the_first_outer_iteration_of_condense(tmp_path: Path) -> None:
@@ -154,8 +217,9 @@ def test_the_network_is_that_of_the_first_outer_iteration_of_condense(tmp_path: 
     saved = torch.load(next(tmp_path.glob("digits/*/checkpoint.pt")), weights_only=True)["net"]
     parser = common.figure_parser("x", None)
     subject.add_flags(parser, count=8)
-    net = subject.prepare(common.parse(parser, NETWORK)).net
-    for name, value in net.state_dict().items():
+    observed = subject.prepare(common.parse(parser, NETWORK), count=8, updates=2)
+    observed.train(2)
+    for name, value in observed.net.state_dict().items():
         assert torch.equal(value, saved[name]), name
 
 
@@ -164,7 +228,9 @@ def test_the_class_is_named_or_numbered(tmp_path: Path) -> None:
     parser = common.figure_parser("x", None)
     subject.add_flags(parser, count=3)
     words = ["--image_folder", str(root), "--width", "4", "--depth", "2", "--device", "cpu", "--updates", "0"]
-    by_name, by_number = (subject.prepare(common.parse(parser, [*words, "--class", c])) for c in ("bee", "1"))
+    by_name, by_number = (
+        subject.prepare(common.parse(parser, [*words, "--class", c]), count=3, updates=0) for c in ("bee", "1")
+    )
     assert by_name.class_name == by_number.class_name == "bee" and len(by_name.images) == 9 and by_name.label == 1
     assert by_name.about == "convnet2 as initialised" and not by_name.net.training
     out = ["--out", str(tmp_path / "x.png")]
@@ -179,9 +245,10 @@ def test_the_class_is_named_or_numbered(tmp_path: Path) -> None:
 def test_sub_clusters_belong_to_the_representatives_that_select_chooses() -> None:
     parser = common.figure_parser("x", None)
     subject.add_flags(parser, count=8)
-    found = subject.prepare(common.parse(parser, [*NETWORK, "--class", "4"]))
+    found = subject.prepare(common.parse(parser, [*NETWORK, "--class", "4"]), count=8, updates=2)
+    found.train(2)
     draws = found.draws("somewhere")
-    clusters = selection.cluster(subject.embedding(found, draws), 8, draws)
+    clusters = selection.cluster(found.embedding(), 8, draws)
     assert torch.equal(clusters.picks, select(found.context(found.draws("somewhere")), 8, strategy="kmeans")[0])
     assert clusters.sizes.sum() == len(found.images) and (clusters.sizes > 0).all()
     assert sorted(clusters.nearest[clusters.picks].tolist()) == list(range(8))
