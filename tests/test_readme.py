@@ -21,15 +21,15 @@ import pytest
 
 import condense
 import train
-from figs import ablation, compare, curves, distilled, evolution, gradient_norms, selection, sweep
+from figs import ablation, compare, curves, distilled, evolution, gradient_norms, selection, sweep, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", *(ROOT / name / "README.md" for name in ("figs", "tests", "utils"))]
 RUN = "results/digits/convnet2_f1_ipc1"  # where the first command of the README leaves its result
-STRATEGIES = "--vary select=random,kmeans,central,boundary"
-SWEEP = f"python3 -m figs.sweep {STRATEGIES} --seeds 5 -- -d digits --ipc 1 --init random --batch_real 8 --niter 20"
-SWEEP += " --eval_every 2 --repeat 3"
-SWEPT = "results/digits/*select-{kmeans,random,central,boundary}_seed*"
+ARMS = "--vary init=random,kmeans --vary select=random,kmeans"
+SWEEP = f"python3 -m figs.sweep {ARMS} --seeds 3 -- -d digits --ipc 10 --width 32 --niter 10 --inner_loop 50"
+SWEEP += " --eval_every 1 --epochs 100 --repeat 2"
+SWEPT = "results/digits/*init-{random,kmeans}_select-{random,kmeans}_seed*"
 
 BRIEF = "--niter 1 --inner_loop 1 --n_data 8 --width 4 --batch_real 8 --epochs 1 --repeat 1 --device cpu --compile off"
 ONCE = "--epochs 1 --repeat 1 --device cpu"
@@ -52,15 +52,15 @@ RUN_HERE = {
     "python3 -m figs.sweep --vary select=kmeans --seeds 1 -- -d digits --ipc 1 --init random --eval_every 1 "
     "--snapshot_every 1 --repeat 3": f"{BRIEF} --results_dir of_networks",
     "python3 -m figs.curves RUN": "--out curves.png",
-    f"python3 -m figs.curves {SWEPT} --baseline select=random": "",
+    f'python3 -m figs.curves {SWEPT} --baseline "init=random, select=random" --no_time': "",
     "python3 -m figs.ablation RUN1 RUN2": "--out ablation.png",
-    f"python3 -m figs.ablation {SWEPT} --random_real --ymin 70": "",
     "python3 -m figs.compare RUN1 RUN2": "",
     "python3 -m figs.evolution RUN": "",
     "python3 -m figs.evolution RUN --gif FILE.gif": "--out strip.png",
     "python3 -m figs.distilled RUN": "",
     "python3 -m figs.distilled RUN --out figs/cifar10_ipc1.png": "",
     "python3 -m figs.gradient_norms -d digits --class 3": "--updates 1 --count 8 --draws 1 --width 4 --device cpu",
+    "python3 -m figs.targets -d digits --class 3": "--updates 1 --count 8 --draws 2 --width 4 --device cpu",
     "python3 -m figs.selection -d digits --class 3": "--updates 1 --count 8 --width 4 --device cpu",
 }
 RUN_ELSEWHERE = {
@@ -251,16 +251,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(sweep, "run", lambda planned: condense.main(planned.words))  # in a process of its own otherwise
         for text in FIRST:
-            run_here(text.replace("--seeds 5", "--seeds 2"), RUN_HERE[text])
+            run_here(text.replace("--seeds 3", "--seeds 2"), RUN_HERE[text])
         yield folder
 
 
 def run_here(text: str, flags: str) -> None:
     """Run a command in this process and folder, with more flags at its end."""
-    runs = {"RUN1": f"{RUN}_select-kmeans_seed0", "RUN2": f"{RUN}_select-random_seed0", "RUN": RUN}
+    of_arm = "results/digits/convnet2_f1_ipc10_init-random_select-{}_seed0"
+    runs = {"RUN1": of_arm.format("kmeans"), "RUN2": of_arm.format("random"), "RUN": RUN}
     words = [runs.get(word, word) for word in shell(text, folder=Path.cwd())]
     name, argv = program(words)
-    modules = (condense, train, ablation, compare, curves, distilled, evolution, gradient_norms, selection, sweep)
+    modules = (
+        condense,
+        train,
+        ablation,
+        compare,
+        curves,
+        distilled,
+        evolution,
+        gradient_norms,
+        selection,
+        sweep,
+        targets,
+    )
     (module,) = (module for module in modules if module.__name__ == name)
     assert module.main([*argv, *shlex.split(flags)]) == 0
 
