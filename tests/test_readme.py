@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import condense
-import train
-from figs import ablation, compare, curves, distilled, evolution, gradient_norms, selection, sweep, targets
+from figs import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", *(ROOT / name / "README.md" for name in ("figs", "tests", "utils"))]
@@ -261,21 +260,7 @@ def run_here(text: str, flags: str) -> None:
     runs = {"RUN1": of_arm.format("kmeans"), "RUN2": of_arm.format("random"), "RUN": RUN}
     words = [runs.get(word, word) for word in shell(text, folder=Path.cwd())]
     name, argv = program(words)
-    modules = (
-        condense,
-        train,
-        ablation,
-        compare,
-        curves,
-        distilled,
-        evolution,
-        gradient_norms,
-        selection,
-        sweep,
-        targets,
-    )
-    (module,) = (module for module in modules if module.__name__ == name)
-    assert module.main([*argv, *shlex.split(flags)]) == 0
+    assert importlib.import_module(name).main([*argv, *shlex.split(flags)]) == 0
 
 
 @pytest.mark.parametrize("text", [text for text in RUN_HERE if text not in FIRST and "torchrun" not in text])
