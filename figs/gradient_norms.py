@@ -235,7 +235,10 @@ def table(states: Sequence[State], published: dict[str, tuple[float, float]]) ->
 
 
 def draw(state: State, about: dict[str, Any]) -> Figure:
-    """Histograms of all images, random ones and representatives, the most of them, on one axis, with means as lines."""
+    """Histograms of all images, random ones and representatives on one axis, of the largest of --count.
+
+    Means are dashed lines; those of fewer representatives are dotted ones.
+    """
     figure = Figure(figsize=(common.WIDTH, 4), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in state.rows if row.gradient == ALL]
@@ -243,15 +246,23 @@ def draw(state: State, about: dict[str, Any]) -> Figure:
     drawn = [rows[0], *(row for row in rows[1:] if row.n == most)]
     for row, colour in zip(drawn, (common.GREY, common.PALETTE[1], common.PALETTE[0]), strict=True):
         edges = [row.top * i / len(row.histogram) for i in range(len(row.histogram) + 1)]
-        name = f"{row.group}, n={row.n}" + (f", {row.draws} draws" if row.draws > 1 else "")
         axes.stairs(row.histogram, edges, fill=True, color=colour, alpha=0.4)
-        axes.stairs(row.histogram, edges, color=colour, label=f"{name}: {row.mean:.1f} ± {row.std:.1f}")
+        axes.stairs(row.histogram, edges, color=colour, label=described(row))
         axes.axvline(row.mean, color=colour, ls="--")
+    fewer = [row for row in rows[1:] if row.n < most and row.group == "representatives"]
+    for number, row in enumerate(fewer, 2):
+        axes.axvline(row.mean, color=common.colour(number), ls=":", label=f"{described(row)}, mean")
     updates = f"after {state.updates} updates" if state.updates else "as initialised"
     axes.set_xlabel(f"gradient norm of an image ({about['class']}, {about['dataset']}, {about['network']} {updates})")
     axes.set_ylabel("images")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure
+
+
+def described(row: Row) -> str:
+    """A group for a legend: name, number, mean and standard deviation over images."""
+    draws = f", {row.draws} draws" if row.draws > 1 else ""
+    return f"{row.group}, n={row.n}{draws}: {row.mean:.1f} ± {row.std:.1f}"
 
 
 if __name__ == "__main__":
