@@ -39,16 +39,17 @@ CASES = {
     "whitened": "--whiten zca --select herding",
 }
 DIGESTS = {
-    "dream": "1786d7a9d14d62ae",
-    "idc": "f461b01303d5f929",
-    "dc": "58e4596bf9c01dc7",
-    "dsa": "69ca946820830a16",
-    "dm": "33b7efeb5894517b",
-    "mtt": "1d0bed0cdfe94792",
-    "dream+": "d75a907fdeca5dd2",
-    "autograd": "33189a19a7fc841f",
+    "dream": "a08b7200d31627c3",
+    "idc": "8e6267c3aa6ba9a9",
+    "dc": "708b0ab9200ff933",
+    "dsa": "aa88c60cb916c667",
+    "dm": "a6ecd00253c93778",
+    "mtt": "0b4b0fca51ca32e3",
+    "dream+": "1295678d9ae12a20",
+    "autograd": "ba732ada86429e7b",
     "features": "c8eca81d099620bd",
-    "whitened": "242f08c7f721506a",
+    "last features": "7069b2c85bf02ac6",
+    "whitened": "c04025ad8c77237d",
 }
 
 
