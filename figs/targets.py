@@ -3,6 +3,7 @@
     $ python3 -m figs.targets --count 8 32
     $ python3 -m figs.targets -d cifar10 --image_folder data/cifar10_jpg --class airplane \\
           --updates 0 10 90 100 --count 16 64 256 --save targets.json
+    $ python3 -m figs.targets targets.json
 
 The error of a selection is |g - G| / |G|, with G the mean gradient of all images of the class and g that of the
 selected ones, by the weights of the convolutions, in evaluation mode and without augmentation. Random images and
@@ -17,20 +18,22 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
 from figs import common, subject
 from figs.gradient_norms import STRATEGIES, picked
 from figs.subject import Subject
 from utils.config.flags import integer
+from utils.files import atomic
 from utils.method.objectives import matched_parameters
 from utils.method.training import confusion_matrix
 from utils.numerics.derivatives import flattened
+from utils.system.errors import UserError
 from utils.system.process import run_main, session
 from utils.system.report import Progress, messages
 
@@ -57,23 +60,38 @@ class Error:
 def main(argv: Sequence[str]) -> int:
     """The program. Raises UserError for flags and data that do not fit."""
     parser = common.figure_parser("targets", __doc__)
+    parser.add_argument(
+        "record", type=Path, nargs="?", metavar="RECORD", help="a file of --save: draw it, and measure nothing"
+    )
     subject.add_flags(parser, count=128, several=True)
     parser.add_argument("--draws", type=integer(2), default=5, metavar="N", help="draws of each (default: 5)")
     parser.add_argument("--save", type=common.ending(".json"), metavar="FILE", help="write the errors as JSON")
     given = common.parse(parser, argv)
     with messages(), common.style():
-        updates = sorted(set(given.updates))
-        observed = subject.prepare(given, count=max(given.count), updates=updates[-1])
-        about = {"dataset": observed.dataset, "class": observed.class_name, "network": observed.network}
-        found = measured(observed, updates, given.count, given.draws)
-        if given.save is not None:
-            content = {**about, **session("figs.targets", argv, observed.images.device)}
-            content["rows"] = [dataclasses.asdict(error) for error in found]
-            common.write(given.save, (json.dumps(content, indent=1) + "\n").encode(), flag="--save")
-        print(f"error of the mean gradient, class {about['class']} of {about['dataset']}, {about['network']}")
+        if given.record is None:
+            updates = sorted(set(given.updates))
+            observed = subject.prepare(given, count=max(given.count), updates=updates[-1])
+            about = f"class {observed.class_name} of {observed.dataset}, {observed.network}"
+            found = measured(observed, updates, given.count, given.draws)
+            if given.save is not None:
+                content = {"about": about, **session("figs.targets", argv, observed.images.device)}
+                content["rows"] = [dataclasses.asdict(error) for error in found]
+                common.write(given.save, (json.dumps(content, indent=1) + "\n").encode(), flag="--save")
+        else:
+            about, found = read(given.record)
+        print(f"error of the mean gradient, {about}")
         print(table(found))
         common.save(draw(found), given.out, pdf=given.pdf)
     return 0
+
+
+def read(file: Path) -> tuple[str, list[Error]]:
+    """What a file of --save is about, and its errors. Raises UserError when it is none."""
+    content = atomic.read_json(file)
+    try:
+        return str(content["about"]), [Error(**row) for row in content["rows"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: is no file of --save ({error}); name another") from error
 
 
 def measured(observed: Subject, updates: Sequence[int], counts: Sequence[int], draws: int) -> list[Error]:
@@ -133,16 +151,21 @@ def draw(found: Sequence[Error]) -> Figure:
         here = [e for e in found if e.updates == updates]
         for group, selected in dict.fromkeys((e.group, e.selected) for e in here):
             line = sorted((e.count, e.mean) for e in here if (e.group, e.selected) == (group, selected))
-            age, colour = updates - selected, common.PALETTE[1 - list(STRATEGIES).index(group)]
-            label = f"{group}, {age} updates ago" if age else group
-            axes.loglog(*zip(*line, strict=True), color=colour, ls="--" if age else "-", marker="o", ms=4, label=label)
+            label = group if selected == updates else f"{group} of earlier states"
+            style = "-" if selected == updates else ":"
+            colour = common.PALETTE[1 - list(STRATEGIES).index(group)]
+            axes.loglog(*zip(*line, strict=True), color=colour, ls=style, marker="o", ms=3, label=label)
         axes.set_title(f"after {updates} updates", fontsize=10)
-        axes.set_xticks([e.count for e in here], [str(e.count) for e in here])
+        counts = sorted({e.count for e in here})
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
         axes.minorticks_off()
         axes.set_xlabel("images")
-    panels[0].yaxis.set_major_formatter(ScalarFormatter())
     panels[0].set_ylabel("error of the mean gradient")
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    panels[0].set_ylim(0.8 * min(e.mean for e in found), 1.2 * max(e.mean for e in found))
+    handles, labels = panels[-1].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from figs import subject, targets
 from figs.subject import Subject
+from tests.files import refused
 from utils.config.flags import Parser
 
 WORDS = shlex.split("--device cpu --width 4 --class 3 --updates 0 2 --count 4 16")
@@ -47,6 +48,10 @@ def test_errors_are_of_every_state_and_of_what_was_selected_before(
     ]
     assert all(len(r["errors"]) == 2 and min(r["errors"]) > 0 for r in rows)
     said = capsys.readouterr().out
+    assert targets.main([str(tmp_path / "x.json"), "--out", str(tmp_path / "again.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == said.splitlines()[1:-1]
+    (tmp_path / "other.json").write_text('{"rows": [1]}')
+    refused(targets.main, [str(tmp_path / "other.json")], "no file of --save", status=1, unchanged=tmp_path)
     assert "class 3 of digits" in said and said.count("(2 draws)") == len(rows)
 
 
