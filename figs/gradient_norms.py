@@ -75,9 +75,6 @@ class State:
 def main(argv: Sequence[str]) -> int:
     """The program. Raises UserError for flags and data that do not fit."""
     parser = common.figure_parser("gradient_norms", __doc__)
-    parser.add_argument(
-        "record", type=Path, nargs="?", metavar="RECORD", help="a file of --save: draw it, and measure nothing"
-    )
     subject.add_flags(parser, count=128, several=True)
     parser.add_argument("--draws", type=integer(1), default=10, metavar="N", help="draws of each (default: 10)")
     parser.add_argument(

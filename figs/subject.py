@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -77,10 +78,15 @@ class Subject:
 
 
 def add_flags(parser: flags.Parser, *, count: int, several: bool = False) -> None:
-    """Add the flags of a subject to a parser. count: the default of --count; several: --updates and --count take lists.
+    """Add the flags of a subject to a parser. count: the default of --count.
 
-    --updates is for the script, which calls `Subject.train`.
+    several: --updates and --count take lists, and a RECORD may stand in place of measuring. --updates is for the
+    script, which calls `Subject.train`.
     """
+    if several:
+        parser.add_argument(
+            "record", type=Path, nargs="?", metavar="RECORD", help="a file of --save: draw it, and measure nothing"
+        )
     fields = {field.name: field for field in dataclasses.fields(CondenseOptions)}
     for name in BORROWED:
         flags.add_flag(parser, fields[name], default=argparse.SUPPRESS)

@@ -60,9 +60,6 @@ class Error:
 def main(argv: Sequence[str]) -> int:
     """The program. Raises UserError for flags and data that do not fit."""
     parser = common.figure_parser("targets", __doc__)
-    parser.add_argument(
-        "record", type=Path, nargs="?", metavar="RECORD", help="a file of --save: draw it, and measure nothing"
-    )
     subject.add_flags(parser, count=128, several=True)
     parser.add_argument("--draws", type=integer(2), default=5, metavar="N", help="draws of each (default: 5)")
     parser.add_argument("--save", type=common.ending(".json"), metavar="FILE", help="write the errors as JSON")

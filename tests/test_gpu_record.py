@@ -134,13 +134,23 @@ def test_one_method_that_fails_does_not_keep_the_others(
     monkeypatch.setattr(recorded_runs, "PUBLISHED_METHODS", {"dx, ipc 1": 1.0, "dm, ipc 1": 26.0, "dc, ipc 1": 28.3})
     made = archive(tmp_path / "out", "methods", *SHORT)
     said = capsys.readouterr().out
-    assert "dx, ipc 1: failed: " in said and "methods: not complete" in said
+    assert "dx, ipc 1, random, seed 0: failed: " in said and "methods: not complete" in said
     rows = results(made, "methods")
-    assert list(rows) == ["dm, ipc 1, iteration 2", "random real images, ipc 1", "dc, ipc 1, iteration 2"]
-    assert [row["published"] for row in rows.values()] == [26.0, None, 28.3]
+    of_runs = [
+        f"{name}, ipc 1, {select}, seed 0, iteration 2" for name in ("dm", "dc") for select in ("random", "kmeans")
+    ]
+    assert list(rows) == [of_runs[0], "random real images, ipc 1", *of_runs[1:]]
+    assert [row["published"] for row in rows.values()] == [None] * 5  # none of them has the published budget
     with signals(1):
         stopped = archive(tmp_path / "stopped", "methods", *SHORT)
     assert "dc, ipc 1" not in capsys.readouterr().out and record.RESULTS not in content(stopped)
+
+
+def test_arms_are_picked_by_name_and_evaluated_on_the_way(tmp_path: Path) -> None:
+    arm = "init random, select kmeans, seed 1"
+    made = archive(tmp_path / "out", "arms", "--seeds", "2", "--runs", arm, *SHORT)
+    assert list(results(made, "arms")) == [f"{arm}, iteration 0", f"{arm}, iteration 2", "random real images, ipc 10"]
+    assert not [name for name in content(made) if "data_0" in name]
 
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
