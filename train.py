@@ -45,12 +45,13 @@ from utils.method.formation import Formation
 from utils.method.images import to_unit
 from utils.method.training import Trainer
 from utils.numerics.compilation import computing
-from utils.runs import confusion, export, results, sets
+from utils.runs import confusion, export, formats, results, sets
 from utils.runs.board import Board, check_board
 from utils.runs.card import CARD, newest_distilled
+from utils.runs.formats import SetFile
 from utils.runs.layout import factor_warning
 from utils.runs.results import ALL_REAL, EVALUATIONS, Record
-from utils.runs.sets import DistilledSet, SetFile
+from utils.runs.sets import DistilledSet
 from utils.runs.training_data import DISTILLED, RANDOM, TrainingData, TrainingDataOf
 from utils.system import process
 from utils.system.device import backends, device_name, peak_memory
@@ -229,9 +230,9 @@ def read_set(given: Mapping[str, Any]) -> SetFile | None:
         checks.check_alone(given)
         return None
     if "run" in given:
-        return sets.read(Path(given["run"]))
+        return formats.read(Path(given["run"]))
     narrowed = {name: given.get(name) for name in ("dataset", "factor", "ipc")}
-    return sets.read(newest_distilled(Path(given.get("results_dir", RESULTS_DIR)), **narrowed))
+    return formats.read(newest_distilled(Path(given.get("results_dir", RESULTS_DIR)), **narrowed))
 
 
 def options(given: dict[str, Any], source: SetFile | None) -> TrainOptions:
@@ -258,7 +259,7 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
     formation = Formation(o.factor or 1, o.decode_type or "single")
     checks.check_factor(formation.factor, data.side)
     numbers = formation.decoded_count(len(content.images)) * content.images[0].numel()
-    sets.must_fit(source.file, numbers, f" (decoded with -f {formation.factor})")
+    formats.must_fit(source.file, numbers, f" (decoded with -f {formation.factor})")
     if source.card is None:
         warning = factor_warning(source.file, content.images, data.train.images.cpu(), factor=formation.factor)
         if warning is not None:

@@ -138,7 +138,7 @@ def test_one_module_each_asks_about_the_machine_the_terminal_and_ranks(word: str
         ("utils/method/selection.py", "sklearn"),
         ("models/zoo.py", "torchvision"),
         ("utils/numerics/compilation.py", "triton"),
-        ("utils/runs/sets.py", "safetensors"),
+        ("utils/runs/formats.py", "safetensors"),
         ("utils/runs/export.py", "safetensors"),
     ],
 )

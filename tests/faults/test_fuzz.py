@@ -30,6 +30,7 @@ from utils.config import resolve
 from utils.config.options import CondenseOptions, TrainOptions
 from utils.files import atomic
 from utils.runs import card as cards
+from utils.runs import formats
 from utils.runs import sets as exchange
 from utils.runs.checkpoint import read_earlier
 from utils.runs.layout import factor_warning
@@ -63,7 +64,7 @@ def written(place: Path, name: str, content: bytes) -> Path:
 def read_set(file: Path, *, normalized: bool = False) -> tuple[Tensor, Tensor] | None:
     """The images and labels in a file, which must be in their range; None if it is refused, naming the file."""
     try:
-        images, labels, soft = exchange.interpret(exchange.read(file), DIGITS, normalized=normalized)
+        images, labels, soft = exchange.interpret(formats.read(file), DIGITS, normalized=normalized)
     except UserError as error:
         in_one_line(error, printable(str(file)))
         return None
@@ -455,7 +456,7 @@ def test_a_call_that_tensors_do_not_need_is_refused(what: str, place: Path) -> N
     program = hostile.program(hostile.FORBIDDEN[what], PLAIN_LABELS)
     file = written(place, "x.pt", hostile.with_program(SOUND, program))
     with little_memory(), pytest.raises(UserError, match="which could run code: refused"):
-        exchange.read(file)
+        formats.read(file)
 
 
 @pytest.mark.parametrize("name", ["archive/DATA.PKL", "Archive/data.pkl"])
@@ -464,7 +465,7 @@ def test_a_second_pickle_under_nearly_the_same_name_is_refused(name: str, place:
     for at in range(len(ENTRIES) + 1):
         file = written(place, "x.pt", hostile.zipped([*ENTRIES[:at], (name, second, 0), *ENTRIES[at:]]))
         with pytest.raises(UserError, match="the same name"):
-            exchange.read(file)
+            formats.read(file)
 
 
 def test_pytorch_sees_no_other_entries_than_those_that_were_looked_at(place: Path) -> None:
@@ -506,15 +507,15 @@ def test_a_name_that_no_file_has_is_refused(name: str, place: Path) -> None:
 
 def test_a_set_beyond_the_memory_is_refused_before_it_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(place, "x.pt", SOUND)
-    monkeypatch.setattr(exchange, "free_memory", lambda device: IMAGES.nbytes)
-    monkeypatch.setattr(exchange, "read_tensors", None)
+    monkeypatch.setattr(formats, "free_memory", lambda device: IMAGES.nbytes)
+    monkeypatch.setattr(formats, "read_tensors", None)
     with pytest.raises(UserError, match=r"x\.pt: needs .* GB of memory"):
-        exchange.read(file)
+        formats.read(file)
 
 
 @pytest.mark.parametrize("decode_type", ["single", "multi"])
 def test_a_set_that_decodes_to_much_is_refused(decode_type: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [str(written(place, "x.pt", SOUND)), "-d", "digits", "-f", "8", "--decode_type", decode_type]
-    monkeypatch.setattr(exchange, "free_memory", lambda device: 40 * IMAGES.nbytes)
+    monkeypatch.setattr(formats, "free_memory", lambda device: 40 * IMAGES.nbytes)
     with pytest.raises(UserError, match=r"x\.pt: needs .* GB of memory.*-f 8"):
         train.main([*argv, "--device", "cpu"])

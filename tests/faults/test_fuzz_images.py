@@ -32,7 +32,7 @@ from tests.faults.fuzz import Property, both, in_one_line, little_memory
 from tests.files import image_folder, noise, quick, save
 from utils.files import imagefiles
 from utils.files.imagefiles import EXTENSIONS, MAX_PIXELS, mode_and_size, read_image
-from utils.runs import sets as exchange
+from utils.runs import formats
 from utils.system.errors import UserError, printable
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def set_or_refusal(folder: Path) -> None:
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         try:
-            stored = exchange.read(folder)
+            stored = formats.read(folder)
         except UserError as error:
             in_one_line(error, str(folder))
             return

@@ -16,7 +16,8 @@ from utils.method.images import EPS, EXACT, ImageSet, Normalize, Whiten, moments
 from utils.method.pixels import PixelSGD
 from utils.runs.card import WHITENING, how_to_use
 from utils.runs.export import export_safetensors, readme
-from utils.runs.sets import DistilledSet, read
+from utils.runs.formats import read
+from utils.runs.sets import DistilledSet
 from utils.system.errors import UsageError
 
 CPU = torch.device("cpu")

@@ -35,6 +35,7 @@ from tests.archives import (
 )
 from tests.files import image_folder, noise, save
 from utils.config.presets import PUBLISHED
+from utils.files import imagefolder
 from utils.method.images import ImageSet, Normalize, to_unit
 from utils.system.errors import UsageError, UserError
 
@@ -400,24 +401,24 @@ def test_files_that_are_no_images_are_named_in_a_warning(tmp_path: Path, caplog:
 def test_images_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path, {"a": 3, "b": 2})
     dataset = folder_set(root, size=16)
-    monkeypatch.setattr(data, "free_memory", lambda device: 5 * 3 * 16 * 16)
+    monkeypatch.setattr(imagefolder, "free_memory", lambda device: 5 * 3 * 16 * 16)
     with pytest.raises(UserError, match=rf"{re.escape(str(root))}: 5 images of 3 x 16 x 16 .*GB.*--size") as caught:
         _ = dataset.train
     assert caught.value.status == 1
-    monkeypatch.setattr(data, "free_memory", lambda device: 10 * 3 * 16 * 16)
+    monkeypatch.setattr(imagefolder, "free_memory", lambda device: 10 * 3 * 16 * 16)
     assert len(dataset.train) == 5
 
 
 def test_images_are_read_when_first_used_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path, {"a": 2, "b": 1})
     read: list[str] = []
-    read_image = data.read_image
+    read_image = imagefolder.read_image
 
     def spy(path: str, *, channels: int, side: int) -> Tensor:
         read.append(str(Path(path).relative_to(root)))
         return read_image(path, channels=channels, side=side)
 
-    monkeypatch.setattr(data, "read_image", spy)
+    monkeypatch.setattr(imagefolder, "read_image", spy)
     dataset = folder_set(root)
     assert dataset.class_names == ["a", "b"] and read == []
     _ = dataset.statistics, dataset.train, dataset.train

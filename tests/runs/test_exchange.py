@@ -29,8 +29,9 @@ from utils.method.formation import Formation, pack, training_images
 from utils.method.images import ImageSet, Normalize
 from utils.runs import export
 from utils.runs.export import check_target, export_folder, export_safetensors
+from utils.runs.formats import SetFile, read
 from utils.runs.layout import factor_warning, other_factor
-from utils.runs.sets import DistilledSet, SetFile, folder_names, interpret, load_distilled, read
+from utils.runs.sets import DistilledSet, folder_names, interpret, load_distilled
 from utils.system.errors import UsageError, UserError
 
 Writer = Callable[..., Path]

@@ -21,7 +21,8 @@ from utils.files.atomic import write_atomically
 from utils.method.evaluation import Score
 from utils.method.images import ImageSet
 from utils.runs.card import WHITENING, check_card, how_to_use, is_whitened, table_cell, title
-from utils.runs.sets import SAFETENSORS, DistilledSet, folder_names
+from utils.runs.formats import SAFETENSORS
+from utils.runs.sets import DistilledSet, folder_names
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")

@@ -20,8 +20,9 @@ from utils.method.selection import BASELINE, Context, coreset
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
 from utils.runs.card import CARD
+from utils.runs.formats import SetFile
 from utils.runs.results import ALL_REAL
-from utils.runs.sets import DistilledSet, SetFile
+from utils.runs.sets import DistilledSet
 from utils.system.draws import Draws
 
 log = logging.getLogger("dream")
