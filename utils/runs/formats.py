@@ -53,6 +53,11 @@ class SetFile:
         return self.file if self.file.suffix.lower() == SAFETENSORS else self.file.with_name(CARD)
 
     @property
+    def in_run_folder(self) -> bool:
+        """Whether the set lies in a folder with a data.json, where results about it can be kept."""
+        return self.card is not None and self.card_file.name == CARD
+
+    @property
     def normalize(self) -> Normalize | None:
         """The normalisation that the images went through, as the card says; None for plain pixels."""
         if self.card is None or not self.card.get("normalized", False):

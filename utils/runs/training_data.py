@@ -19,7 +19,6 @@ from utils.method.images import ImageSet, digest
 from utils.method.selection import BASELINE, Context, coreset
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
-from utils.runs.card import CARD
 from utils.runs.formats import SetFile
 from utils.runs.results import ALL_REAL
 from utils.runs.sets import DistilledSet
@@ -68,7 +67,6 @@ class TrainingDataOf:
             images, labels, formation, soft=soft, classes=self.data.classes, normalize=self.data.normalize
         )
         sha256 = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in content if x is not None))
-        in_run_folder = source.card is not None and source.card_file.name == CARD
         return TrainingData(
             name=DISTILLED,
             images_per_class=len(images) / classes,
@@ -76,7 +74,7 @@ class TrainingDataOf:
             stored_bytes=source.images.nbytes + (0 if source.soft is None else source.soft.nbytes),
             epochs=self.epochs,
             training_set=lambda spec, r: decoded,
-            folder=source.file.parent if in_run_folder else self._made(f"evaluated_{source.file.stem}"),
+            folder=source.file.parent if source.in_run_folder else self._made(f"evaluated_{source.file.stem}"),
             identity={**self.data_identity, **dataclasses.asdict(formation), "sha256": sha256.hexdigest()},
         )
 
