@@ -40,6 +40,7 @@ from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic
 from utils.files.imagefiles import GRID_COLUMNS
+from utils.files.tensors import must_fit
 from utils.method.evaluation import Score, evaluate_networks, tested_epochs
 from utils.method.formation import Formation
 from utils.method.images import to_unit
@@ -259,7 +260,7 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
     formation = Formation(o.factor or 1, o.decode_type or "single")
     checks.check_factor(formation.factor, data.side)
     numbers = formation.decoded_count(len(content.images)) * content.images[0].numel()
-    formats.must_fit(source.file, numbers, f" (decoded with -f {formation.factor})")
+    must_fit(source.file, 4 * numbers, f" (decoded with -f {formation.factor})")
     if source.card is None:
         warning = factor_warning(source.file, content.images, data.train.images.cpu(), factor=formation.factor)
         if warning is not None:

@@ -12,6 +12,8 @@ import io
 import pickletools
 import stat
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.files.atomic import write_atomically
+from utils.system.device import free_memory
 from utils.system.errors import UserError, first_line
 
 ORDERED = "collections OrderedDict"
@@ -40,9 +43,7 @@ class Refused(ValueError):
 
 
 def load(path: Path) -> Any:
-    """The content of a file. Raises Refused, OSError, or for a damaged one any Exception of zipfile's or PyTorch's."""
-    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
-        raise ValueError("no regular file")
+    """The content of a regular file. Raises Refused, OSError, or for a damaged one any of zipfile's or PyTorch's."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
             raise ValueError("no zip archive, as torch.save makes since PyTorch 1.6; bare pickles are refused")
@@ -114,12 +115,39 @@ def write_tensors(path: Path, content: Any, *, previous: Path | None = None) -> 
 def read_tensors(path: Path, remedy: str) -> Any:
     """What write_tensors wrote. Runs no code from the file, and compares its checksums. Raises UserError, ending with
     the remedy, for anything unreadable."""
-    try:
+    with readable(path, remedy):
         return load(path)
+
+
+@contextmanager
+def readable(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong inside, while a file is read, becomes a UserError that ends with the remedy.
+
+    The file must be a regular one: reading a pipe would wait for a writer.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: is no regular file; {remedy}")
+        yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {remedy}") from error
     except Refused as error:
         problem = f"holds pickled objects other than tensors, which could run code: refused ({error})"
         raise UserError(f"{path}: {problem}; {remedy}") from error
     except Exception as error:  # zip, pickle and storage errors of any kind
         raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error
+
+
+SPARE_MEMORY = 0.5  # of the free memory: a set is copied once or twice on its way to a network
+
+
+def must_fit(path: Path, size: int, why: str = "") -> None:
+    """Raise UserError when so many bytes do not fit into memory. why: a reason besides the file's own size."""
+    free = free_memory(torch.device("cpu"))
+    if size > SPARE_MEMORY * free:
+        problem = f"needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}"
+        raise UserError(f"{path}: {problem}; it is damaged, not what it should be, or made for a larger machine")

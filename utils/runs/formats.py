@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from utils.files.imagefiles import for_each, image_files, inside, is_grey, mode_and_size, read_image
-from utils.files.tensors import is_plain, read_tensors
+from utils.files.tensors import is_plain, must_fit, read_tensors
 from utils.method.images import Normalize
 from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
-from utils.system.device import free_memory
 from utils.system.errors import UserError, first_line, printable
 
 log = logging.getLogger("dream")
@@ -31,7 +30,6 @@ SAFETENSORS = ".safetensors"
 REMEDY = "name a run folder, a .pt or .safetensors file, or a folder with images in DIR/CLASS/*"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-SPARE_MEMORY = 0.5  # of the free memory: a set is copied once or twice on its way to a network
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def read(path: Path) -> SetFile:
 
 def _read_pt(file: Path) -> SetFile:
     if file.exists():
-        must_fit(file, file.stat().st_size)  # a copy of each byte is checked, and unpacked
+        must_fit(file, 4 * file.stat().st_size)  # a copy of each byte is checked, and unpacked
     content = read_tensors(file, REMEDY)
     if not isinstance(content, (list, tuple)) or len(content) != 2 or not all(isinstance(x, Tensor) for x in content):
         raise refusal(file, "is not a list of two tensors")
@@ -94,7 +92,7 @@ def refusal(file: Path, what: str) -> UserError:
 
 def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -> SetFile:
     """Two tensors of any kind as images and labels. Raises UserError unless they can be."""
-    must_fit(file, images.numel() + labels.numel())
+    must_fit(file, 4 * (images.numel() + labels.numel()))
     for x in (images, labels):
         if not is_plain(x):
             raise refusal(file, f"holds a tensor of an unusual kind ({type(x).__name__}, {x.layout}, {x.device})")
@@ -110,14 +108,6 @@ def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -
     if not labels.isfinite().all():
         raise refusal(file, "soft labels hold NaN or infinity")
     return SetFile(file, images, labels.argmax(1), soft=labels, card=card)
-
-
-def must_fit(file: Path, numbers: int, why: str = "") -> None:
-    """Raise UserError when so many float32 numbers do not fit into memory. why: a reason besides the file's size."""
-    need, free = 4 * numbers, free_memory(torch.device("cpu"))
-    if need > SPARE_MEMORY * free:
-        problem = f"needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}"
-        raise UserError(f"{file}: {problem}; it is damaged, no distilled set, or one for a larger machine")
 
 
 def _read_safetensors(file: Path) -> SetFile:
@@ -170,7 +160,7 @@ def _read_folder(folder: Path) -> SetFile:
             problem = f"is {w} x {h} pixels, the first image of the set is {side} pixels wide"
             raise UserError(f"{path}: {problem}; make all images squares of one size")
     channels = 1 if all(is_grey(mode) for mode, _ in heads) else 3
-    must_fit(folder, len(files) * channels * side**2)
+    must_fit(folder, 4 * len(files) * channels * side**2)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(list(map(len, classes.values()))))
     pixels = for_each(files, partial(read_image, channels=channels), what=f"reading {shown}")
     return SetFile(folder, torch.stack(pixels), labels, names=list(classes))
