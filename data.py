@@ -9,93 +9,27 @@ of `DATASET_SETTINGS` in utils/config/presets.py, which may be `dict()`.
 
 from __future__ import annotations
 
-import gzip
 import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
-from torchvision.datasets.utils import check_integrity, extract_archive
 
-from utils.files.atomic import write_atomically
+from utils.files.downloads import from_torchvision
 from utils.files.imagefolder import Folder, Split
-from utils.files.lock import locked
 from utils.method.images import ImageSet, Normalize, Whiten
-from utils.system.errors import UsageError, UserError, first_line, printable
+from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
 
 DIGITS_SPLIT = 0  # scikit-learn's random_state of the digits' train/test split, whatever --seed says
 CHUNK = 1024 * 3 * 32 * 32  # numbers that are converted at a time
 WHITENED = 3 * 48 * 48  # largest C * H * W that is whitened: matrices of 200 MB, computed in a minute
-
-
-def from_torchvision(kind: str, folder: str, files: Sequence[str], data_dir: Path, train: bool) -> Split:
-    """Training or test split of a torchvision data set, downloaded unless its files lie in data_dir.
-
-    Of several processes one downloads while the others wait. Raises UserError, which says what files to put where.
-    """
-    read = partial(_read, kind, data_dir, train)
-    with suppress(Exception):  # pickle, struct, scipy ...: each has its own errors for missing and truncated files
-        return read()  # without the lock: nothing is written if all files are there
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir / f".{kind}.lock", doing=f"downloading {kind}", wait=True):
-            with suppress(Exception):  # another process may have downloaded it in the meantime
-                return read()
-            log.info("%s is not ready in %s: unpacking or downloading it", kind, printable(str(data_dir)))
-            _unpack(kind, data_dir / folder)
-            return read(download=True)
-    except Exception as error:  # of urllib, http, tarfile, gzip and the libraries above
-        candidates = [name.removesuffix(".gz") for name in files if name.endswith("ubyte.gz")] + list(files)
-        there = [name for name in candidates if (data_dir / folder / name).exists()]
-        broken = f"; {', '.join(there)} is there but may be damaged: delete it first" if there else ""
-        raise UserError(
-            f"{kind} can be neither read nor downloaded ({first_line(error)}). "
-            f"Without network, put {', '.join(files)} into {data_dir / folder} by hand{broken} (--data_dir)"
-        ) from error
-
-
-def _read(kind: str, data_dir: Path, train: bool, *, download: bool = False) -> Split:
-    """Split of a torchvision data set as tensors. Raises whatever torchvision and its libraries raise."""
-    split = {"split": "train" if train else "test"} if kind == "SVHN" else {"train": train}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's about the pickles of CIFAR
-        source = getattr(torchvision.datasets, kind)(data_dir, download=download, **split)
-    images = torch.as_tensor(source.data)
-    if images.dim() == 3:  # (N, H, W), grey
-        images = images[:, None]
-    elif images.shape[-1] == 3:  # (N, H, W, C)
-        images = images.permute(0, 3, 1, 2)
-    labels = torch.as_tensor(source.labels if kind == "SVHN" else source.targets).long()
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images have {len(labels)} labels")
-    names = getattr(source, "classes", [str(c) for c in range(10)])
-    return images.contiguous(), labels, [str(name) for name in names]
-
-
-def _unpack(kind: str, folder: Path) -> None:
-    """Unpack the undamaged archives of a data set again.
-
-    torchvision never looks into MNIST's unpacked files and CIFAR's list of classes once they exist, even if truncated.
-    """
-    source = getattr(torchvision.datasets, kind)
-    for name, md5 in getattr(source, "resources", ()):
-        archive = folder / name
-        if check_integrity(archive, md5):
-            write_atomically(archive.with_suffix(""), gzip.decompress(archive.read_bytes()))
-    if hasattr(source, "tgz_md5") and check_integrity(folder / source.filename, source.tgz_md5):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's, that extracting will change
-            extract_archive(str(folder / source.filename))
 
 
 def load_digits(data_dir: Path, train: bool) -> Split:
@@ -123,25 +57,16 @@ class Info:
     flip: bool = True  # whether a mirror image belongs to the same class
 
 
-MNIST_FILES = [
-    f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-]
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
 
 DATASETS = {
     #          classes, channels, side, mean, std, load
-    "mnist": Info(
-        10, 1, 28, (0.1307,), (0.3081,), partial(from_torchvision, "MNIST", "MNIST/raw", MNIST_FILES), flip=False
-    ),
-    "fashion": Info(
-        10, 1, 28, (0.2861,), (0.3530,), partial(from_torchvision, "FashionMNIST", "FashionMNIST/raw", MNIST_FILES)
-    ),
-    "svhn": Info(
-        10, 3, 32, *SVHN, partial(from_torchvision, "SVHN", "", ["train_32x32.mat", "test_32x32.mat"]), flip=False
-    ),
-    "cifar10": Info(10, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR10", "", ["cifar-10-python.tar.gz"])),
-    "cifar100": Info(100, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR100", "", ["cifar-100-python.tar.gz"])),
+    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), partial(from_torchvision, "MNIST"), flip=False),
+    "fashion": Info(10, 1, 28, (0.2861,), (0.3530,), partial(from_torchvision, "FashionMNIST")),
+    "svhn": Info(10, 3, 32, *SVHN, partial(from_torchvision, "SVHN"), flip=False),
+    "cifar10": Info(10, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR10")),
+    "cifar100": Info(100, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR100")),
     "digits": Info(10, 1, 8, (0.3053,), (0.3758,), load_digits, flip=False),
 }
 
