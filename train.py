@@ -35,7 +35,7 @@ import torch
 from data import Dataset
 from models import NetSpec, forward_flop
 from utils.config import build, checks, derived, resolve
-from utils.config.flags import as_argv, make_parser
+from utils.config.flags import as_argv
 from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic
@@ -273,7 +273,7 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
 
 def records_of(argv: Sequence[str]) -> list[Record]:
     """Run a command line of train.py, and return the rows of its table, none after --export. Raises UserError."""
-    given = make_parser(TrainOptions, __doc__ or "").parse_given(argv)
+    given = resolve.train_flags(argv, __doc__ or "")
     minutes = given.get("wait_minutes", TrainOptions.wait_minutes)
     with messages(), process_group(backends(), minutes=minutes) as group:
         # --- What is asked for ---

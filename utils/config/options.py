@@ -22,7 +22,7 @@ RESULTS_DIR = "results"
 FREE = (
     "data_dir", "data_threads", "results_dir", "device", "compile", "wait_minutes", "max_minutes", "dry_run",
     "experts_only", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic", "share_update",
-    "show_best",
+    "show_best", "config",
 )  # fmt: skip
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
@@ -74,6 +74,9 @@ class Options:
     data_threads: int | None = _data(None, parse=integer(1, 512), metavar="N",
         help="threads that read image files (default: as many as the machine suggests)")
     results_dir: str = _run(RESULTS_DIR, metavar="DIR", help="where run folders lie")
+    config: str | None = _run(None, metavar="FILE",
+        help="take flags from a YAML or JSON file (ipc: 10), or the settings of another run from its options.json; "
+             "flags on the command line win")
     device: str = _run("auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
     compile: str = _run("auto", choices=("auto", "on", "off"),
         help="compile the passes through a ConvNet; auto: where there is a compiler and the run is long enough to gain "

@@ -1,7 +1,7 @@
 """Complete options from a command line, data set settings, and presets.
 
 Precedence is default < the data set's settings < --reproduce < the data set's exceptions for some -f and --ipc < the
-method's settings < flag. A flag that the user gave is never overridden.
+method's settings < the file of --config < flag. A flag that the user gave is never overridden.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 import models
 from data import Dataset
-from utils.config import checks
+from utils.config import checks, configfile
 from utils.config.flags import make_parser
 from utils.config.options import ALL_NETWORKS, FREE, NO_BASELINES, OF_THE_SET, CondenseOptions, Options, TrainOptions
 from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions, method_settings
@@ -31,24 +32,29 @@ COPIES = 4  # of a network's weights in memory, at least: weights, gradients, mo
 
 @dataclass(frozen=True)
 class Resolved:
-    """Complete options, and the origin of each: flag, method, --reproduce, data set, or default."""
+    """Complete options, and the origin of each: flag, --config, method, --reproduce, data set, or default."""
 
     options: CondenseOptions
     origin: Mapping[str, str]
 
 
 def condense(argv: Sequence[str], description: str) -> Resolved:
-    """Options of a command line of condense.py. Raises UsageError for wrong flags."""
-    return condense_options(make_parser(CondenseOptions, description).parse_given(argv))
+    """Options of a command line of condense.py. Raises UsageError for wrong flags, UserError for a file of --config."""
+    given = make_parser(CondenseOptions, description).parse_given(argv)
+    return condense_options(given, _config(CondenseOptions, given))
 
 
-def condense_options(given: dict[str, Any]) -> Resolved:
-    """Options of condense.py for the flags given, by name. Raises UsageError for wrong combinations."""
+def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = MappingProxyType({})) -> Resolved:
+    """Options of condense.py for the flags given, by name, and those in a file of --config.
+
+    Raises UsageError for wrong combinations.
+    """
+    given = {**config, **flags}
     defaults = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
     if "image_folder" in given:
         defaults["dataset"] = "folder"
     dataset = given.get("dataset", defaults["dataset"])
-    layers = [("default", defaults), ("data set", DATASET_SETTINGS[dataset])]
+    layers: list[tuple[str, Mapping[str, Any]]] = [("default", defaults), ("data set", DATASET_SETTINGS[dataset])]
     if given.get("reproduce"):
         if dataset not in PUBLISHED:
             raise UsageError(f"--reproduce: the paper has no settings for {dataset}; use -d {'|'.join(PUBLISHED)}")
@@ -56,13 +62,13 @@ def condense_options(given: dict[str, Any]) -> Resolved:
     ipc = given.get("ipc", defaults["ipc"])
     exceptional = exceptions(dataset, given.get("factor", defaults["factor"]), ipc)
     method, select = given.get("method", defaults["method"]), given.get("select")
-    of_method = method_settings(method, dataset, ipc=ipc, select=select, reproduce="reproduce" in given)
-    layers += [("data set", exceptional), ("method", of_method), ("flag", given)]
+    of_method = method_settings(method, dataset, ipc=ipc, select=select, reproduce=bool(given.get("reproduce")))
+    layers += [("data set", exceptional), ("method", of_method)]
+    if "net_type" in given:
+        layers[1:] = [(name, concerning(layer, given["net_type"])) for name, layer in layers[1:]]
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for name, layer in layers:
-        if layer is not given and layer is not defaults and "net_type" in given:
-            layer = concerning(layer, given["net_type"])
+    for name, layer in (*layers, ("--config", config), ("flag", flags)):
         if unknown := layer.keys() - defaults.keys():
             raise UsageError(f"utils/config/presets.py: unknown settings of the {name}: {', '.join(sorted(unknown))}")
         values.update(layer)
@@ -103,7 +109,72 @@ def how_to_go_on(options: CondenseOptions) -> str:
     return f"run the same command {'without --restart' if options.restart else 'again'} to go on"
 
 
+# --- Files of --config ------------------------------------------------------------------------------------------------
+
+# What presets follow from. A run's file counts as these flags, and those for whatever they do not explain of that run.
+DECIDING = ("dataset", "image_folder", "method", "select", "factor", "ipc", "net_type", "reproduce")
+OF_THE_FOLDER = ("image_folder", "size")
+
+
+def _config(kind: type[Options], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in the file of --config, by name, without those that lose their meaning beside the flags.
+
+    Raises UsageError or UserError, naming the file.
+    """
+    if "config" not in flags:
+        return {}
+    path = Path(flags["config"])
+    values, of_a_run = configfile.read(path, kind)
+    if of_a_run and kind is CondenseOptions:
+        values = _of_experiment(values, path)
+    elif of_a_run:
+        values = _of_evaluation(values)
+    else:
+        values = {name: value for name, value in values.items() if value is not None}
+    if "dataset" in values and flags.get("dataset", values["dataset"]) != values["dataset"]:
+        values = {name: value for name, value in values.items() if name not in OF_THE_FOLDER}
+    if "net_type" in values and "net_type" in flags:
+        own, new = ([x] if isinstance(x, str) else x for x in (values["net_type"], flags["net_type"]))
+        one_each = len(own) == len(new) == 1 and ALL_NETWORKS not in (*own, *new)
+        other = concerning({**values, "net_type": own[0]}, new[0]) if one_each else values
+        values = {name: value for name, value in other.items() if one_each or name not in NETWORK}
+    return values
+
+
+def _of_experiment(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Settings that define a run of condense.py, of all its options: without places, the machine, and the tag.
+
+    What presets explain is left to them, so that they follow when a flag names another data set, method or ipc.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
+    run = {k: v for k, v in run.items() if v is not None or defaults[k] is None}
+    chosen = {name: run[name] for name in DECIDING if run.get(name)}
+    try:
+        others = {name: value for name, value in chosen.items() if name != "select"}
+        if chosen.get("select") == condense_options(others).options.select:
+            chosen = others
+        explained = dataclasses.asdict(condense_options(chosen).options)
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    return {**chosen, **{k: v for k, v in run.items() if k not in (*FREE, "tag") and v != explained[k]}}
+
+
+def _of_evaluation(run: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run of condense.py trains networks to evaluate its set. What a set is, its own data.json or flags say."""
+    fields = {field.name: field.metadata["group"] for field in dataclasses.fields(TrainOptions)}
+    left_out = (*FREE, *OF_THE_SET, "precision")
+    return {k: v for k, v in run.items() if v is not None and k not in left_out and fields[k] != "data"}
+
+
 # --- train.py ---------------------------------------------------------------------------------------------------------
+
+
+def train_flags(argv: Sequence[str], description: str) -> dict[str, Any]:
+    """Flags of a command line of train.py, by name, on top of those in a file of --config. Raises UsageError for wrong
+    flags, UserError for such a file."""
+    given = make_parser(TrainOptions, description).parse_given(argv)
+    named = {name: value for name, value in _config(TrainOptions, given).items() if value is not False}
+    return {**named, **given}
 
 
 def train_options(
