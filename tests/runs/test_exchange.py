@@ -482,8 +482,36 @@ def test_the_readme_of_an_export_says_what_it_is(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert word in text, word
     assert "soft" not in text and "unfinished" not in text
+    assert "Under which licence" in text and "license" not in header, "which the owner of the real images decides"
     exported(tmp_path / "unfinished", ["cat", "cow", "dog"], **{**run, "finished": False, "accuracy": "good"})
     assert "unfinished" in (tmp_path / "unfinished" / "README.md").read_text()
+
+
+UCI = "UCI Optical Recognition of Handwritten Digits (scikit-learn)"
+
+
+@pytest.mark.parametrize(
+    ("card", "names", "header"),
+    [
+        ({}, [UCI], '["extended|other-UCI_Optical_Recognition_of_Handwritten_Digits_scikit-learn"]'),  # as older ones
+        ({"dataset": "cifar10"}, ["uoft-cs/cifar10"], '["uoft-cs/cifar10"]'),
+        ({"dataset": "folder", "image_folder": "/x/my photos"}, ["my photos"], '["extended|other-my_photos"]'),
+        ({"source_datasets": ["me/mine", "a|b"]}, ["me/mine", "a|b"], '["me/mine", "extended|other-a_b"]'),
+        *(
+            ({"source_datasets": wrong, "dataset": "mnist"}, ["ylecun/mnist"], '["ylecun/mnist"]')
+            for wrong in ("x", [], [3], ["x", None], ["a\n- b"], [" "], ["x" * 201], ["x"] * 21, {"a": 1})
+        ),
+    ],
+)
+def test_a_card_names_the_data_sets_that_its_images_come_from(
+    card: dict[str, Any], names: list[str], header: str, tmp_path: Path
+) -> None:
+    export_safetensors(tmp_path / "x.safetensors", DistilledSet(IMAGES, LABELS, None), card={**CARD, **card})
+    found = read(tmp_path / "x.safetensors").card
+    assert found is not None and found["source_datasets"] == names
+    exported(tmp_path / "out", ["cat", "cow", "dog"], **card)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"\nsource_datasets: {header}\n---\n" in text and f"| {names[0]}" in text
 
 
 def test_soft_labels_are_reduced_in_a_folder_with_a_warning(tmp_path: Path, warnings: Warnings) -> None:
@@ -553,7 +581,7 @@ def test_an_exported_safetensors_file_is_read_back_bit_for_bit(soft: Tensor | No
     assert torch.equal(found.images, IMAGES)
     assert torch.equal(found.labels, LABELS if soft is None else SOFT.argmax(1))
     assert (found.soft is None) if soft is None else found.soft is not None and torch.equal(found.soft, SOFT)
-    assert found.card == CARD
+    assert found.card == {**CARD, "source_datasets": [UCI]}
     assert load_file(file)["images"].dtype == torch.float32
     images, _, _ = interpret(found, Real())
     assert torch.equal(images, IMAGES)

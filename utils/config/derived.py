@@ -16,7 +16,7 @@ from utils.method.augment import Augment, without
 from utils.method.formation import Formation
 from utils.method.state import NotFinite, State
 from utils.method.training import Recipe
-from utils.runs.card import DATA, Card, how_to_use
+from utils.runs.card import DATA, Card, how_to_use, source_datasets
 from utils.runs.experts import Experts
 from utils.system.errors import printable
 
@@ -147,9 +147,11 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
 def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, settings: dict[str, Any]) -> Card:
     """The card of a set of whose making nothing is known: how to use it. settings: the other options, where known."""
     (mean, std), formation = data.statistics, Formation(o.factor or 1, o.decode_type or "single")
+    folder = None if o.image_folder is None else str(Path(o.image_folder).resolve())
     return {
         "dataset": o.dataset,
-        "image_folder": None if o.image_folder is None else str(Path(o.image_folder).resolve()),
+        "image_folder": folder,
+        "source_datasets": source_datasets({"dataset": o.dataset, "image_folder": folder}),
         "class_names": list(data.class_names),
         "ipc": ipc,
         "factor": formation.factor,

@@ -107,6 +107,37 @@ def how_to_use(card: Mapping[str, Any], side: int) -> str:
     )
 
 
+# --- Where its real images come from ----------------------------------------------------------------------------------
+
+# Ids of data sets on the Hugging Face Hub; a name without a slash is that of a data set elsewhere.
+SOURCES = {
+    "mnist": "ylecun/mnist",
+    "fashion": "zalando-datasets/fashion_mnist",
+    "svhn": "ufldl-stanford/svhn",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "tinyimagenet": "zh-plus/tiny-imagenet",
+    "imagenette": "frgfm/imagenette",
+    "imagewoof": "frgfm/imagewoof",
+    "digits": "UCI Optical Recognition of Handwritten Digits (scikit-learn)",
+}
+NAME_CHARACTERS, MOST_SOURCES = 200, 20  # longer entries, and more of them, are no names
+
+
+def source_datasets(card: Mapping[str, Any]) -> list[str]:
+    """Names of the data sets that a set was distilled from: the card's own, or what its data set says.
+
+    Older cards do not hold them, and a card may say anything.
+    """
+    names = card.get("source_datasets")
+    if isinstance(names, list) and 0 < len(names) <= MOST_SOURCES:
+        fit = [isinstance(x, str) and x.isprintable() and 0 < len(x.strip()) <= NAME_CHARACTERS for x in names]
+        if all(fit):
+            return names
+    folder = card.get("image_folder")
+    return [SOURCES.get(card["dataset"]) or (Path(folder).name if folder else "") or card["dataset"]]
+
+
 # --- Reading without trust --------------------------------------------------------------------------------------------
 
 CARD_BYTES = 2**24  # a larger data.json is no card, and would take many times its size in memory

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,9 +21,9 @@ from models import NetSpec
 from utils.files.atomic import write_atomically
 from utils.method.evaluation import Score
 from utils.method.images import ImageSet
-from utils.runs.card import WHITENING, check_card, how_to_use, is_whitened, table_cell, title
+from utils.runs.card import WHITENING, check_card, how_to_use, is_whitened, source_datasets, table_cell, title
 from utils.runs.formats import SAFETENSORS
-from utils.runs.sets import DistilledSet, folder_names
+from utils.runs.sets import DistilledSet, folder_names, safe_name
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
@@ -60,7 +61,8 @@ def export_safetensors(file: Path, stored: DistilledSet, *, card: Mapping[str, A
         from safetensors.torch import save
     except ImportError as error:
         raise UserError(f"--export {file}: cannot be written without safetensors; pip install safetensors") from error
-    card = check_card({**card, "normalized": False, "value_range": [0.0, 1.0]}, file)
+    known = {"normalized": False, "value_range": [0.0, 1.0], "source_datasets": source_datasets(card)}
+    card = check_card({**card, **known}, file)
     tensors = {"images": stored.images, "labels": stored.labels if stored.soft is None else stored.soft}
     header = {"format": "pt", "card": json.dumps(card), "about": how_to_use(card, stored.images.shape[-1])}
     content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, header)
@@ -121,6 +123,9 @@ REDUCED = f"""
 The set has soft labels, probabilities of every class for every image, which folders cannot hold: each image lies in \
 the folder of its most probable class. A {SAFETENSORS} export keeps them.
 """
+# The header of the README has no `license`: only the owner of the real images can name one, `unknown` would say that
+# there is none to be found, and `other` asks for a name and a link.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # of a data set on the Hugging Face Hub
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}  # Hugging Face's words
 
 
@@ -135,8 +140,12 @@ def readme(
     size = next((word for most, word in SIZES.items() if n < most), "n>1M")
     grey = "    transforms.Grayscale(),\n" if channels == 1 else ""
     whitened = f", and {WHITENING}, which the lines below leave out" if is_whitened(card) else ""
+    sources = source_datasets(card)
+    # With Hugging Face's prefix for a data set that is not on its Hub.
+    listed = [name if HUB_ID.fullmatch(name) else f"extended|other-{safe_name(name)}" for name in sources]
     about = [
         ("data set", f"{name}, {train.classes} classes"),
+        ("real images from", ", ".join(sources)),
         ("budget", f"{stored} stored images, {stored / train.classes:g} per class: compare with sets of this size"),
         ("images here", f"{n}, {n / train.classes:g} per class, {channels} x {side} x {side}, decoded"),
         ("multi-formation", f"factor {card['factor']}, decode type {card['decode_type']}: applied already, so that "
@@ -156,6 +165,7 @@ tags:
 - synthetic
 size_categories:
 - {size}
+source_datasets: {json.dumps(listed)}
 ---
 # {name}, distilled
 
@@ -167,6 +177,8 @@ images.
 {rows}
 
 PNG rounds pixels to 8 bits, so that accuracies may differ slightly from those of the stored set.
+
+Under which licence the images may be used is up to the owner of the data set that they come from; none is set here.
 {REDUCED if train.soft is not None else ""}
 ## Training on it
 
