@@ -3,6 +3,7 @@
     $ python3 train.py                                          # the newest set under results/
     $ python3 train.py results/cifar10/convnet3_f2_ipc10 -n all --table table.md
     $ python3 train.py my_data.pt -d cifar10 -f 2 --normalized  # somebody else's set
+    $ python3 train.py hf://user/name                           # from the Hugging Face Hub
     $ python3 train.py RUN --real                               # beside all real images, the upper bound
     $ python3 train.py RUN --export DIR                         # as PNG files for everybody; trains nothing
     $ python3 train.py -d cifar10 --coreset random --ipc 10     # ten real images per class, and no set
@@ -38,7 +39,7 @@ from utils.config import build, checks, derived, resolve
 from utils.config.flags import as_argv
 from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
-from utils.files import atomic
+from utils.files import atomic, hub
 from utils.files.imagefiles import GRID_COLUMNS
 from utils.files.tensors import must_fit
 from utils.method.evaluation import Score, evaluate_networks, tested_epochs
@@ -48,7 +49,7 @@ from utils.method.training import Trainer
 from utils.numerics.compilation import computing
 from utils.runs import confusion, export, formats, results, sets
 from utils.runs.board import Board, check_board
-from utils.runs.card import CARD, newest_distilled
+from utils.runs.card import CARD, DATA, newest_distilled
 from utils.runs.formats import SetFile
 from utils.runs.layout import factor_warning
 from utils.runs.results import ALL_REAL, EVALUATIONS, Record
@@ -231,7 +232,8 @@ def read_set(given: Mapping[str, Any]) -> SetFile | None:
         checks.check_alone(given)
         return None
     if "run" in given:
-        return formats.read(Path(given["run"]))
+        data_dir = Path(given.get("data_dir", TrainOptions.data_dir)).expanduser()
+        return formats.read(hub.local_copy(given["run"], data_dir, main=DATA, beside=(CARD,)))
     narrowed = {name: given.get(name) for name in ("dataset", "factor", "ipc")}
     return formats.read(newest_distilled(Path(given.get("results_dir", RESULTS_DIR)), **narrowed))
 
@@ -301,7 +303,7 @@ def records_of(argv: Sequence[str]) -> list[Record]:
                 settings = {} if o.whiten == "none" else {"whiten": o.whiten}
                 card = card or derived.set_card(o, data, ipc=round(distilled.images_per_class), settings=settings)
                 decoded, write = distilled.training_set(specs[0], 0), rank_zero_only(export.export_set)
-                write(Path(o.export), stored=content, decoded=decoded, class_names=data.class_names, card=card)
+                write(o.export, stored=content, decoded=decoded, class_names=data.class_names, card=card)
                 return []
             compare = NO_BASELINES not in o.baselines
             training_data = [distilled, *(rows.baselines(distilled, o.baselines) if compare else [])]

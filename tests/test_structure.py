@@ -141,6 +141,7 @@ def test_one_module_each_asks_about_the_machine_the_terminal_and_ranks(word: str
         ("utils/runs/formats.py", "safetensors"),
         ("utils/runs/export.py", "safetensors"),
         ("utils/config/configfile.py", "yaml"),
+        ("utils/files/hub.py", "huggingface_hub"),
     ],
 )
 def test_a_large_library_is_imported_only_when_it_is_asked_for(path: str, library: str) -> None:

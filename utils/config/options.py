@@ -235,8 +235,9 @@ class TrainOptions(Options):
     COMMON = ("run", "dataset", "factor", "normalized", "net_type", "baselines", "real", "repeat", "table", "export")
 
     run: str | None = _subject(None, metavar="RUN",
-        help="run folder, .pt or .safetensors file, or folder with DIR/CLASS/*.png (default: the newest run folder "
-             "under --results_dir; -d, -f and --ipc narrow it down)")
+        help="run folder, .pt or .safetensors file, or folder with DIR/CLASS/*.png, or one of these on the Hugging "
+             "Face Hub, hf://USER/NAME[/PATH][@REVISION] (default: the newest run folder under --results_dir; -d, -f "
+             "and --ipc narrow it down)")
     baselines: Sequence[str] = _subject(BASELINES, nargs="+", choices=(*selection.STRATEGIES, NO_BASELINES),
         help="for comparison with RUN, as many real images per class as it stores, selected in each of these ways, and "
              f"as many random ones as it decodes to; {NO_BASELINES}: no comparison (default: {' '.join(BASELINES)})")
@@ -265,6 +266,7 @@ class TrainOptions(Options):
     json: bool = _run(False, help="print one JSON object as the last line of standard output")
     export: str | None = _run(None, metavar="PATH",
         help="train nothing; write the decoded set as PNG files in PATH/CLASS with a README.md, or, if PATH ends in "
-             ".safetensors, the stored set, with the content of data.json in the file's header")
+             ".safetensors, the stored set, with the content of data.json in the file's header; hf://USER/NAME[/PATH] "
+             "uploads it to the Hugging Face Hub, where a new data set is private at first")
     retrain: bool = _run(False, help="train on all real images again, even if the result is known")
 # fmt: on

@@ -1,4 +1,5 @@
-"""Distilled sets for other programs: decoded as a folder of PNG files, or as stored in a .safetensors file.
+"""Distilled sets for other programs: decoded as a folder of PNG files, or as stored in a .safetensors file; also on
+the Hugging Face Hub.
 
 utils/runs/sets.py reads both back. Nothing is overwritten, and a killed export leaves nothing but a hidden folder.
 """
@@ -10,14 +11,16 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torchvision.transforms.functional import to_pil_image
 
 from models import NetSpec
+from utils.files import hub
 from utils.files.atomic import write_atomically
 from utils.method.evaluation import Score
 from utils.method.images import ImageSet
@@ -38,13 +41,28 @@ def check_target(path: Path) -> None:
 
 
 def export_set(
-    target: Path, *, stored: DistilledSet, decoded: ImageSet, class_names: Sequence[str], card: Mapping[str, Any]
+    target: str, *, stored: DistilledSet, decoded: ImageSet, class_names: Sequence[str], card: Mapping[str, Any]
 ) -> None:
-    """Write a set in the form that the target's suffix asks for. decoded: the images that networks train on."""
-    if target.suffix.lower() == SAFETENSORS:
-        export_safetensors(target, stored, card=card)
+    """Write a set in the form that the target's suffix asks for, and upload it if the target is an hf:// name.
+
+    decoded: the images that networks train on.
+    """
+
+    def write(path: Path) -> str:
+        if path.suffix.lower() == SAFETENSORS:
+            export_safetensors(path, stored, card=card)
+            return f"{len(stored.images)} stored"
+        export_folder(path, decoded, class_names=class_names, stored=len(stored.images), card=card)
+        return f"{len(decoded)} decoded"
+
+    if hub.is_on_hub(target):
+        name = PurePosixPath(hub.parse(target).path).name or "set"
+        with tempfile.TemporaryDirectory() as folder:
+            what = write(Path(folder, name))
+            hub.upload(target, Path(folder, name))
     else:
-        export_folder(target, decoded, class_names=class_names, stored=len(stored.images), card=card)
+        what = write(Path(target))
+    log.info("exported %s images to %s", what, target)
 
 
 # --- As stored --------------------------------------------------------------------------------------------------------
@@ -71,7 +89,6 @@ def export_safetensors(file: Path, stored: DistilledSet, *, card: Mapping[str, A
         write_atomically(file, content)
     except OSError as error:
         raise _cannot(file, error) from error
-    log.info("exported %d stored images to %s", len(stored.images), file)
 
 
 def _cannot(path: Path, error: OSError) -> UserError:
@@ -116,7 +133,6 @@ def export_folder(
         raise _cannot(directory, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    log.info("exported %d decoded images to %s", len(train), directory)
 
 
 REDUCED = f"""
