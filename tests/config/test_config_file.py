@@ -171,7 +171,8 @@ def test_presets_follow_when_a_flag_names_another_data_set_method_network_or_ipc
 
 def test_settings_that_presets_no_longer_have_stay_those_of_the_run() -> None:
     """As after an update of this program, whose defaults are other ones."""
-    atomic.write_json(Path("options.json"), {"options": {"niter": 12, "lr_img": 0.3, "depth": None, "lr": None}})
+    run = {"niter": 12, "lr_img": 0.3, "depth": None, "lr": None, "device": "of another machine"}
+    atomic.write_json(Path("options.json"), {"options": run})
     o = resolved("--config", "options.json").options
     assert (o.niter, o.lr_img, o.depth, o.lr) == (12, 0.3, None, 0.01)
     atomic.write_json(Path("options.json"), {"options": {"reproduce": True, "dataset": "digits"}})
@@ -191,6 +192,7 @@ def test_a_run_is_made_again_from_its_files_and_evaluated_by_them(
         assert torch.equal(a, b)
     options = [resolve.saved_settings(resolved("--config", str(first / name)).options) for name in (OPTIONS, CARD)]
     assert options[0] == options[1]
+    assert atomic.read_json(first / CARD)["source_datasets"][0].startswith("UCI Optical")
     capsys.readouterr()
     assert condense.main(quick(results)) == 0, "the file counts as these flags: the run is known as finished"
     assert "this run is finished" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.config.flags import make_parser
-from utils.config.options import OF_THE_SET, CondenseOptions, Options
+from utils.config.options import FREE, OF_THE_SET, CondenseOptions, Options
 from utils.files.atomic import CHECKSUM, checksum
 from utils.system.errors import UsageError, UserError, first_line
 
@@ -28,8 +28,8 @@ def read(path: Path, kind: type[Options]) -> tuple[dict[str, Any], bool]:
     """Values of the flags in a file, by name and checked as flags are, and whether the file is a run's.
 
     kind: the options of the script. A switch may be False; null is None. A run's file has all options of condense.py;
-    those that the script lacks are left out. Raises UserError for a file that cannot be read, UsageError for an entry
-    that is no flag, both naming the file.
+    those that the script lacks are left out, and so are places, the machine and the tag. Raises UserError for a file
+    that cannot be read, UsageError for an entry that is no flag, both naming the file.
     """
     content = _load(path)
     of_a_run, entries = True, content
@@ -41,13 +41,15 @@ def read(path: Path, kind: type[Options]) -> tuple[dict[str, Any], bool]:
         of_a_run = False
     if not entries:
         raise UserError(f"--config {path}: names no flag; write lines such as `ipc: 10` into it")
-    named = _named(path, entries)
+    named, all_of_runs = _named(path, entries), {field.name for field in dataclasses.fields(CondenseOptions)}
     known = {field.name for field in dataclasses.fields(kind)} - {"config"}
-    allowed = known | ({field.name for field in dataclasses.fields(CondenseOptions)} if of_a_run else set())
+    allowed = known | all_of_runs if of_a_run else known
     for name in named:
         if name not in allowed:
             close = difflib.get_close_matches(name, sorted(allowed), 1)
             _refuse(path, f"{name[:100]!r} is no flag" + (f" (did you mean {close[0]}?)" if close else ""))
+    if of_a_run:
+        known -= {*FREE, "tag"} - {"reproduce"}
     texts = {name: _text(path, name, value) for name, value in named.items() if name in known}
     return _parsed(path, kind, texts), of_a_run
 
@@ -61,11 +63,14 @@ def _parsed(path: Path, kind: type[Options], texts: Texts) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     words: list[str] = []
+    arguments: list[str] = []
     for name, text in texts.items():
         field = fields[name]
         alone = field.default is False or field.metadata.get("const") is not None  # may stand without a value
         if text is None:
             values[name] = None
+        elif name == "run":  # the one argument that is no flag
+            arguments = ["--", *(text if isinstance(text, list) else [text])]
         elif isinstance(text, list):
             if field.metadata["nargs"] != "+":
                 _refuse(path, f"{name} takes one value, not a list")
@@ -76,12 +81,10 @@ def _parsed(path: Path, kind: type[Options], texts: Texts) -> dict[str, Any]:
             values[name] = field.default
         elif alone and text.lower() in TRUE:
             words.append(f"--{name}")
-        elif name != "run":
+        else:
             words.append(f"--{name}={text}")
-    if isinstance(run := texts.get("run"), str):  # the one argument that is no flag
-        words += ["--", run]
     try:
-        return {**values, **make_parser(kind, "").parse_given(words)}
+        return {**values, **make_parser(kind, "").parse_given([*words, *arguments])}
     except UsageError as error:
         _refuse(path, str(error).rsplit("; see", 1)[0])
 

@@ -142,7 +142,7 @@ def _config(kind: type[Options], flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_experiment(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Settings that define a run of condense.py, of all its options: without places, the machine, and the tag.
+    """Settings of a run of condense.py that count as given.
 
     What presets explain is left to them, so that they follow when a flag names another data set, method or ipc.
     """
@@ -156,13 +156,13 @@ def _of_experiment(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
         explained = dataclasses.asdict(condense_options(chosen).options)
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from None
-    return {**chosen, **{k: v for k, v in run.items() if k not in (*FREE, "tag") and v != explained[k]}}
+    return {**chosen, **{k: v for k, v in run.items() if v != explained[k]}}
 
 
 def _of_evaluation(run: Mapping[str, Any]) -> dict[str, Any]:
     """How a run of condense.py trains networks to evaluate its set. What a set is, its own data.json or flags say."""
     fields = {field.name: field.metadata["group"] for field in dataclasses.fields(TrainOptions)}
-    left_out = (*FREE, *OF_THE_SET, "precision")
+    left_out = (*OF_THE_SET, "precision")
     return {k: v for k, v in run.items() if v is not None and k not in left_out and fields[k] != "data"}
 
 
