@@ -195,4 +195,4 @@ def test_an_export_says_that_images_were_whitened(whiten: bool, tmp_path: Path) 
     assert (WHITENING in how_to_use(card, 4)) == whiten
     assert (WHITENING in readme(decoded, ["a", "b"], class_names=["a", "b"], stored=2, card=card)) == whiten
     export_safetensors(tmp_path / "set.safetensors", DistilledSet(images, labels, None), card=card)
-    assert read(tmp_path / "set.safetensors").card == card
+    assert read(tmp_path / "set.safetensors").card == {**card, "source_datasets": ["folder"]}
