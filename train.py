@@ -56,7 +56,7 @@ from utils.runs.results import ALL_REAL, EVALUATIONS, Record
 from utils.runs.sets import DistilledSet
 from utils.runs.training_data import DISTILLED, RANDOM, TrainingData, TrainingDataOf
 from utils.system import process
-from utils.system.device import backends, device_name, peak_memory
+from utils.system.device import backends, device_name, peak_in_words, peak_memory
 from utils.system.distributed import Group, is_first, process_group, rank_zero_only
 from utils.system.errors import UsageError, UserError
 from utils.system.report import messages, span
@@ -331,7 +331,7 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         if o.confusion:
             evaluation.show_confusion(training_data)
         table = results.as_text(records, best=o.show_best)
-        log.info("\n%s\npeak memory: %.2g GB", table, peak_memory(data.device) / 1e9)
+        log.info("\n%s\n%s", table, peak_in_words(peak_memory(data.device)))
         for file in map(Path, o.table or []):
             table = results.TABLES[file.suffix](records, session, best=o.show_best)
             rank_zero_only(atomic.write_atomically)(file, table.encode())

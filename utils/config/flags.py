@@ -52,6 +52,13 @@ def number(minimum: float = 0.0, *, below: float = math.inf, open_end: bool = Fa
     return parse
 
 
+def device(text: str) -> str:
+    """Parser of --device: auto, cpu, cuda, or a GPU by its number, as in cuda:1."""
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, and cuda:N with the number of a GPU")
+    return text
+
+
 def augmentation(text: str) -> str:
     """Parser of flags whose value is the name of an augmentation, e.g. color_crop_cutout."""
     try:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import ClassVar
 
 import models
-from utils.config.flags import augmentation, flag, initialisation, integer, matching, number, table_file, tag
+from utils.config.flags import augmentation, device, flag, initialisation, integer, matching, number, table_file, tag
 from utils.config.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, METHODS, REAL_EPOCHS, TRAJECTORY
 from utils.method import formation, objectives, pixels, selection, training
 from utils.numerics.compute import PRECISIONS
@@ -77,7 +77,8 @@ class Options:
     config: str | None = _run(None, metavar="FILE",
         help="take flags from a YAML or JSON file (ipc: 10), or the settings of another run from its options.json; "
              "flags on the command line win")
-    device: str = _run("auto", choices=("auto", "cpu", "cuda"), help="auto takes CUDA where there is one")
+    device: str = _run("auto", parse=device, metavar="NAME",
+        help="auto, cpu, cuda, or cuda:N for one of several GPUs; auto takes CUDA where there is one")
     compile: str = _run("auto", choices=("auto", "on", "off"),
         help="compile the passes through a ConvNet; auto: where there is a compiler and the run is long enough to gain "
              "more time than compiling takes")

@@ -45,11 +45,12 @@ def write_atomically(path: Path, content: bytes, *, previous: Path | None = None
             with suppress(OSError):  # the first error is the one to report
                 temporary.unlink()
             raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # without it a power cut may undo the renaming
-        finally:
-            os.close(directory)
+        if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)  # without it a power cut may undo the renaming
+            finally:
+                os.close(directory)
 
 
 def make_folder(path: Path) -> Path:
@@ -58,7 +59,8 @@ def make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()  # has no name, so that nothing can stay behind
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --results_dir") from error
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{path}: cannot be written ({reason}); choose another --results_dir") from error
     return path
 
 

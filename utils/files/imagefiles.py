@@ -36,6 +36,7 @@ MAX_PIXELS = 89_478_485  # 256 MiB as RGB: Pillow's own limit for decompression 
 MAX_PIXEL_BYTES = 8  # of a pixel in a file: four channels of 16 bits
 LARGE = 2**22  # pixels; larger images are decoded one at a time, so that threads do not multiply their memory
 BLOCK = 512  # files read at a time
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe, which Windows has none of, waits for nobody to write into it
 
 _one_large = threading.Lock()
 
@@ -99,8 +100,7 @@ def _tensor(file: Image.Image, channels: int, side: int | None) -> Tensor:
 def opened(path: str) -> Iterator[Image.Image]:
     """Open an image that is safe to decode. Raises UserError, naming the file, also for errors in the block."""
     try:
-        # Opening a pipe does not wait until somebody writes into it.
-        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | NO_WAIT)) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise ValueError("no regular file")

@@ -1,9 +1,11 @@
-"""Locks between processes that share a folder. A lock ends with its process, however that ends."""
+"""Locks between processes that share a folder. A lock ends with its process, however that ends.
+
+On Windows the lock's file stays behind, unlocked. A system without either kind of locks is used without.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -15,7 +17,16 @@ from pathlib import Path
 
 from utils.system.errors import UserError, printable
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    with suppress(ImportError):
+        import msvcrt
+
 log = logging.getLogger("dream")
+
+BEYOND = 2**30  # the position of the byte that Windows locks: nobody else can read it then
 
 
 @contextmanager
@@ -30,7 +41,12 @@ def locked(file: Path, *, doing: str, wait: bool, refusal: str = "") -> Iterator
     if handle is None:
         yield
         return
-    about = {"host": platform.node(), "pid": os.getpid(), "doing": doing, "since": time.strftime("%F %T %z")}
+    about = {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "doing": doing,
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
     with suppress(OSError):  # on a full disk the file stays empty, and locked
         os.ftruncate(handle, 0)
         os.write(handle, (json.dumps(about) + "\n").encode())
@@ -47,11 +63,11 @@ def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
     said = False
     while True:
         try:
-            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError:
             return None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle)
         except OSError as error:
             holder = _holder(handle)
             os.close(handle)
@@ -71,10 +87,24 @@ def _acquired(file: Path, *, wait: bool, refusal: str) -> int | None:
         os.close(handle)
 
 
+def _lock(handle: int) -> None:
+    """Lock a file until it is closed. Raises OSError: EWOULDBLOCK or EACCES when another process has locked it."""
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif "msvcrt" in globals():
+        os.lseek(handle, BEYOND, os.SEEK_SET)
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
+    else:
+        raise OSError(errno.ENOLCK, "no locks")
+
+
 def _holder(handle: int) -> str:
     """The process that holds a lock, in words; its file may not say it yet."""
     try:
-        about = json.loads(os.pread(handle, 4096, 0))
+        about = json.loads(os.read(handle, 4096))
         return f"process {about['pid']} on {about['host']} ({about['doing']}, since {about['since']})"
     except (OSError, ValueError, TypeError, KeyError):
         return "another process"

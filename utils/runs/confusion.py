@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from utils.system.process import import_matplotlib
+
 WIDEST = 20  # classes at most of a matrix that fits into a terminal
 
 
@@ -42,6 +44,7 @@ def as_csv(matrix: Tensor, names: Sequence[str]) -> str:
 
 def as_png(matrix: Tensor, names: Sequence[str], title: str) -> bytes:
     """A PNG file's content: the matrix in per cent of its rows, with numbers if it has at most WIDEST classes."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -125,7 +125,8 @@ def export_folder(
                 to_pil_image(image).save(part / folder / f"{i:04}.png")
         text = readme(train, folders, class_names=class_names, stored=stored, card=card)
         (part / "README.md").write_text(text, encoding="utf-8")
-        os.sync()  # the files before their name, in case of a power cut
+        if hasattr(os, "sync"):  # Windows has none
+            os.sync()  # the files before their name, in case of a power cut
         if directory.exists():
             directory.rmdir()
         part.rename(directory)

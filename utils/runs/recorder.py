@@ -12,7 +12,7 @@ import torch
 
 from utils.method.state import Losses, State
 from utils.runs.folder import RunFolder
-from utils.system.device import peak_memory
+from utils.system.device import peak_in_words, peak_memory
 from utils.system.distributed import Group
 from utils.system.process import Stopper
 from utils.system.report import Progress, span
@@ -110,7 +110,7 @@ class Recorder:
     def resources(self, device: torch.device) -> str:
         """Description for people: peak memory, and under torchrun the bytes sent to other ranks."""
         (peak,) = self.group.all_reduce_max(peak_memory(device))
-        memory = f"peak memory: {peak / 1e9:.2g} GB"
+        memory = peak_in_words(peak)
         if self.group.alone:
             return memory
         sent = f"{self.group.sent / 1e6:.3g} MB to others in {self.steps_here} inner steps"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 
+from utils.system import memory
 from utils.system.errors import UsageError
 
 # Full memory in the words of those that have no exception class of their own for it: PyTorch on a CPU, C++, oneDNN, the
@@ -34,23 +33,33 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def pick_device(name: str, number: int | None = None) -> torch.device:
-    """Device of a --device flag: auto, cuda or cpu; auto is CUDA where PyTorch sees a GPU.
+    """Device of a --device flag: auto, cpu, cuda or cuda:N; auto is CUDA where PyTorch sees a GPU.
 
-    number: which GPU, where every process has one; None: the default. Raises UsageError when there is no such GPU.
+    number: which GPU, where torchrun gives every process one; None: the flag's. Raises UsageError when there is no such
+    GPU, or the flag names one beside `number`.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device auto or --device cpu")
-    if name == "cpu" or number is None:
+    if name == "cpu":
         return torch.device(name)
-    if number >= torch.cuda.device_count():
-        raise UsageError(
-            f"torchrun: process {number} of this machine has no GPU, there are {torch.cuda.device_count()}; start as "
-            "many processes (--nproc_per_node=gpu), or use --device cpu"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: PyTorch sees no CUDA device here; use --device auto or --device cpu")
+    chosen, count = torch.device(name).index, torch.cuda.device_count()
+    if number is not None:
+        if chosen is not None:
+            raise UsageError(f"--device {name}: torchrun gives every process a GPU of its own; use --device cuda")
+        if number >= count:
+            raise UsageError(
+                f"torchrun: process {number} of this machine has no GPU, there are {count}; start as many processes "
+                "(--nproc_per_node=gpu), or use --device cpu"
+            )
+        chosen = number
+    if chosen is None:
+        return torch.device(name)
+    if chosen >= count:
+        raise UsageError(f"--device {name}: PyTorch sees {count} here, numbered from cuda:0 to cuda:{count - 1}")
+    torch.cuda.set_device(chosen)  # also for streams, CUDA graphs and Triton, which ask for the current one
+    return torch.device("cuda", chosen)
 
 
 def backends() -> str:
@@ -69,11 +78,7 @@ def free_memory(device: torch.device) -> int:
     """Free memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:  # on Linux, with the cache that it would give back; elsewhere the total memory is the best that is known
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory.free()
 
 
 def keep_freed_memory() -> None:
@@ -83,7 +88,7 @@ def keep_freed_memory() -> None:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library than glibc
+    except (OSError, AttributeError, TypeError):  # another C library than glibc; TypeError: Windows
         return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
     mallopt(mmap_max, 0)
@@ -95,7 +100,7 @@ def return_freed_memory(device: torch.device) -> None:
     """Return unused memory to the system, for allocations that PyTorch does not make, such as a library's."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # another C library than glibc
+    with suppress(OSError, AttributeError, TypeError):  # as above
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -108,11 +113,15 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory of this process in bytes: reserved on a GPU, or resident in the machine for a CPU."""
+    """Peak memory of this process in bytes: reserved on a GPU, or resident in the machine for a CPU; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return memory.peak()
+
+
+def peak_in_words(peak: float) -> str:
+    """What `peak_memory` returned, for people."""
+    return f"peak memory: {peak / 1e9:.2g} GB" if peak else "peak memory: not known on this system without psutil"
 
 
 def check_precision(device: torch.device, precision: str) -> None:

@@ -52,7 +52,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
         pass
     except OSError as error:
         hint = "; make room for it and run the same command again" if error.errno in NO_ROOM else ""
-        message = f"error: {error.filename or 'a file'}: {error.strerror or error}{hint}"
+        message = f"error: {error.filename or 'a file'}: {error.strerror or first_line(error)}{hint}"
     except KeyboardInterrupt as stop:
         status, message = 130, f"stopped {stop}".rstrip()
     except (RuntimeError, MemoryError, ImportError) as error:
@@ -94,7 +94,7 @@ def output_failed(error: OSError) -> None:
 
     A Stopper that is active has received SIGPIPE as well, and stops after the current step; output is discarded then.
     """
-    if not callable(signal.getsignal(signal.SIGPIPE)):
+    if not callable(signal.getsignal(getattr(signal, "SIGPIPE", signal.SIGTERM))):
         raise error
     discard(sys.stdout)
 
@@ -114,7 +114,8 @@ class Stopper:
     They are Ctrl-C, SIGTERM, a closed terminal or pipe, and a time limit. A second Ctrl-C stops at once.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE")  # Windows has the first two
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.signal: signal.Signals | None = None
@@ -125,7 +126,7 @@ class Stopper:
     def __enter__(self) -> Stopper:
         for number in self.SIGNALS:
             # Ignored, as under nohup: the run is to outlive the terminal. (SIGPIPE is ignored by Python itself.)
-            if number != signal.SIGPIPE and signal.getsignal(number) == signal.SIG_IGN:
+            if number.name != "SIGPIPE" and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._note)
         return self
@@ -217,6 +218,24 @@ def versions() -> dict[str, str]:
         "scikit-learn": sklearn.__version__,
         "git_commit": commit or "unknown",
     }
+
+
+def import_matplotlib() -> None:
+    """Import matplotlib, whatever MPLBACKEND says: all figures are drawn on canvases of their own.
+
+    A notebook sets it for all processes that it starts, and where this Python lacks that backend, importing would fail.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend is not None:
+        with suppress(ValueError):  # for a caller who goes on to use pyplot
+            matplotlib.rcParams["backend"] = backend
 
 
 def on_terminal() -> bool:
