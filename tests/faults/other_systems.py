@@ -26,16 +26,23 @@ OF_OS = (
 
 
 def commands(argv: Sequence[str]) -> int:
-    """Run condense.py --help, condense.py and train.py with these flags, and print the exit status of each."""
+    """Run condense.py --help, condense.py with these flags, train.py and a figure, and print the exit status of each.
+
+    argv: four flags of condense.py alone, then those of both; the last one is --results_dir=FOLDER.
+    """
     forget_unix()
-    condense, train, memory, process = map(
-        importlib.import_module, ("condense", "train", "utils.system.memory", "utils.system.process")
-    )
+    memory, process = map(importlib.import_module, ("utils.system.memory", "utils.system.process"))
     vars(memory).update(MEMINFO=Path("nowhere"), MEMBERSHIP=Path("nowhere"))
-    for main, given in ((condense.main, ["--help"]), (condense.main, argv), (train.main, argv[4:])):
+    run = Path(argv[-1].partition("=")[2], "digits", "convnet2_f1_ipc1")
+    for script, given in (
+        ("condense", ["--help"]),
+        ("condense", argv),
+        ("train", ["--confusion", "--baselines=none", *argv[4:]]),
+        ("figs.curves", [str(run), f"--out={run / 'curves.png'}"]),
+    ):
         sys.argv[1:] = given
         try:
-            process.run_main(main)
+            process.run_main(importlib.import_module(script).main)
         except SystemExit as end:
             print("status", end.code)
     return 0
