@@ -9,6 +9,7 @@ of `DATASET_SETTINGS` in utils/config/presets.py, which may be `dict()`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.files.downloads import from_torchvision
+from utils.files.downloads import files_of, from_torchvision
 from utils.files.imagefolder import Folder, Split
-from utils.method.images import ImageSet, Normalize, Whiten
+from utils.method.images import ImageSet, Normalize, Whiten, digest
 from utils.system.errors import UsageError, UserError
 
 log = logging.getLogger("dream")
@@ -54,7 +55,13 @@ class Info:
     mean: tuple[float, ...]  # per channel, in units of [0, 1], as std
     std: tuple[float, ...]
     load: Callable[[Path, bool], Split]  # (data_dir, train) -> images, labels, class names
+    files: Callable[[Path], list[Path]] = lambda data_dir: []  # that `load` reads, as far as they are there
     flip: bool = True  # whether a mirror image belongs to the same class
+
+
+def torchvision_set(kind: str) -> tuple[Callable[[Path, bool], Split], Callable[[Path], list[Path]]]:
+    """How to load a data set of torchvision, and its files."""
+    return partial(from_torchvision, kind), partial(files_of, kind)
 
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -62,11 +69,11 @@ SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
 
 DATASETS = {
     #          classes, channels, side, mean, std, load
-    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), partial(from_torchvision, "MNIST"), flip=False),
-    "fashion": Info(10, 1, 28, (0.2861,), (0.3530,), partial(from_torchvision, "FashionMNIST")),
-    "svhn": Info(10, 3, 32, *SVHN, partial(from_torchvision, "SVHN"), flip=False),
-    "cifar10": Info(10, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR10")),
-    "cifar100": Info(100, 3, 32, *CIFAR, partial(from_torchvision, "CIFAR100")),
+    "mnist": Info(10, 1, 28, (0.1307,), (0.3081,), *torchvision_set("MNIST"), flip=False),
+    "fashion": Info(10, 1, 28, (0.2861,), (0.3530,), *torchvision_set("FashionMNIST")),
+    "svhn": Info(10, 3, 32, *SVHN, *torchvision_set("SVHN"), flip=False),
+    "cifar10": Info(10, 3, 32, *CIFAR, *torchvision_set("CIFAR10")),
+    "cifar100": Info(100, 3, 32, *CIFAR, *torchvision_set("CIFAR100")),
     "digits": Info(10, 1, 8, (0.3053,), (0.3758,), load_digits, flip=False),
 }
 
@@ -106,6 +113,7 @@ class Dataset:
         self.whiten = whiten
         self._kept_classes: list[int] | None = None  # None: all
         self._all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x
+        self._files = ""
         self.device = device
         self.data_dir = Path(os.path.expanduser(data_dir))
         self.folder = None if image_folder is None else Folder(Path(os.path.expanduser(image_folder)), threads)
@@ -188,6 +196,40 @@ class Dataset:
             self._drop_others()
             self._statistics = channel_statistics(self._train[0], self._all_reduce_sum)
         return self._statistics
+
+    # --- Which images these are ---------------------------------------------------------------------------------------
+
+    @property
+    def files(self) -> str:
+        """SHA-256 of the names, labels, sizes and times of change of all files that images are read from.
+
+        As long as it stays, the images are taken to be the same. Empty where there are no files, or none yet.
+        """
+        self._files = self._files or self._fingerprint()
+        return self._files
+
+    def _fingerprint(self) -> str:
+        if self.folder is None:
+            root = self.data_dir
+            samples = [(str(path), "") for path in DATASETS[self.name].files(root)]
+        else:
+            root = self.folder.root
+            samples = [(path, f"{train} {c}") for train, split in self.folder.samples.items() for path, c in split]
+        sha256 = hashlib.sha256()
+        for path, label in samples:
+            about, name = os.stat(path), path.removeprefix(str(root))
+            sha256.update(f"{name}\0{label} {about.st_size} {about.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        return sha256.hexdigest() if samples else ""
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the training and of the test images of all classes. All ranks have to ask for it together."""
+        return {"training": digest(self.train, self._all_reduce_sum), "test": digest(self.test)}
+
+    def training_digest(self) -> str:
+        """SHA-256 of the training images of all classes, for one rank alone: it reads them all and keeps none."""
+        images, labels, _ = self._load(train=True)
+        return digest(ImageSet(images, labels, classes=self.classes, normalize=Normalize([0], [1])))
 
     @property
     def class_names(self) -> list[str]:

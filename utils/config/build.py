@@ -31,7 +31,7 @@ from utils.numerics.compilation import computing
 from utils.numerics.compute import Captured
 from utils.runs.board import check_board
 from utils.runs.checkpoint import resumed_from
-from utils.runs.experts import Experts, portions, selected
+from utils.runs.experts import Experts, other_images, portions, selected
 from utils.runs.folder import RunFolder
 from utils.system import distributed
 from utils.system.device import be_deterministic, check_precision, pick_device, set_precision
@@ -99,11 +99,12 @@ def problem(o: CondenseOptions) -> Problem:
     return Problem(data, spec)
 
 
-def run_folder(o: CondenseOptions, group: Group = SINGLE) -> RunFolder:
-    """Folder of a run; nothing is read or written yet."""
+def run_folder(o: CondenseOptions, group: Group = SINGLE, data: Dataset | None = None) -> RunFolder:
+    """Folder of a run; nothing is read or written yet. data: the images that it has to be of; None: any."""
     restart = o.restart and not distributed.restart_count()  # a process that torchrun restarts goes on instead
     saved = resolve.as_saved(o)
-    return RunFolder(resolve.run_folder(o), saved, free=FREE, resumable=RESUMABLE, restart=restart, group=group)
+    path = resolve.run_folder(o)
+    return RunFolder(path, saved, free=FREE, resumable=RESUMABLE, restart=restart, group=group, data=data)
 
 
 # --- Experts ----------------------------------------------------------------------------------------------------------
@@ -115,14 +116,14 @@ EXPERT_OPTIONS = (
 CLUSTERING_OPTIONS = ("interval", "kmeans", "cluster_raw")
 
 
-def experts(o: CondenseOptions, spec: NetSpec) -> Experts | None:
+def experts(o: CondenseOptions, problem: Problem, group: Group = SINGLE) -> Experts | None:
     """Experts whose trajectories a run matches, trained or not; None for methods without experts.
 
     Raises UserError when their folder cannot be used.
     """
     if o.match != TRAJECTORY:
         return None
-    saved = resolve.as_saved(o)
+    spec, data, saved = problem.spec, problem.data, resolve.as_saved(o)
     names = (*EXPERT_OPTIONS, *(CLUSTERING_OPTIONS if o.select != "random" else ()))
     recipe = derived.update_recipe(o)
     identity = {
@@ -132,7 +133,10 @@ def experts(o: CondenseOptions, spec: NetSpec) -> Experts | None:
         **{name: getattr(recipe, name) for name in ("mixup", "lr", "momentum", "weight_decay")},
     }
     name = f"experts_{spec.name}_{o.select}_{checksum(identity)[:8]}"
-    return Experts(Path(o.results_dir) / o.dataset / name, identity, count=o.experts, epochs=o.expert_epochs)
+    folder = Path(o.results_dir) / o.dataset / name
+    if other := group.broadcast(lambda: other_images(folder, data.files, data.training_digest)):
+        folder = folder.with_name(f"{name}_{other[:8]}")
+    return Experts(folder, identity, count=o.experts, epochs=o.expert_epochs)
 
 
 def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stopper: Stopper, group: Group) -> int | None:
@@ -149,7 +153,8 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
         return None
     try:
         if experts.missing():
-            with stopper, experts.held():
+            data = problem.data
+            with stopper, experts.held({"files": data.files, "training": data.digests["training"]}):
                 _train_missing(experts, o, problem, stopper)
     except Stopped as stop:
         log.info("stopped (%s), the experts are saved in %s; %s", stop, experts.folder, resolve.how_to_go_on(o))

@@ -80,6 +80,15 @@ def from_torchvision(kind: str, data_dir: Path, train: bool) -> Split:
         ) from error
 
 
+def files_of(kind: str, data_dir: Path) -> list[Path]:
+    """Files that a torchvision data set is read from; none where it has to be unpacked or downloaded first."""
+    folder, names = _layout(kind)
+    files = [data_dir / folder / name for name in names]
+    if not all(map(os.path.isfile, files)):
+        files = list(dict.fromkeys((_elsewhere(kind, data_dir) or {}).values()))
+    return files
+
+
 def _reason(error: BaseException) -> str:
     """Why a download failed, in one line that is never empty: some errors of the network have no text.
 

@@ -111,12 +111,19 @@ def starts(counts: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(counts)][: len(counts)]
 
 
-def digest(images: ImageSet) -> str:
-    """SHA-256 of a set's images and labels in their order, in hexadecimal digits."""
-    sha256 = hashlib.sha256(f"{images.images.dtype} {tuple(images.images.shape)}".encode())
-    for chunk in (*images.images.split(EXACT), images.labels):  # in chunks: a copy of all images might not fit
-        sha256.update(chunk.cpu().contiguous().numpy())
-    return sha256.hexdigest()
+def digest(images: ImageSet, all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x) -> str:
+    """SHA-256 of a set's images, class by class in their order, in hexadecimal digits.
+
+    all_reduce_sum: the sum over ranks, each of which holds the images of other classes. It does not change the result.
+    """
+    of_classes = torch.zeros(images.classes, 32, dtype=torch.uint8)
+    for c in images.held:
+        sha256 = hashlib.sha256()
+        for chunk in images.of_class(c).split(EXACT):  # a copy of all images might not fit
+            sha256.update(chunk.cpu().contiguous().numpy())
+        of_classes[c] = torch.tensor(list(sha256.digest()))
+    about = f"{images.images.dtype} {tuple(images.images.shape[1:])}".encode()
+    return hashlib.sha256(about + all_reduce_sum(of_classes).numpy().tobytes()).hexdigest()
 
 
 class ImageSet:

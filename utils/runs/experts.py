@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from utils.system.errors import UserError, first_line
 log = logging.getLogger("dream")
 
 IDENTITY, LOCK = "experts.json", ".lock"
+IMAGES = "images"  # entry of experts.json: digests of the images that the experts were trained on
 MEMORY = 2 * 10**9  # bytes of trajectories that are kept at hand
 AGAIN = "run the same command again, which trains this expert again"
 
@@ -45,13 +47,16 @@ class Experts:
         self._check()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, images: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
         """Make the folder and lock it, after waiting for any process that trains there, so that `missing` may have
-        changed. Raises UserError when it cannot be written or has other experts."""
+        changed. Raises UserError when it cannot be written or has other experts.
+
+        images: digests of the image files and of the training images, for experts.json; see `other_images`.
+        """
         atomic.make_folder(self.folder)
         with locked(self.folder / LOCK, doing="training experts", wait=True):
             if not self._check():
-                atomic.write_json(self.folder / IDENTITY, self.identity)
+                atomic.write_json(self.folder / IDENTITY, {**self.identity, IMAGES: dict(images)})
             yield
 
     def _check(self) -> bool:
@@ -61,6 +66,7 @@ class Experts:
             return False
         try:
             there = atomic.read_json(file)
+            there.pop(IMAGES, None)
         except UserError as error:  # harmless: every expert's file says what it belongs to
             log.warning("%s; written again", error.problem)
             return False
@@ -193,6 +199,24 @@ class Experts:
             content["net"] = {name: x.cpu() for name, x in trainer.nets[0].state_dict().items()}
             content["momentum"] = [velocity.cpu() for velocity in trainer.momentum]
         tensors.write_tensors(self._file(k), content)
+
+
+def other_images(folder: Path, files: str, training_digest: Callable[[], str]) -> str | None:
+    """Digest of the training images if the experts in a folder were trained on others; None if not, or if unknown.
+
+    files: a digest of the image files; where it is as it was, the images are not read.
+    """
+    try:
+        there = atomic.read_json(folder / IDENTITY).get(IMAGES)
+    except UserError:  # there is none, or a damaged one
+        return None
+    if not isinstance(there, dict) or "training" not in there or not files or there.get("files") == files:
+        return None
+    digest = training_digest()
+    if there["training"] == digest:
+        return None
+    log.info("%s: its experts were trained on other images than there are now; not used", folder)
+    return digest
 
 
 def restore(trainer: Trainer, saved: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data import Dataset
 from models import NetSpec
 from utils.files import atomic, tensors
 from utils.files.imagefiles import grid_png
@@ -36,6 +37,7 @@ OPTIONS, METRICS, LOG, LOCK = "options.json", "metrics.jsonl", "log.txt", ".lock
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints at most, plus one inner step
 OF_METRICS = "metrics_sha256"  # entry of a finished run's data.json: the checksum of metrics.jsonl
+UNCLEAR = "finished?"
 # Entries of a session that rounding depends on
 CONDITIONS = ("torch", "device", "threads", "precision", "deterministic", "network_update")
 
@@ -55,26 +57,31 @@ class RunFolder:
         resumable: Collection[str] = (),
         restart: bool = False,
         group: Group = SINGLE,
+        data: Dataset | None = None,
     ) -> None:
         """Remember what belongs into the folder, without a look at the disk.
 
         options: all options of the command, by name. free: names of options that may differ from those of the run in
-        the folder; resumable: of those that may differ until that run is finished. restart: delete that run.
+        the folder; resumable: of those that may differ until that run is finished. restart: delete that run. data: the
+        images of the command, which have to be those of the run in the folder; None: any.
         """
         self.path, self.options, self.restart, self.group = path, dict(options), restart, group
+        self._data = data
         self._free, self._resumable = free, resumable
         self.board = Board(None)
         self.flaws: list[str] = []  # messages about damaged files that `check` saw, and what is done about them
         self._record: dict[str, Any] = {}  # the content of options.json, once checked
         self._metrics = ""  # the content of metrics.jsonl
+        self._untouched = data is None  # the image files, since the run there recorded them
         self._saved = time.monotonic()
 
     @contextmanager
     def held(self, session: dict[str, Any]) -> Iterator[str]:
         """Create the folder, lock it, and write messages to its log.txt while the block runs.
 
-        session: a record of this command, for options.json. Yields the folder's state as `check` returns it; a finished
-        run is left as it is. Raises UserError when another process works there, and names it.
+        session: a record of this command, for options.json. Yields the folder's state: `new`, `started` or `finished`;
+        a finished run is left as it is. Raises UserError when another process works there, and names it, or when the
+        run there was made with other images.
         """
         with ExitStack() as stack:
             if is_first():
@@ -82,8 +89,10 @@ class RunFolder:
                 refusal = "wait for it or stop it, or keep both runs with --tag NAME"
                 stack.enter_context(locked(self.path / LOCK, doing="condense.py", wait=False, refusal=refusal))
             status = self.check()
+            images = {} if status == "finished" else self._images()
+            status = "finished" if status == UNCLEAR else status
             if is_first() and status != "finished":
-                self._create(session)
+                self._create(session, images)
                 stack.enter_context(logged_to(self.path / LOG))
             try:
                 yield status
@@ -100,9 +109,19 @@ class RunFolder:
     def check(self) -> str:
         """State of the folder: `new`, `started` or `finished`. Raises UsageError when it belongs to another command.
 
-        A finished run with damaged files counts as started: going on makes them again.
+        A finished run with damaged files counts as started: going on makes them again. One whose image files have been
+        touched since is UNCLEAR until `held` has compared the images.
         """
-        return self.group.broadcast(self._check)
+        status, self._untouched = self.group.broadcast(self._check_all)
+        return status
+
+    def _check_all(self) -> tuple[str, bool]:
+        """State of the folder, and whether its run has recorded the image files as they are now."""
+        status, recorded = self._check(), _images_in(self._record)
+        if self._data is None or not recorded:
+            return status, self._data is None
+        untouched = recorded.get("files") == self._data.files
+        return UNCLEAR if status == "finished" and self._data.files and not untouched else status, untouched
 
     def _check(self) -> str:
         self.flaws, self._record = [], {}
@@ -119,6 +138,24 @@ class RunFolder:
             remedy = "--tag NAME keeps both runs, --restart deletes the old one"
             raise UsageError(f"{self.path}: belongs to another command ({differ}); {remedy}")
         return "finished" if finished and not self.flaws else "started"
+
+    def _images(self) -> dict[str, str]:
+        """What options.json is to say about the images. Raises UserError when they are not those of the run there."""
+        if self._data is None or self._untouched:
+            return _images_in(self._record)
+        digests = self._data.digests
+        now = {"files": self._data.files, **digests}
+        self.group.broadcast(lambda: self._compare_images(now))
+        return now
+
+    def _compare_images(self, now: Mapping[str, str]) -> None:
+        there = _images_in(self._record)
+        if changed := [split for split in ("training", "test") if there.get(split, now[split]) != now[split]]:
+            where = self.options.get("image_folder") or self.options.get("data_dir")
+            raise UserError(
+                f"{self.path}: was made with other {' and '.join(changed)} images than {where} holds now; --tag NAME "
+                "begins a new run and keeps this one, --restart deletes it"
+            )
 
     def _read_record(self) -> dict[str, Any] | None:
         """Content of options.json, or its copy in a checkpoint; None where neither was ever complete."""
@@ -177,14 +214,14 @@ class RunFolder:
 
     # --- Beginning ----------------------------------------------------------------------------------------------------
 
-    def _create(self, session: dict[str, Any]) -> None:
-        """Write options.json, which lists every session. Raises OSError, naming the file."""
+    def _create(self, session: dict[str, Any], images: dict[str, str]) -> None:
+        """Write options.json, which lists every session and names the images. Raises OSError, naming the file."""
         if self.restart:
             self._delete_results()
         sessions = self._record.get("sessions", [])
         if sessions and (changed := _differences(sessions[-1], session)):
             self.flaws.append(f"going on with {changed}: not bit for bit what an uninterrupted run gives")
-        self._record = {"options": self.options, "sessions": [*sessions, session]}
+        self._record = {"options": self.options, "images": images, "sessions": [*sessions, session]}
         atomic.write_json(self.path / OPTIONS, self._record)
 
     def _delete_results(self) -> None:
@@ -329,6 +366,12 @@ def valid_checkpoint(file: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise UserError(f"{file}: is no checkpoint; begin again with --restart") from error
     return {**saved, "record": record}
+
+
+def _images_in(record: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the images in options.json: of the training and test images, and of their files; empty if unknown."""
+    images = record.get("images")
+    return images if isinstance(images, dict) else {}
 
 
 def _conditions(session: dict[str, Any]) -> dict[str, Any]:
