@@ -26,7 +26,7 @@ from utils.config.options import FREE, CondenseOptions
 from utils.files.atomic import read_json, write_atomically
 from utils.method.formation import Formation
 from utils.runs.card import CARD, Card
-from utils.runs.folder import METRICS, OPTIONS
+from utils.runs.folder import METRICS, OPTIONS, images_in
 from utils.runs.sets import load_distilled
 from utils.system.errors import UsageError, UserError
 
@@ -229,6 +229,12 @@ def picture_figure(picture: Picture) -> Figure:
 # --- Run folders ------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
+# Options that say which images a run is about.
+OF_IMAGES = [
+    field.name
+    for field in dataclasses.fields(CondenseOptions)
+    if field.metadata["group"] == "data" and field.name not in FREE
+]
 # Options that do not distinguish what is distilled: which repeat it is, where it lies, how it is watched.
 UNLABELLED = {*FREE, "seed", "tag", "eval_every"}
 
@@ -250,10 +256,12 @@ class Run:
                 f"{path}: is no run folder of condense.py, it holds no {OPTIONS}; name one such as "
                 "results/digits/convnet2_f1_ipc1"
             )
-        options = read_json(path / OPTIONS).get("options")
+        record = read_json(path / OPTIONS)
+        options = record.get("options")
         if not isinstance(options, dict):
             raise UserError(f"{path / OPTIONS}: holds no options; name another run folder")
         self.path = path
+        self.images = images_in(record)
         self.options: dict[str, Any] = {**DEFAULTS, **options}  # an older run lacks newer options
 
     @cached_property
@@ -296,13 +304,23 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these folders. Raises UserError for what is no run folder, UsageError for one given twice."""
+    """The runs in these folders.
+
+    Raises UserError for what is no run folder, or when images were changed between two runs; UsageError for one folder
+    given twice.
+    """
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
             raise UsageError(f"{path}: is given twice; leave one out")
         seen.add(path.resolve())
-    return [Run(path) for path in paths]
+    runs = [Run(path) for path in paths]
+    first: dict[str, Run] = {}  # of the runs that recorded their images, by where these are from
+    for run in (run for run in runs if run.images):
+        other = first.setdefault(str([run.options.get(name) for name in OF_IMAGES]), run)
+        if any(run.images.get(split) != other.images.get(split) for split in ("training", "test")):
+            raise UserError(f"{run}: the images were changed between it and {other}; leave one of the two out")
+    return runs
 
 
 def warn_of_unfinished(runs: Sequence[Run]) -> None:

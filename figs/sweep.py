@@ -23,14 +23,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from figs.common import ending, write
+from data import Dataset
+from figs.common import OF_IMAGES, ending, write
 from utils.config import build, resolve
-from utils.config.options import FREE
+from utils.config.options import FREE, CondenseOptions
 from utils.method.evaluation import Score
 from utils.runs.card import CARD, Card, load_card
 from utils.system.errors import UsageError, UserError
@@ -73,6 +74,15 @@ class Planned:
         return self.folder.check() == "finished"
 
     @property
+    def up_to_date(self) -> bool:
+        """Whether the run is finished and its images untouched since; condense.py compares them otherwise."""
+        if not self.finished:
+            return False
+        place = {name: getattr(self.options, name) for name in (*OF_IMAGES, "data_dir")}
+        data = dataset(CondenseOptions(device="cpu", **place))
+        return build.run_folder(self.options, data=data).check() == "finished"
+
+    @property
     def accuracy(self) -> float:
         """Mean test accuracy at the end, in per cent."""
         return float(self.card["accuracy"]["accuracy_mean"])
@@ -91,6 +101,12 @@ class Planned:
     def card(self) -> Card:
         """The run's data.json, once it is finished."""
         return load_card(self.folder.path / CARD)
+
+
+@cache
+def dataset(o: CondenseOptions) -> Dataset:
+    """Data set of some options, whose images nobody reads; looked for once."""
+    return build.dataset(o)
 
 
 def title(setting: Sequence[Value]) -> str:
@@ -194,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--seeds {given.seeds}: is not 1 or more")
     runs = plan(given.vary, given.seeds, given.more)
     with messages():
-        todo = [one for one in runs if not one.finished]
+        todo = [one for one in runs if not one.up_to_date]
         before = len(runs) - len(todo)
         if before:
             log.info("sweep: %d of %d runs are finished already", before, len(runs))

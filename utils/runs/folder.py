@@ -117,7 +117,7 @@ class RunFolder:
 
     def _check_all(self) -> tuple[str, bool]:
         """State of the folder, and whether its run has recorded the image files as they are now."""
-        status, recorded = self._check(), _images_in(self._record)
+        status, recorded = self._check(), images_in(self._record)
         if self._data is None or not recorded:
             return status, self._data is None
         untouched = recorded.get("files") == self._data.files
@@ -142,14 +142,14 @@ class RunFolder:
     def _images(self) -> dict[str, str]:
         """What options.json is to say about the images. Raises UserError when they are not those of the run there."""
         if self._data is None or self._untouched:
-            return _images_in(self._record)
+            return images_in(self._record)
         digests = self._data.digests
         now = {"files": self._data.files, **digests}
         self.group.broadcast(lambda: self._compare_images(now))
         return now
 
     def _compare_images(self, now: Mapping[str, str]) -> None:
-        there = _images_in(self._record)
+        there = images_in(self._record)
         if changed := [split for split in ("training", "test") if there.get(split, now[split]) != now[split]]:
             where = self.options.get("image_folder") or self.options.get("data_dir")
             raise UserError(
@@ -368,7 +368,7 @@ def valid_checkpoint(file: Path) -> dict[str, Any]:
     return {**saved, "record": record}
 
 
-def _images_in(record: Mapping[str, Any]) -> dict[str, str]:
+def images_in(record: Mapping[str, Any]) -> dict[str, str]:
     """Digests of the images in options.json: of the training and test images, and of their files; empty if unknown."""
     images = record.get("images")
     return images if isinstance(images, dict) else {}
