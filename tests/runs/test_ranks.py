@@ -250,7 +250,8 @@ def test_classes_of_a_folder_may_be_of_any_size(server: Server, tmp_path: Path, 
     argv = [*REPEATED, "--image_folder", str(folder), "--depth", "2", "--whiten", whiten]
     one, three = (distilled_by(server, count, tmp_path / str(count), *argv) for count in (1, 3))
     assert outcome(one) == outcome(three)
-    assert len({str(json.loads((run / "data.json").read_text())["normalization"]) for run in (one, three)}) == 1
+    for file, entry in (("data.json", "normalization"), ("options.json", "images")):
+        assert len({str(json.loads((run / file).read_text())[entry]) for run in (one, three)}) == 1
     assert "3 ranks own 1 or 2 classes each" in (three / "log.txt").read_text()  # the largest one is alone
 
 
