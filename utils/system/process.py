@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -124,6 +125,8 @@ class Stopper:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Stopper:
+        if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+            return self
         for number in self.SIGNALS:
             # Ignored, as under nohup: the run is to outlive the terminal. (SIGPIPE is ignored by Python itself.)
             if number.name != "SIGPIPE" and signal.getsignal(number) == signal.SIG_IGN:
