@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -123,3 +124,11 @@ def test_one_of_several_gpus_is_named_by_its_number(tmp_path: Path, monkeypatch:
     refused(condense.main, quick(tmp_path, "--device", "cuda:2"), "sees 2", "cuda:1", status=2, unchanged=tmp_path)
     monkeypatch.setattr(distributed, "local_rank", lambda: 0)
     refused(condense.main, quick(tmp_path, "--device", "cuda:1"), "torchrun", status=2, unchanged=tmp_path)
+
+
+# --- Threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_thread_of_another_program_goes_without_signals(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(condense.main, quick(tmp_path)).result() == 0

@@ -81,6 +81,7 @@ def test_files_under_other_known_names_are_read_where_they_lie(
     expected = [usual.train.images, usual.test.images]
     lay_out(there, here)
     before = tree(here)
+    caplog.clear()
     with caplog.at_level("INFO", "dream"):
         found = Dataset(name, device=CPU, data_dir=here)
         assert all(map(torch.equal, expected, [found.train.images, found.test.images]))
