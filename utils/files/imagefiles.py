@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import stat
 import threading
@@ -29,6 +30,8 @@ from torchvision.utils import make_grid
 
 from utils.system.errors import UserError, first_line
 from utils.system.report import Progress
+
+log = logging.getLogger("dream")
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -193,11 +196,20 @@ def _pixels(image: Image.Image) -> int:
 # --- Many files -------------------------------------------------------------------------------------------------------
 
 
-def for_each(items: Sequence[S], work: Callable[[S], T], *, what: str, threads: int | None = None) -> list[T]:
+def for_each(
+    items: Sequence[S],
+    work: Callable[[S], T],
+    *,
+    what: str,
+    threads: int | None = None,
+    files: Sequence[str] = (),
+    remedy: str = "",
+) -> list[T]:
     """The results of `work` on every item, in their order, by several threads, under a progress bar.
 
-    threads: None for ThreadPoolExecutor's own number. Raises BrokenImages after a try of all items, with the files of
-    all; any other error of `work` ends it early. Pillow's warnings, which name no file, are not shown.
+    threads: None for ThreadPoolExecutor's own number. Pillow's warnings, which name no file, are not shown.
+    Raises BrokenImages after a try of all items, and then of all `files`, so that all that are broken are named at
+    once; remedy: what else helps if they are to blame. Any other error of `work` ends it early.
     """
     done: list[T] = []
     broken: list[Broken] = []
@@ -226,8 +238,20 @@ def for_each(items: Sequence[S], work: Callable[[S], T], *, what: str, threads: 
     except RuntimeError as error:  # the system allows no more threads
         raise UserError(f"{what}: {first_line(error)}; give fewer --data_threads") from error
     if broken:
-        raise BrokenImages(broken)
+        others = broken_images(files, what=f"checking, {what}", threads=threads)
+        named = {file.path: file for file in (*broken, *others)}
+        lasting = all(file.lasting for file in named.values())
+        raise BrokenImages(sorted(named.values()), remedy=remedy if lasting else "")
     return done
+
+
+def broken_images(paths: Sequence[str], *, what: str, threads: int | None = None) -> Sequence[Broken]:
+    """The image files that cannot be decoded; all are tried."""
+    try:
+        for_each(paths, check_image, what=what, threads=threads)
+    except BrokenImages as error:
+        return error.files
+    return []
 
 
 def image_files(folder: str, *, nested: bool = True) -> tuple[list[str], list[str]]:
@@ -272,11 +296,14 @@ def inside(folder: str) -> tuple[list[str], list[str]]:
 # --- 16 bits a pixel --------------------------------------------------------------------------------------------------
 
 
-def grey_range_of(paths: Sequence[str], *, what: str, threads: int | None = None) -> GreyRange:
+def grey_range_of(paths: Sequence[str], each: Callable[..., object]) -> GreyRange:
     """The values that become 0 and 255, from all pixels of 16-bit image files: TAIL of them lie beyond either end.
 
-    Files of 16 bits often hold 12, or 10. FULL where that would gain less than one bit. Raises BrokenImages.
+    Files of 16 bits often hold 12, or 10. A message says so. FULL where that would gain less than one bit, and for no
+    files. each: `for_each` with its settings. Raises BrokenImages.
     """
+    if not paths:
+        return FULL
     counts, adding = np.zeros(2**16, dtype=np.int64), threading.Lock()
 
     def count(file: Image.Image) -> None:
@@ -286,13 +313,17 @@ def grey_range_of(paths: Sequence[str], *, what: str, threads: int | None = None
             with adding:
                 np.add(counts, own, out=counts)
 
-    for_each(paths, partial(_decoded, work=count), what=what, threads=threads)
+    each(paths, partial(_decoded, work=count))
     total = counts.cumsum()
     low = int(total.searchsorted(TAIL * total[-1], side="right"))
     high = int(total.searchsorted((1 - TAIL) * total[-1]))
     if low >= high:  # nearly all pixels are the same
         low, high = (int(end) for end in counts.nonzero()[0][[0, -1]])
-    return (low, high) if 0 < high - low < 2**15 else FULL
+    if not 0 < high - low < 2**15:
+        return FULL
+    log.info("16-bit values from %d to %d, all but %g %% at either end of the range, become 0 to 255 (%d files)",
+             low, high, 100 * TAIL, len(paths))  # fmt: skip
+    return low, high
 
 
 def _eight_bits(pixels: npt.NDArray[np.integer], grey_range: GreyRange) -> npt.NDArray[np.uint8]:

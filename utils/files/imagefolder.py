@@ -6,22 +6,19 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from utils.files.imagefiles import (
     EXTENSIONS,
-    FULL,
     NAMED,
-    TAIL,
-    Broken,
     BrokenImages,
     GreyRange,
-    check_image,
+    broken_images,
     for_each,
     grey_range_of,
     image_files,
@@ -34,9 +31,6 @@ from utils.files.imagefiles import (
 )
 from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError, first_line, printable
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 log = logging.getLogger("dream")
 
@@ -150,65 +144,37 @@ class Folder:
         def read(i: int) -> None:  # into its place: a second copy might not fit
             images[i] = read_image(samples[i][0], channels=channels, side=side, grey_range=grey_range)
 
-        self._for_each(range(len(samples)), read, "reading")
+        self._for_each("reading")(range(len(samples)), read)
         return images, torch.tensor([label for _, label in samples]), self.classes
 
     @cached_property
     def grey_range(self) -> GreyRange:
         """The values of 16-bit images that become 0 and 255, in both splits: the training images' own."""
-        if not (paths := self._headers.deep):
-            return FULL
-        try:
-            found = grey_range_of(paths, what=self._doing("measuring"), threads=self.threads)
-        except BrokenImages as error:
-            raise self._all_broken(error) from None
-        if found != FULL:
-            low, high = found
-            some = f"{len(paths)} training images have 16 bits a pixel"
-            log.info("%s, of which they use %d to %d (but for %g %% at either end): taken as 0 to 255 in all images",
-                     some, low, high, 100 * TAIL)  # fmt: skip
-        return found
+        return grey_range_of(self._headers.deep, self._for_each("measuring"))
 
     @cached_property
     def _headers(self) -> Headers:
-        training = [path for path, _ in self.samples[True]]
-        heads = self._for_each([*training, *(path for path, _ in self.samples[False])], mode_and_size, "looking at")
-        deep = [path for path, (mode, _) in zip(training, heads, strict=False) if is_deep(mode)]
+        heads = self._for_each("looking at")(self._paths, mode_and_size)
+        deep = [path for (path, _), (mode, _) in zip(self.samples[True], heads, strict=False) if is_deep(mode)]
         return Headers({mode for mode, _ in heads}, {size for _, size in heads}, deep)
 
-    # --- Broken files -------------------------------------------------------------------------------------------------
+    def _for_each(self, doing: str) -> Callable[..., list[Any]]:
+        """`for_each` with what the folder knows. doing: what is done with it, for the progress bar."""
+        what = f"{doing} {printable(str(self.root))}"
+        remedy = ", or give --skip_broken"
+        return partial(for_each, what=what, threads=self.threads, files=self._paths, remedy=remedy)
 
-    def _for_each(self, items: Sequence[S], work: Callable[[S], T], doing: str) -> list[T]:
-        """`for_each`, whose BrokenImages names all broken files of the folder, also those that look sound to `work`."""
-        try:
-            return for_each(items, work, what=self._doing(doing), threads=self.threads)
-        except BrokenImages as error:
-            raise self._all_broken(error) from None
-
-    def _doing(self, what: str) -> str:
-        return f"{what} {printable(str(self.root))}"
-
-    def _all_broken(self, error: BrokenImages) -> BrokenImages:
-        """The error for those files and all others that cannot be decoded."""
-        found = {file.path: file for file in (*error.files, *self._broken())}
-        lasting = all(file.lasting for file in found.values())
-        return BrokenImages(sorted(found.values()), remedy=", or give --skip_broken" if lasting else "")
-
-    def _broken(self) -> Sequence[Broken]:
-        """The image files that cannot be decoded; all are tried."""
-        paths = [path for split in (True, False) for path, _ in self.samples[split]]
-        try:
-            for_each(paths, check_image, what=self._doing("checking"), threads=self.threads)
-        except BrokenImages as error:
-            return error.files
-        return []
+    @property
+    def _paths(self) -> list[str]:
+        """All image files, those of training first."""
+        return [path for train in (True, False) for path, _ in self.samples[train]]
 
     def _without_broken(self) -> dict[str, Any] | None:
         """Take broken files out of `samples`. Returns their `count`, the `first` names and `sha256` of all; None: none.
 
         Raises UserError for a class without any sound file, and for files that the system cannot read now.
         """
-        broken = self._broken()
+        broken = broken_images(self._paths, what=f"checking {printable(str(self.root))}", threads=self.threads)
         if passing := [file for file in broken if not file.lasting]:
             raise BrokenImages(passing)
         gone = {file.path for file in broken}
