@@ -188,4 +188,4 @@ class Folder:
         log.warning("left out %d files that cannot be read as images: %s", len(broken), printable(listing(broken)))
         names = sorted(os.path.relpath(path, self.root) for path in gone)
         sha256 = hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
-        return {"count": len(names), "first": names[:NAMED], "sha256": sha256}
+        return {"count": len(names), "first": list(map(printable, names[:NAMED])), "sha256": sha256}

@@ -19,7 +19,7 @@ from utils.files.imagefiles import FULL
 from utils.files.tensors import write_tensors
 from utils.method.formation import BOUND
 from utils.method.images import EPS
-from utils.system.errors import UserError
+from utils.system.errors import UserError, printable
 
 log = logging.getLogger("dream")
 
@@ -90,7 +90,7 @@ def title(card: Mapping[str, Any]) -> str:
 
 def table_cell(value: object) -> str:
     """Anything as one line that does not end a cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return printable(" ".join(str(value).split())).replace("|", "\\|")
 
 
 def how_to_use(card: Mapping[str, Any], side: int) -> str:
