@@ -173,8 +173,7 @@ def main(argv: Sequence[str]) -> int:
     with messages(), process_group(backends(), minutes=o.wait_minutes) as group:
         # --- What is asked for: every rule between flags, data and network is checked here ---
         problem = build.problem(o)
-        folder = build.run_folder(o, group, skipped=problem.data.skipped)
-        experts, stopper = build.experts(o, problem.spec), Stopper(o.max_minutes)
+        folder, experts, stopper = build.run_folder(o, group), build.experts(o, problem.spec), Stopper(o.max_minutes)
         if o.dry_run:
             print(derived.describe(resolved, *problem, folder.path, experts))
             return 0

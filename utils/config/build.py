@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +102,10 @@ def problem(o: CondenseOptions) -> Problem:
     return Problem(data, spec)
 
 
-def run_folder(o: CondenseOptions, group: Group = SINGLE, *, skipped: Mapping[str, Any] | None = None) -> RunFolder:
-    """Folder of a run; nothing is read or written yet. skipped: the files that --skip_broken leaves out."""
+def run_folder(o: CondenseOptions, group: Group = SINGLE) -> RunFolder:
+    """Folder of a run; nothing is read or written yet."""
     restart = o.restart and not distributed.restart_count()  # a process that torchrun restarts goes on instead
-    saved = {**resolve.as_saved(o), **({"skipped_files": skipped} if o.skip_broken else {})}
+    saved = resolve.as_saved(o)
     return RunFolder(resolve.run_folder(o), saved, free=FREE, resumable=RESUMABLE, restart=restart, group=group)
 
 
@@ -382,8 +381,9 @@ class Parts:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """Conditions that the rounding of a session depends on, besides the machine and versions."""
+        """What the record of a session says besides the machine and versions: above all what rounding depends on."""
         return {
+            **({} if self.data.skipped is None else {"skipped_files": self.data.skipped}),
             "precision": self.o.precision,
             "deterministic": self.o.deterministic,
             "ranks": self.group.count,
