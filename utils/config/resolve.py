@@ -215,7 +215,7 @@ def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     words = []
     for field in dataclasses.fields(TrainOptions):
         value = known.get(field.name)
-        is_switch = field.default is False and value in (False, True)
+        is_switch = field.default is False and isinstance(value, bool)
         if field.name in names and value is not None and not (is_switch and not value):
             words.append(f"--{field.name}" + ("" if is_switch else f"={value}"))
     try:
