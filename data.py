@@ -214,6 +214,12 @@ class Dataset:
         """Which broken files were left out: their `count`, the `first` names, and `sha256` of all names; None: none."""
         return None if self.folder is None else self.folder.skipped
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What data.json says of how a folder's files were read, where there is something to say."""
+        grey_range = {} if self.grey_range == FULL else {"grey_range": list(self.grey_range)}
+        return grey_range | ({} if self.skipped is None else {"skipped_files": self.skipped})
+
     @cached_property
     def _train(self) -> tuple[Tensor, Tensor]:
         images, labels, _ = self._load(train=True)

@@ -12,7 +12,6 @@ from models import NetSpec, forward_flop
 from utils.config import resolve
 from utils.config.options import CondenseOptions, Options, TrainOptions
 from utils.config.presets import EVALUATION_AUGMENTATION, METHODS, TRAJECTORY
-from utils.files.imagefiles import FULL
 from utils.method.augment import Augment, without
 from utils.method.formation import Formation
 from utils.method.state import NotFinite, State
@@ -161,8 +160,7 @@ def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, sett
         "value_range": [0.0, 1.0],
         "normalized": False,
         "normalization": {"mean": list(mean), "std": list(std)},  # per channel, in units of [0, 1]
-        **({} if data.grey_range == FULL else {"grey_range": list(data.grey_range)}),
-        **({} if data.skipped is None else {"skipped_files": data.skipped}),
+        **data.reading,
         "settings": settings,
         "finished": True,
     }
