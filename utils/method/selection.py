@@ -100,7 +100,7 @@ def repeats(asked: str, count: int, counts: Sequence[int], names: Sequence[str],
     smallest, few = min(counts), sum(n < count for n in counts)
     if not few:
         return []
-    others = f", others too few ({few} of {len(counts)} classes)" if few > 1 else ""
+    others = f", {few - 1} of the others fewer than that" if few > 1 else ""
     return [f"{asked} is {count}, class {names[counts.index(smallest)]} has {smallest} images{others}: {what}"]
 
 
