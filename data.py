@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.files.downloads import files_of, from_torchvision
+from utils.files.imagefiles import FULL, GreyRange
 from utils.files.imagefolder import Folder, Split
 from utils.method.images import ImageSet, Normalize, Whiten, digest
 from utils.system.errors import UsageError, UserError
@@ -91,8 +93,9 @@ class Dataset:
 
     mean, std: per channel of a folder's images, where they are known; otherwise computed from the training images.
     threads: number that read image files; None: as many as the machine suggests. whiten: none or zca, which whitens
-    both splits by the covariance of the training images. Raises UsageError or UserError, naming the flag or the file,
-    when a folder cannot be used.
+    both splits by the covariance of the training images. skip_broken: leave out a folder's files that cannot be read.
+    grey_range: of a folder's 16-bit images, where it is known. Raises UsageError or UserError, naming the flag or the
+    file, when a folder cannot be used.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class Dataset:
         std: Sequence[float] | None = None,
         threads: int | None = None,
         whiten: str = "none",
+        skip_broken: bool = False,
+        grey_range: GreyRange | None = None,
     ) -> None:
         assert whiten in ("none", "zca")
         self.name = name
@@ -116,7 +121,10 @@ class Dataset:
         self._files = ""
         self.device = device
         self.data_dir = Path(os.path.expanduser(data_dir))
-        self.folder = None if image_folder is None else Folder(Path(os.path.expanduser(image_folder)), threads)
+        self.folder: Folder | None = None
+        if image_folder is not None:
+            root = Path(os.path.expanduser(image_folder))
+            self.folder = Folder(root, threads, skip_broken=skip_broken, grey_range=grey_range)
         info = DATASETS.get(name)
         self.flip = has_mirror_images(name)
         if info is not None:
@@ -237,6 +245,22 @@ class Dataset:
         if self.folder is not None:
             return self.folder.classes
         return self._names
+
+    @property
+    def grey_range(self) -> GreyRange:
+        """The values of 16-bit images that become 0 and 255."""
+        return FULL if self.folder is None else self.folder.grey_range
+
+    @property
+    def skipped(self) -> dict[str, Any] | None:
+        """Which broken files were left out: their `count`, the `first` names, and `sha256` of all names; None: none."""
+        return None if self.folder is None else self.folder.skipped
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What data.json says of how a folder's files were read, where there is something to say."""
+        grey_range = {} if self.grey_range == FULL else {"grey_range": list(self.grey_range)}
+        return grey_range | ({} if self.skipped is None else {"skipped_files": self.skipped})
 
     @cached_property
     def _train(self) -> tuple[Tensor, Tensor]:

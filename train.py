@@ -282,8 +282,9 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         source = read_set(given)
         o = options(given, source)
         card = None if source is None else source.card
-        known = {} if card is None else card["normalization"]
-        data = build.dataset(o, mean=known.get("mean"), std=known.get("std"), precision=o.precision)
+        data = build.dataset(o, card=card, precision=o.precision)
+        if card is not None and card.get("skipped_files") != data.skipped:
+            log.warning("--skip_broken: other files of %s are left out than when the set was made", o.image_folder)
         if card is not None and o.dataset == "folder" and card.get("class_names") != data.class_names:
             names = card.get("class_names")
             raise UserError(f"--image_folder {o.image_folder}: has other classes than the set, {names}")
@@ -310,8 +311,8 @@ def records_of(argv: Sequence[str]) -> list[Record]:
             if o.real:
                 training_data.append(rows.real(given.get("epochs", REAL_EPOCHS)))
         elif o.coreset:
-            checks.check_ipc(ipc := o.ipc or 1, data.train.counts, data.class_names)
-            training_data = [rows.coreset(o.coreset, ipc)]
+            rows.warn_of_repeats(o.ipc or 1)
+            training_data = [rows.coreset(o.coreset, o.ipc or 1)]
         else:
             training_data = [rows.real(o.epochs)]
 

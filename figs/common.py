@@ -7,8 +7,8 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ from utils.method.formation import Formation
 from utils.runs.card import CARD, Card
 from utils.runs.folder import METRICS, OPTIONS, images_in
 from utils.runs.sets import load_distilled
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError, printable
+from utils.system.report import drawing
 
 log = logging.getLogger("dream")
 Picture = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -119,9 +120,11 @@ STYLE: Any = {
 }
 
 
-def style() -> AbstractContextManager[None]:
+@contextmanager
+def style() -> Iterator[None]:
     """A block in which all figures have the same style."""
-    return matplotlib.rc_context(STYLE)
+    with matplotlib.rc_context(STYLE), drawing():
+        yield
 
 
 def colour(i: int) -> str:
@@ -146,7 +149,7 @@ def write(file: Path, content: bytes, *, flag: str) -> None:
         write_atomically(file, content)
     except OSError as error:
         raise UserError(f"{flag} {file}: cannot be written ({error.strerror}); name another file") from error
-    print(f"wrote {file}")
+    print(printable(f"wrote {file}"))
 
 
 # --- Distilled images -------------------------------------------------------------------------------------------------
@@ -367,7 +370,7 @@ def label(run: Run, names: Sequence[str]) -> str:
     shown: dict[str, Any] = {name: run.options.get(name) for name in names}
     if shown.get("image_folder"):
         shown["image_folder"] = Path(shown["image_folder"]).name
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
+    return printable(", ".join(f"{name}={value}" for name, value in shown.items()))
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -389,7 +392,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     if len({run.options["seed"] for run in runs}) > 1 and _ambiguous([label(run, names) for run in runs]):
         names = [*names, "seed"]
     labels = [label(run, names) for run in runs]
-    return [run.path.name for run in runs] if _ambiguous(labels) else labels
+    return [printable(run.path.name) for run in runs] if _ambiguous(labels) else labels
 
 
 def _ambiguous(labels: Sequence[str]) -> bool:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from figs import common
 from utils.config.flags import integer
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError, short
 from utils.system.process import run_main
-from utils.system.report import messages
+from utils.system.report import drawable, messages
 
 GAP = 14  # pixels between images and labels
 BETWEEN = 40  # pixels between the blocks of two runs
@@ -69,7 +69,7 @@ def draw(rows: Sequence[Sequence[Tensor]], names: Sequence[str], labels: Sequenc
     picture, centres, _ = common.mosaic(flat, apart=range(per_class, len(flat), per_class))
     figure = common.picture_figure(picture)
     axes = figure.axes[0]
-    wrapped = ["\n".join(textwrap.wrap(label, LETTERS)) for label in labels]
+    wrapped = ["\n".join(textwrap.wrap(drawable(label), LETTERS)) for label in labels]
     written = [axes.text(-GAP, y, wrapped[i % per_class], ha="right", va="center") for i, y in enumerate(centres)]
     # The widest label decides where the class names end.
     edge = min(text.get_window_extent().x0 for text in written)
@@ -77,7 +77,7 @@ def draw(rows: Sequence[Sequence[Tensor]], names: Sequence[str], labels: Sequenc
     for number, name in enumerate(names):
         first = number * per_class
         y = (centres[first] + centres[first + per_class - 1]) / 2
-        axes.text(left, y, name, ha="right", va="center", fontsize=11, fontweight="bold")
+        axes.text(left, y, drawable(short(name)), ha="right", va="center", fontsize=11, fontweight="bold")
     return figure
 
 
@@ -96,9 +96,9 @@ def draw_blocks(rows: Sequence[Sequence[Tensor]], names: Sequence[str], titles: 
     figure = common.picture_figure(np.concatenate(parts[:-1], axis=1))
     axes = figure.axes[0]
     for title, middle in zip(titles, middles, strict=True):
-        axes.text(middle, -GAP, title, ha="center", va="bottom", fontsize=14, fontweight="bold")
+        axes.text(middle, -GAP, drawable(title), ha="center", va="bottom", fontsize=14, fontweight="bold")
     for name, y in zip(names, blocks[0][1], strict=True):
-        axes.text(-GAP, y, name, ha="right", va="center", fontsize=11, fontweight="bold")
+        axes.text(-GAP, y, drawable(short(name)), ha="right", va="center", fontsize=11, fontweight="bold")
     return figure
 
 

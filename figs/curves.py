@@ -29,7 +29,7 @@ from figs.common import Group, Run, Series
 from utils.method.evaluation import BEST_OF_FOUR, Score
 from utils.system.errors import UsageError, UserError
 from utils.system.process import run_main
-from utils.system.report import messages
+from utils.system.report import drawable, messages
 
 Values = npt.NDArray[np.float64]
 
@@ -208,7 +208,7 @@ def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool,
             axes.set_xlabel(what)
     mark(panels[0], groups, comparisons)
     handles = [Line2D([], [], color=common.colour(i), marker="o", ms=4) for i in range(len(groups))]
-    names = [str(group) for group in groups]
+    names = [drawable(str(group)) for group in groups]
     if any(reached.at is not None for reached in comparisons):
         handles.append(Line2D([], [], color="black", marker="*", ms=10, ls=":", lw=1))
         names.append("first reaches another's final accuracy")

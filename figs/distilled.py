@@ -14,8 +14,9 @@ from torch import Tensor
 
 from figs import common
 from utils.config.flags import integer
+from utils.system.errors import short
 from utils.system.process import run_main
-from utils.system.report import messages
+from utils.system.report import drawable, messages
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +41,7 @@ def draw(rows: Sequence[Tensor], names: Sequence[str]) -> Figure:
     picture, centres, _ = common.mosaic(rows)
     figure = common.picture_figure(picture)
     for y, name in zip(centres, names, strict=True):
-        figure.axes[0].text(-10, y, name, ha="right", va="center", fontsize=11)
+        figure.axes[0].text(-10, y, drawable(short(name)), ha="right", va="center", fontsize=11)
     return figure
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from figs import common
 from utils.config.flags import integer
 from utils.runs.card import SNAPSHOTS, snapshot_iteration, snapshot_name
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError, short
 from utils.system.process import run_main
-from utils.system.report import messages
+from utils.system.report import drawable, messages
 
 FRAME_COLUMNS = 10  # images in a row of the animation
 HEAD, TEXT = 34, 20  # pixels above a frame's images, and size of the letters there
@@ -89,7 +89,7 @@ def draw(rows: Sequence[Sequence[Tensor]], names: Sequence[str], iterations: Seq
     figure = common.picture_figure(picture)
     axes = figure.axes[0]
     for y, name in zip(centres, names, strict=True):
-        axes.text(-10, y, name, ha="right", va="center", fontsize=11)
+        axes.text(-10, y, drawable(short(name)), ha="right", va="center", fontsize=11)
     for i, it in enumerate(iterations):
         axes.text(i * step + step / 2 - 2, -8, str(it), ha="center", va="bottom")
     axes.text(-10, -8, "outer iteration", ha="right", va="bottom")

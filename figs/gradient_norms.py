@@ -34,9 +34,9 @@ from utils.config.flags import integer
 from utils.method.images import ImageSet
 from utils.method.selection import select
 from utils.method.training import confusion_matrix
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError, short
 from utils.system.process import run_main, session
-from utils.system.report import Progress, messages
+from utils.system.report import Progress, drawable, messages
 
 GRADIENT_BYTES = 2**28  # of the gradients that are computed at once
 CHUNK_PIXELS = 2**14  # of the images of these gradients, so that their features stay in a cache
@@ -250,7 +250,8 @@ def draw(state: State, about: dict[str, Any]) -> Figure:
     for number, row in enumerate(fewer, 2):
         axes.axvline(row.mean, color=common.colour(number), ls=":", label=f"{described(row)}, mean")
     updates = f"after {state.updates} updates" if state.updates else "as initialised"
-    axes.set_xlabel(f"gradient norm of an image ({about['class']}, {about['dataset']}, {about['network']} {updates})")
+    name = drawable(short(about["class"]))
+    axes.set_xlabel(f"gradient norm of an image ({name}, {about['dataset']}, {about['network']} {updates})")
     axes.set_ylabel("images")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure

@@ -22,8 +22,9 @@ from figs import common, subject
 from figs.subject import Subject
 from utils.method.selection import lloyd, padded, representatives
 from utils.system.draws import Draws
+from utils.system.errors import short
 from utils.system.process import run_main
-from utils.system.report import messages
+from utils.system.report import drawable, messages
 
 RANDOM_STATE = 0  # seed of PCA and t-SNE
 TSNE_DIMENSIONS = 50  # principal components that t-SNE begins with: the usual number, and much faster than all
@@ -118,7 +119,7 @@ def draw(plane: npt.NDArray[np.float32], clusters: Clusters, random: Tensor, obs
     right.set_ylabel("images")
     for axes in (left, right):
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.4)
-    figure.supxlabel(f"class {observed.class_name} ({observed.dataset}, {observed.about})", fontsize=9)
+    figure.supxlabel(f"class {drawable(short(observed.class_name))} ({observed.dataset}, {observed.about})", fontsize=9)
     return figure
 
 

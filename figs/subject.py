@@ -19,13 +19,13 @@ from utils.method.selection import Context
 from utils.method.training import Trainer, fresh_network, update_network
 from utils.numerics.compilation import computing
 from utils.system.draws import Draws
-from utils.system.errors import UsageError
+from utils.system.errors import UsageError, printable
 from utils.system.report import Progress
 
 # Flags of condense.py, with the same defaults and data sets' settings.
 BORROWED = (
-    "dataset", "image_folder", "size", "whiten", "data_dir", "net_type", "depth", "width", "norm_type", "aug_type",
-    "mixup_net", "seed", "device", "compile",
+    "dataset", "image_folder", "size", "skip_broken", "whiten", "data_dir", "net_type", "depth", "width", "norm_type",
+    "aug_type", "mixup_net", "seed", "device", "compile",
 )  # fmt: skip
 UPDATES = 50  # by default: halfway through an outer iteration of the published run
 
@@ -135,7 +135,7 @@ def prepare(given: argparse.Namespace, *, count: int, updates: int) -> Subject:
     )
     return Subject(
         dataset=o.dataset,
-        class_name=name,
+        class_name=printable(name),
         label=c,
         images=one,
         test=data.test,

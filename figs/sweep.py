@@ -34,7 +34,7 @@ from utils.config import build, resolve
 from utils.config.options import FREE, CondenseOptions
 from utils.method.evaluation import Score
 from utils.runs.card import CARD, Card, load_card
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError, printable
 from utils.system.process import run_main
 from utils.system.report import messages, span
 
@@ -111,7 +111,7 @@ def dataset(o: CondenseOptions) -> Dataset:
 
 def title(setting: Sequence[Value]) -> str:
     """A setting in words: `select=kmeans, interval=10`."""
-    return ", ".join(map(str, setting))
+    return printable(", ".join(map(str, setting)))
 
 
 def axis(text: str) -> list[Value]:
@@ -221,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
             left = f"about {span(pace * (len(todo) - done))} left" if done else "time left unknown"
             log.info("sweep: run %d of %d (%s), %s", before + done + 1, len(runs), one.title, left)
             run(one)
-    print("\n".join(str(one.folder.path) for one in runs))
+    print("\n".join(printable(str(one.folder.path)) for one in runs))
     print(table(runs))
     if given.table is not None:
         write(given.table, markdown(runs).encode(), flag="--table")

@@ -143,12 +143,7 @@ MISTAKES = {
         f"train {DATA} -d digits", f"{DATA}|data.json|-d|-f", prepare=lambda: os.remove(CARD)
     ),
     # Image folders
-    "ipc above the smallest class": Mistake(
-        "condense --image_folder photos --ipc 4", "--ipc 4|cat|3", prepare=photos()
-    ),
-    "a coreset above the smallest class": Mistake(
-        "train --image_folder photos --coreset random --ipc 4", "--ipc 4|cat|3", prepare=photos()
-    ),
+    "broken files of no folder": Mistake("condense --skip_broken", "--skip_broken|--image_folder"),
     "no such folder": Mistake("condense --image_folder photos", NO_CLASSES, 1),
     "an empty folder": Mistake("condense --image_folder photos", NO_CLASSES, 1, file("photos/.hidden")),
     "no classes": Mistake("condense --image_folder photos", NO_CLASSES, 1, file("photos/train/.hidden")),

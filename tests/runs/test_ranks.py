@@ -430,7 +430,7 @@ def test_one_rank_without_memory_says_so_and_ends_all(server: Server, tmp_path: 
     [
         (["--facter", "2"], "condense.py: error: unknown option --facter"),
         (["--image_folder", "/nowhere"], "--image_folder /nowhere: cannot use"),
-        (["--ipc", "4000"], "--ipc 4000: class"),
+        (["--share_update", "on", "--norm_type", "batch"], "--share_update on: convnet"),
         (["--resume_from", "/nowhere"], "/nowhere: no such file"),
         (["--device", "cuda"], "--device cuda: PyTorch sees no CUDA device here"),
     ],

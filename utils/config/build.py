@@ -16,6 +16,7 @@ from utils.config import checks, derived, resolve
 from utils.config.options import FREE, RESUMABLE, CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
 from utils.files.atomic import checksum
+from utils.files.imagefiles import FULL
 from utils.method.augment import Augment
 from utils.method.evaluation import OnEpoch, Score, evaluate_networks
 from utils.method.formation import training_images
@@ -30,6 +31,7 @@ from utils.method.trajectory import TrajectoryStep
 from utils.numerics.compilation import computing
 from utils.numerics.compute import Captured
 from utils.runs.board import check_board
+from utils.runs.card import Card
 from utils.runs.checkpoint import resumed_from
 from utils.runs.experts import Experts, other_images, portions, selected
 from utils.runs.folder import RunFolder
@@ -49,14 +51,13 @@ SHARED_FLOP = 1e9  # ranks share mini-batches of more work: digits take 5e8, CIF
 # --- What every script begins with ------------------------------------------------------------------------------------
 
 
-def dataset(
-    o: Options, *, mean: list[float] | None = None, std: list[float] | None = None, precision: str = "fp32"
-) -> Dataset:
+def dataset(o: Options, *, card: Card | None = None, precision: str = "fp32") -> Dataset:
     """Data set on its device, for which determinism is set up.
 
-    mean, std: per channel of an image folder, where they are known already. precision: that of the computations to
-    come. Raises UsageError or UserError, naming the flag or file.
+    card: of a set distilled from it, by which the images of a folder are read and normalised. precision: that of the
+    computations to come. Raises UsageError or UserError, naming the flag or file.
     """
+    known = {} if card is None else card["normalization"]
     device = pick_device(o.device, distributed.local_rank())
     if o.deterministic:
         be_deterministic(device)
@@ -68,10 +69,12 @@ def dataset(
         data_dir=o.data_dir,
         image_folder=o.image_folder,
         size=o.size,
-        mean=mean,
-        std=std,
+        mean=known.get("mean"),
+        std=known.get("std"),
         threads=o.data_threads,
         whiten=o.whiten,
+        skip_broken=o.skip_broken,
+        grey_range=None if card is None else tuple(card.get("grey_range", FULL)),
     )
 
 
@@ -227,6 +230,8 @@ class Parts:
             self.data.shard(self.shard.classes, group.all_reduce_sum)
         if not len(self.data.test):
             raise UserError(f"{o.dataset}: has no test images")
+        if group.broadcast(lambda: self.data.skipped) != self.data.skipped:
+            raise UserError(f"--skip_broken: files of {o.image_folder} can be read by some ranks and not by others")
         self.warnings = checks.check_sizes(o, self.counts, self.data.class_names, matches_images=experts is None)
         if caveat := derived.caveat(o):
             self.warnings.append(caveat)
@@ -381,8 +386,9 @@ class Parts:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """Conditions that the rounding of a session depends on, besides the machine and versions."""
+        """What the record of a session says besides the machine and versions: above all what rounding depends on."""
         return {
+            **({} if self.data.skipped is None else {"skipped_files": self.data.skipped}),
             "precision": self.o.precision,
             "deterministic": self.o.deterministic,
             "ranks": self.group.count,

@@ -8,21 +8,24 @@ from typing import Any
 import torch
 
 import models
-from utils.config.options import CondenseOptions
+from utils.config.options import CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
 from utils.method.augment import GEOMETRIC, parse, without
-from utils.method.selection import NOISES
+from utils.method.selection import NOISES, repeats
 from utils.system.errors import UsageError
 
 
-def check_data(dataset: str, image_folder: str | None, size: int | None) -> None:
+def check_data(o: Options) -> None:
     """Check the flags that name the data against each other. Raises UsageError."""
+    dataset, image_folder, size = o.dataset, o.image_folder, o.size
     if dataset == "folder" and image_folder is None:
         raise UsageError("-d folder: say where the images are with --image_folder DIR")
     if dataset == "digits" and image_folder is not None:
         raise UsageError("--image_folder: digits comes with scikit-learn; leave -d out to use the folder")
     if size is not None and dataset != "folder":
         raise UsageError(f"--size: only for folders of one's own; {dataset} has a fixed image size")
+    if o.skip_broken and image_folder is None:
+        raise UsageError(f"--skip_broken: only for --image_folder DIR; {dataset} is no folder of images")
 
 
 def check_alone(given: Mapping[str, Any]) -> None:
@@ -38,29 +41,17 @@ def check_alone(given: Mapping[str, Any]) -> None:
             raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
 
 
-def check_ipc(ipc: int, counts: list[int], names: list[str]) -> None:
-    """Check that every class has `ipc` images; counts, names: images and name of every class. Raises UsageError."""
-    smallest = min(counts)
-    if ipc > smallest:
-        name = names[counts.index(smallest)]
-        raise UsageError(f"--ipc {ipc}: class {name} has only {smallest} training images; use --ipc {smallest} or less")
-
-
 def check_sizes(o: CondenseOptions, counts: list[int], names: list[str], *, matches_images: bool) -> list[str]:
-    """Check condense.py's numbers of images against the training images of every class.
+    """Warnings where condense.py uses real images twice, or fewer than asked for.
 
-    matches_images: whether --batch_real of each are matched. Returns warnings where images have to be used twice or
-    fewer are used than asked for. Raises UsageError where there are too few.
+    counts, names: training images and name of every class. matches_images: whether --batch_real of each are matched.
     """
-    check_ipc(o.ipc, counts, names)
-    warnings, smallest = [], min(counts)
-    name = names[counts.index(smallest)]
-    begun = o.ipc * o.factor**2
-    if o.init not in NOISES and begun > smallest:
-        warnings.append(f"--ipc times -f squared is {begun}, class {name} has {smallest} images: some begin twice")
-    if matches_images and o.batch_real > smallest:
-        matched = f"class {name} has {smallest} images: all are matched, some twice"
-        warnings.append(f"--batch_real is {o.batch_real}, {matched}")
+    if o.init in NOISES:
+        warnings = repeats("--ipc", o.ipc, counts, names, "of the real images beside the set some are the same")
+    else:
+        warnings = repeats("--ipc times -f squared", o.ipc * o.factor**2, counts, names, "some begin twice")
+    if matches_images:
+        warnings += repeats("--batch_real", o.batch_real, counts, names, "all are matched, some twice")
     if o.n_data > sum(counts):
         warnings.append(f"--n_data is {o.n_data}, there are {sum(counts)} training images: all are used")
     return warnings

@@ -160,6 +160,7 @@ def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, sett
         "value_range": [0.0, 1.0],
         "normalized": False,
         "normalization": {"mean": list(mean), "std": list(std)},  # per channel, in units of [0, 1]
+        **data.reading,
         "settings": settings,
         "finished": True,
     }

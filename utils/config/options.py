@@ -68,6 +68,8 @@ class Options:
              "normalisation and settings apply to them")
     size: int | None = _data(None, parse=integer(8, 2**14), metavar="PIXELS",
         help="resize and centre-crop the images of a folder to this side (default: their own)")
+    skip_broken: bool = _data(False,
+        help="leave out image files that cannot be decoded, which are counted in options.json; reads all files twice")
     whiten: str = _data("none", choices=("none", "zca"),
         help="ZCA-whiten images after normalising them, in distilling and in evaluation")
     data_dir: str = _data("data", metavar="DIR", help="where data sets are downloaded to and looked for")

@@ -74,7 +74,7 @@ def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = Mappi
         values.update(layer)
         origin.update(dict.fromkeys(layer, name))
     options = CondenseOptions(**values)
-    checks.check_data(options.dataset, options.image_folder, options.size)
+    checks.check_data(options)
     return Resolved(options, origin)
 
 
@@ -200,7 +200,7 @@ def train_options(
     if card is not None and not card.get("normalized", False) and given.get("normalized"):
         raise UsageError("--normalized: the set's data.json says that it is not; leave the flag out")
     options = TrainOptions(**{**values, **given})
-    checks.check_data(options.dataset, options.image_folder, options.size)
+    checks.check_data(options)
     if NO_BASELINES in options.baselines and len(options.baselines) > 1:
         raise UsageError(f"--baselines: {NO_BASELINES} and other words exclude each other")
     return options
@@ -212,11 +212,12 @@ def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     # Where and how the set was computed has no influence on its evaluation. Nor have options that only train.py has,
     # such as the names of files to write: a set must not choose those.
     names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, "precision"}
-    words = [
-        f"--{field.name}={known[field.name]}"
-        for field in dataclasses.fields(TrainOptions)
-        if field.name in names and known.get(field.name) is not None
-    ]
+    words = []
+    for field in dataclasses.fields(TrainOptions):
+        value = known.get(field.name)
+        is_switch = field.default is False and isinstance(value, bool)
+        if field.name in names and value is not None and not (is_switch and not value):
+            words.append(f"--{field.name}" + ("" if is_switch else f"={value}"))
     try:
         settings = make_parser(TrainOptions, "").parse_given(words)
         for name in settings.get("net_type", []):

@@ -92,6 +92,18 @@ def select(context: Context, count: int, *, strategy: str) -> Tensor:
     return torch.stack(positions)
 
 
+def repeats(asked: str, count: int, counts: Sequence[int], names: Sequence[str], what: str) -> list[str]:
+    """A warning if some class has fewer real images than the `count` that is asked for; empty if none has.
+
+    asked: what the count is; what: what follows. counts, names: images and name of every class.
+    """
+    smallest, few = min(counts), sum(n < count for n in counts)
+    if not few:
+        return []
+    others = f", {few - 1} of the others fewer than that" if few > 1 else ""
+    return [f"{asked} is {count}, class {names[counts.index(smallest)]} has {smallest} images{others}: {what}"]
+
+
 def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     """Representatives of every class: the image nearest each k-means centroid of ALL its images (Sec. 3.3).
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from utils.files.atomic import CHECKSUM, parse_json
+from utils.files.imagefiles import FULL
 from utils.files.tensors import write_tensors
 from utils.method.formation import BOUND
 from utils.method.images import EPS
-from utils.system.errors import UserError
+from utils.system.errors import UserError, printable
 
 log = logging.getLogger("dream")
 
@@ -89,7 +90,7 @@ def title(card: Mapping[str, Any]) -> str:
 
 def table_cell(value: object) -> str:
     """Anything as one line that does not end a cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return printable(" ".join(str(value).split())).replace("|", "\\|")
 
 
 def how_to_use(card: Mapping[str, Any], side: int) -> str:
@@ -101,9 +102,11 @@ def how_to_use(card: Mapping[str, Any], side: int) -> str:
     }.get(card["decode_type"], f" with n = {f}")
     decode = f"cut every image into n x n cells{which}, enlarge each cell bilinearly to {side} x {side}, "
     whitened = f"; {WHITENING}" if is_whitened(card) else ""
+    low, high = card.get("grey_range", FULL)
+    deep = f"; of real images of 16 bits, {low} is 0 here and {high} is 1" if "grey_range" in card else ""
     return (
         f"{title(card)}, distilled: images are in [0, 1], not normalised; {decode if f > 1 else ''}subtract the mean "
-        f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel{whitened}"
+        f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel{whitened}{deep}"
     )
 
 
@@ -181,6 +184,14 @@ def check_card(card: object, file: Path) -> Card:
             wrong = ["normalization"]
         elif not isinstance(known.get("normalized", False), bool):
             wrong = ["normalized"]
+        elif not _is_range(known.get("grey_range", list(FULL))):
+            wrong = ["grey_range"]
     if wrong:
         raise UserError(f"{file}: lacks a valid {wrong[0]!r}; move the file away and describe the set with -d and -f")
     return known
+
+
+def _is_range(value: Any) -> bool:
+    """Whether a value of JSON is a range of 16-bit numbers."""
+    whole = isinstance(value, list) and len(value) == 2 and all(type(end) is int for end in value)
+    return whole and FULL[0] <= value[0] < value[1] <= FULL[1]

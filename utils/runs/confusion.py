@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from utils.system.errors import printable, short
 from utils.system.process import import_matplotlib
+from utils.system.report import drawable, drawing
 
 WIDEST = 20  # classes at most of a matrix that fits into a terminal
 
@@ -22,6 +24,7 @@ def as_text(matrix: Tensor, names: Sequence[str]) -> str:
     """Accuracy by class, and the matrix if it has at most WIDEST classes: rows are classes, columns what they are taken
     for, in per cent of the row."""
     shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    names = [short(name) for name in names]
     wide = max(map(len, names))
     show = len(names) <= WIDEST
     head = f"{'class':{wide}}  accuracy %  taken for % " + "".join(f"{c:5}" for c in range(len(names)))
@@ -36,6 +39,7 @@ def as_csv(matrix: Tensor, names: Sequence[str]) -> str:
     """The matrix of counts as CSV, a row per class, with the class's accuracy in per cent in the last column."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+    names = [printable(name) for name in names]
     writer.writerow(["class", *names, "accuracy %"])
     for name, row, right in zip(names, matrix.tolist(), per_class(matrix), strict=True):
         writer.writerow([name, *row, f"{right:.4f}"])
@@ -49,7 +53,7 @@ def as_png(matrix: Tensor, names: Sequence[str], title: str) -> bytes:
     from matplotlib.figure import Figure
 
     shares = (100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
-    count = len(names)
+    count, names = len(names), [drawable(short(name)) for name in names]
     side = min(max(0.55 * count, 3.0), 14.0)
     figure = Figure(figsize=(side + 1.8, side + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -65,5 +69,6 @@ def as_png(matrix: Tensor, names: Sequence[str], title: str) -> bytes:
                 axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=9)
     figure.colorbar(picture, ax=axis, label="% of the class", shrink=0.8)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    with drawing():
+        figure.savefig(buffer, dpi=110)
     return buffer.getvalue()

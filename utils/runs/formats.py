@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.files.imagefiles import for_each, image_files, inside, is_grey, mode_and_size, read_image
+from utils.files.imagefiles import (
+    for_each,
+    grey_range_of,
+    image_files,
+    inside,
+    is_deep,
+    is_grey,
+    mode_and_size,
+    read_image,
+)
 from utils.files.tensors import is_plain, must_fit, read_tensors
 from utils.method.images import Normalize
 from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
@@ -153,7 +162,7 @@ def _read_folder(folder: Path) -> SetFile:
     if ignored:
         log.warning("ignored, being no image file: %s (%d such files)", printable(ignored[0]), len(ignored))
     shown = printable(str(folder))
-    heads = for_each(files, mode_and_size, what=f"looking at {shown}")
+    heads = for_each(files, mode_and_size, what=f"looking at {shown}", files=files)
     side = heads[0][1][0]
     for path, (_, (w, h)) in zip(files, heads, strict=True):
         if (w, h) != (side, side):
@@ -162,7 +171,9 @@ def _read_folder(folder: Path) -> SetFile:
     channels = 1 if all(is_grey(mode) for mode, _ in heads) else 3
     must_fit(folder, 4 * len(files) * channels * side**2)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(list(map(len, classes.values()))))
-    pixels = for_each(files, partial(read_image, channels=channels), what=f"reading {shown}")
+    deep = [path for path, (mode, _) in zip(files, heads, strict=True) if is_deep(mode)]
+    grey_range = grey_range_of(deep, partial(for_each, what=f"measuring {shown}", files=files))
+    pixels = for_each(files, partial(read_image, channels=channels, grey_range=grey_range), what=f"reading {shown}")
     return SetFile(folder, torch.stack(pixels), labels, names=list(classes))
 
 

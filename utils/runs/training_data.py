@@ -16,7 +16,7 @@ from models import NetSpec
 from utils.files.atomic import make_folder
 from utils.method.formation import Formation, training_images
 from utils.method.images import ImageSet, digest
-from utils.method.selection import BASELINE, Context, coreset
+from utils.method.selection import BASELINE, Context, coreset, repeats
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
 from utils.runs.formats import SetFile
@@ -85,20 +85,30 @@ class TrainingDataOf:
     def baselines(self, distilled: TrainingData, strategies: Sequence[str]) -> list[TrainingData]:
         """Coresets for comparison with a distilled set: of its stored size by every strategy.
 
-        The second is random, of the decoded size, where that is larger and every class has so many images.
+        The second is random, of the decoded size, where that is larger.
         """
         stored, decoded = round(distilled.images_per_class), round(distilled.decoded_per_class)
-        smallest = min(self.data.train.counts)
-        rows = [self.coreset(name, min(stored, smallest), distilled.folder) for name in strategies]
-        if stored < decoded <= smallest:
+        rows = [self.coreset(name, stored, distilled.folder) for name in strategies]
+        if stored < decoded:
             rows.insert(1, self.coreset("random", decoded, distilled.folder))
-        elif decoded > smallest:
-            log.info("a class has %d real images: no row with as many as are decoded (%d)", smallest, decoded)
+        self.warn_of_repeats(max(stored, decoded))
         return rows
 
+    def warn_of_repeats(self, ipc: int) -> None:
+        """Say it if a class has fewer than `ipc` real images, which a coreset then repeats."""
+        what = "rows of real images repeat them, and count each once"
+        counts, names = self.data.train.counts, self.data.class_names
+        for text in repeats("the number of images per class", ipc, counts, names, what):
+            log.warning("%s", text)
+
     def coreset(self, strategy: str, ipc: int, folder: Path | None = None) -> TrainingData:
-        """Training data of `ipc` real images per class, selected anew for every training under a fresh network."""
+        """Training data of `ipc` real images per class, selected anew for every training under a fresh network.
+
+        A class with fewer gives each of its images several times, so that all classes weigh the same; the row's
+        images_per_class counts each image once.
+        """
         real = self.data.train
+        different = sum(min(ipc, count) for count in real.counts)
 
         def draw(spec: NetSpec, r: int) -> ImageSet:
             draws = Draws(self.device, self.seed, BASELINE, r)
@@ -107,9 +117,9 @@ class TrainingDataOf:
 
         return TrainingData(
             name=NAMES.get(strategy, f"{strategy} real images"),
-            images_per_class=ipc,
+            images_per_class=different / self.data.classes,
             decoded_per_class=ipc,
-            stored_bytes=ipc * self.data.classes * real.images[0].nbytes,
+            stored_bytes=different * real.images[0].nbytes,
             epochs=self.epochs,
             training_set=draw,
             folder=folder or self._made(f"coreset_{strategy}_ipc{ipc}"),

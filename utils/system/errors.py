@@ -8,6 +8,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def short(name: str, most: int = 40) -> str:
+    """A name for a table or a figure: printable, and without its middle if it is longer than `most` characters."""
+    text = printable(name)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[3 - most // 2 :]}"
+
+
 class UserError(Exception):
     """Something outside the program is wrong: a file, the network, the machine. The message names the remedy."""
 

@@ -192,7 +192,7 @@ def session(program: str, argv: Sequence[str], device: torch.device, **condition
     conditions: entries to add.
     """
     return {
-        "command": shlex.join([program, *argv]),
+        "command": printable(shlex.join([program, *argv])),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +35,12 @@ def show(text: str) -> None:
 
 def message(record: logging.LogRecord) -> str:
     """Text of a log record, control characters other than line breaks escaped, so that no terminal obeys them."""
-    return "\n".join(map(printable, record.getMessage().split("\n")))
+    return _lines(record.getMessage())
+
+
+def _lines(text: str) -> str:
+    """Text that is printable but for its line breaks."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class _Console(logging.Handler):
@@ -84,6 +91,32 @@ def logged_to(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+MISSING = "Glyph .* missing from|Matplotlib currently does not support"  # how matplotlib's warnings of characters begin
+
+
+def drawable(text: str) -> str:
+    """Text with names of classes, files or runs for matplotlib, which would take what two `$` enclose for a formula."""
+    return _lines(text).replace("$", r"\$")
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """A block that draws names with matplotlib: of all characters that its font lacks, one warning tells."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.filterwarnings("always", MISSING)
+        yield
+    for warning in shown:
+        if not re.match(MISSING, str(warning.message)):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if any(re.match(MISSING, str(warning.message)) for warning in shown):
+        log.warning("the font lacks characters of some names, which are boxes now; set font.family in a matplotlibrc")
+
+
+# --- Progress ---------------------------------------------------------------------------------------------------------
 
 
 class Progress:
