@@ -67,6 +67,8 @@ def dataset(
         device=device,
         data_dir=o.data_dir,
         image_folder=o.image_folder,
+        npz=o.npz,
+        split=o.split,
         size=o.size,
         mean=mean,
         std=std,
@@ -123,7 +125,8 @@ def experts(o: CondenseOptions, spec: NetSpec) -> Experts | None:
     if o.match != TRAJECTORY:
         return None
     saved = resolve.as_saved(o)
-    names = (*EXPERT_OPTIONS, *(CLUSTERING_OPTIONS if o.select != "random" else ()))
+    given = [name for name in ("npz", "split") if saved[name] is not None]  # else the identity is as it always was
+    names = (*EXPERT_OPTIONS, *given, *(CLUSTERING_OPTIONS if o.select != "random" else ()))
     recipe = derived.update_recipe(o)
     identity = {
         **{name: saved[name] for name in names},

@@ -39,9 +39,9 @@ def labelled(table: Path, folder: Path, classes: Sequence[str]) -> list[tuple[st
     Raises UserError, which names the line, for what cannot be understood, and OSError.
     """
     files: dict[str, str] = {}
-    for path in image_files(str(folder))[0]:
-        base = os.path.basename(path)
-        files |= {base: path, os.path.splitext(base)[0]: path}  # Kaggle's table has names without endings
+    for image in image_files(str(folder))[0]:
+        base = os.path.basename(image)
+        files |= {base: image, os.path.splitext(base)[0]: image}  # Kaggle's table has names without endings
     known, found, missing = set(classes), dict[str, str](), list[str]()
     for number, name, field in _rows(table):
         path = files.get(os.path.basename(name))

@@ -1,8 +1,8 @@
 """Which files of a folder are training and test images, and of which class, in the layouts that people have.
 
-    DIR/train/CLASS/*  DIR/test/CLASS/*     also val, validation, valid, dev, eval; training, testing; in any case
-    DIR/train/CLASS/*  DIR/val/*            with a table of file names and classes, such as val/val_annotations.txt
-    DIR/CLASS/*                             with the fraction of every class to test on, as with DIR/train/* alone
+DIR/train/CLASS/*  DIR/test/CLASS/*     also val, validation, valid, dev, eval; training, testing; in any case
+DIR/train/CLASS/*  DIR/val/*            with a table of file names and classes, such as val/val_annotations.txt
+DIR/CLASS/*                             with the fraction of every class to test on, as with DIR/train/* alone
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +47,8 @@ def list_images(root: Path, *, split: float | None = None, only: Collection[str]
     class folders to take; others are passed over. Raises UserError or UsageError, which name the remedy, and OSError.
     """
     folders = _folders(root)
-    train, tests = _called(folders, TRAIN), _called(folders, TEST)
+    tests = _called(folders, TEST)
+    train = [name for name in _called(folders, TRAIN) if _folders(root / name)]  # else it may be a class: bus, train
     if not train:
         _check_flat(root, folders, tests, split)
     top = root / train[0] if train else root
@@ -94,8 +96,9 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _called(folders: Sequence[str], words: Sequence[str]) -> list[str]:
-    """Those of the folders whose names are such words in any case, in the order of the words."""
-    return [name for word in words for name in sorted(folders, key=lambda name: name != word) if name.lower() == word]
+    """Those of the folders that are called by such words, in any case or as `test_set`, in the order of the words."""
+    spelt = {name: re.sub(r"[ _-]?(set|images)$", "", name.lower()) for name in folders}
+    return [name for word in words for name in sorted(folders, key=lambda name: name != word) if spelt[name] == word]
 
 
 def _taken(folder: Path, names: list[str], only: Collection[str] | None) -> list[str]:
@@ -164,25 +167,31 @@ def _why_no_test(root: Path, tests: Sequence[str], classes: Sequence[str]) -> st
 
 
 def _split(images: list[Sample], top: Path, classes: Sequence[str], fraction: float) -> dict[bool, list[Sample]]:
-    """Training and test images of a split of every class, at least one of each; their order stays.
+    """Training and test images of a split of every class; their order stays."""
+    below = [path[len(str(top)) :].replace(os.sep, "/").strip("/") for path, _ in images]
+    tested = held_out(below, [c for _, c in images], classes, fraction)
+    both = list(zip(images, tested, strict=True))
+    return {train: [image for image, is_tested in both if is_tested != train] for train in (True, False)}
 
-    A hash of an image's path below `top` decides: it is the same on every machine, with every version and seed.
+
+def held_out(keys: Sequence[str], labels: Sequence[int], classes: Sequence[str], fraction: float) -> list[bool]:
+    """Whether each image is tested on: that fraction of every class, at least one image, and never all.
+
+    keys: of the images, all different. Their hashes decide, so that the split is the same on every machine, with every
+    version and seed, and an image that is added moves hardly any other. Raises UserError for classes of one image.
     """
-    groups: list[list[str]] = [[] for _ in classes]
-    for path, c in images:
-        groups[c].append(path)
-    if single := [classes[c] for c, paths in enumerate(groups) if len(paths) < 2]:
+    groups: list[list[int]] = [[] for _ in classes]
+    for i, c in enumerate(labels):
+        groups[c].append(i)
+    if single := [classes[c] for c, group in enumerate(groups) if len(group) < 2]:
         raise UserError(f"--split {fraction:g}: needs two images of every class; only one is there of {_few(single)}")
-
-    def key(path: str) -> bytes:
-        below = path[len(str(top)) :].replace(os.sep, "/").strip("/")
-        return hashlib.sha256(os.fsencode(below)).digest()
-
-    tested = set()
-    for paths in groups:
-        count = min(max(round(fraction * len(paths)), 1), len(paths) - 1)
-        tested.update(sorted(paths, key=key)[:count])
-    return {train: [sample for sample in images if (sample[0] in tested) != train] for train in (True, False)}
+    hashes = [hashlib.sha256(os.fsencode(key)).digest() for key in keys]
+    tested = [False] * len(keys)
+    for group in groups:
+        count = min(max(round(fraction * len(group)), 1), len(group) - 1)
+        for i in sorted(group, key=hashes.__getitem__)[:count]:
+            tested[i] = True
+    return tested
 
 
 # --- No split ---------------------------------------------------------------------------------------------------------
@@ -191,8 +200,8 @@ def _split(images: list[Sample], top: Path, classes: Sequence[str], fraction: fl
 def _check_flat(root: Path, folders: list[str], tests: list[str], split: float | None) -> None:
     """Check that a folder without `train` can be split. Raises UserError, which names what would do, otherwise."""
     place = f"--image_folder {root}"
-    if tests:
-        raise UserError(f"{place}: has {tests[0]} but no train; {EXPECTED}")
+    if split is None and (named := [name for name in tests if _folders(root / name)]):
+        raise UserError(f"{place}: has {named[0]} but no train with class folders; {EXPECTED}")
     if split is None or len(folders) == 1:
         if (better := _with_train(root)) is not None:
             raise UserError(f"{place}: has no train, but {better} has; give --image_folder {better}")
