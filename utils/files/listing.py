@@ -96,7 +96,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _called(folders: Sequence[str], words: Sequence[str]) -> list[str]:
-    """Those of the folders that are called by such words, in any case or as `test_set`, in the order of the words."""
+    """Names of the folders that are called so, in any case or as `test_set`, in the order of the words."""
     spelt = {name: re.sub(r"[ _-]?(set|images)$", "", name.lower()) for name in folders}
     return [name for word in words for name in sorted(folders, key=lambda name: name != word) if spelt[name] == word]
 
