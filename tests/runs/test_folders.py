@@ -123,6 +123,12 @@ def test_a_folder_that_does_not_do_is_told_what_would(tmp_path: Path) -> None:
     image_folder(tmp_path / "half", {}, {"a": 1, "b": 1})
     with pytest.raises(UserError, match="has test but no train"):
         list_images(tmp_path / "half")
+    for name in "ab":
+        (tmp_path / "half" / "train" / name).mkdir(parents=True)
+        save(tmp_path / "half" / "train" / name / "0.png", noise(8, 8))
+        (tmp_path / "half" / "test" / name / "0.png").unlink()
+    with pytest.raises(UserError, match=r"class folders in test hold no images.*--split 0\.2"):
+        list_images(tmp_path / "half")
     image_folder(tmp_path / "other", {"a": 1, "b": 1}, {"c": 1, "d": 1})
     with pytest.raises(UserError, match="train and test have different classes: only one has a, b, c, d"):
         list_images(tmp_path / "other")
@@ -273,6 +279,8 @@ def test_names_come_from_any_of_the_known_tables_and_never_change_the_order(tmp_
     tables: Mapping[str, str] = {
         "words.txt": "\n".join(f"{n}\t{w}" for n, w in zip(WNIDS, WORDS, strict=True)),
         "synset_words.txt": "\n".join(f"{n} {w}" for n, w in zip(WNIDS, WORDS, strict=True)),
+        "map_clsloc.txt": "\n".join(f"{n} 7 {w.replace(' ', '_')}" for n, w in zip(WNIDS, WORDS, strict=True)),
+        "names.csv": "wnid,name\r\n" + "\r\n".join(f"{n},{w}" for n, w in zip(WNIDS, WORDS, strict=True)),
         "imagenet_class_index.json": json.dumps(keras),
         "Labels.json": json.dumps(dict(zip(WNIDS, WORDS, strict=True))),
     }
@@ -282,7 +290,11 @@ def test_names_come_from_any_of_the_known_tables_and_never_change_the_order(tmp_
         (tmp_path / name).unlink()
     for text in ("[1, 2", '{"a": 1}', "[" * 100000, "n01443537"):
         (tmp_path / "Labels.json").write_text(text)
+        assert readable_names(WNIDS, [tmp_path, tmp_path / "nowhere"], {}) == WNIDS
+    for text in ("n01443537 0", "n01443537_1.JPEG x", "n01443537,a.JPEG\nn01443537,b.JPEG"):  # tables of other things
+        (tmp_path / "rows.txt").write_text(text)
         assert readable_names(WNIDS, [tmp_path], {}) == WNIDS
+    (tmp_path / "rows.txt").unlink()
     (tmp_path / "words.txt").write_text("cat a cat\nn01443537 \x1b[31mred\n")
     assert readable_names(["cat", "n01443537"], [tmp_path], {}) == ["cat", "n01443537 \\x1b[31mred"]
     assert same_classes(WNIDS, NAMES) and same_classes(NAMES, WNIDS) and not same_classes(WNIDS[:2], NAMES)
@@ -424,6 +436,9 @@ def test_arrays_without_test_images_take_val_or_a_split(tmp_path: Path, said: Ca
         ({"train_labels": np.arange(8)}, "8 labels for 9 images"),
         ({"train_labels": np.ones((9, 2))}, r"labels of shape \(9, 2\)"),
         ({"train_labels": np.full(9, 0.5)}, "no whole numbers"),
+        ({"train_labels": np.full(9, np.inf)}, "no whole numbers"),
+        ({"train_labels": np.array(1)}, r"labels of shape \(\)"),
+        ({"train_images": np.array(1)}, r"shape \(\)"),
         ({"train_labels": np.zeros(9)}, "two classes or more, has 1"),
         ({"test_labels": np.full(6, 7)}, "labels that no training image has"),
         ({"train_images": -noise(9, 8, 8).astype(float)}, "pixels range from -255"),

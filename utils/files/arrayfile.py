@@ -51,14 +51,14 @@ class ArrayFile:
         if split is not None and tests:
             raise UsageError(f"--split {split:g}: {path} has {tests[0]} images; leave --split out")
         used = {True: pairs[train]} | ({False: pairs[tests[0]]} if tests else {})
-        labels = {part: self._labels(pair[1], len(pair[0])) for part, pair in used.items()}
+        images = self._images({part: pair[0] for part, pair in used.items()})
+        labels = {part: self._labels(pair[1], len(images[part])) for part, pair in used.items()}
         values = labels[True].unique()  # in order
         self.classes = [str(value) for value in values.tolist()]
         if len(values) < 2:
             raise UserError(f"--npz {path}: needs two classes or more, has {len(values)}")
         if not torch.isin(torch.cat([*labels.values()]), values).all():
             raise UserError(f"--npz {path}: the test images have labels that no training image has; correct them")
-        images = self._images({part: pair[0] for part, pair in used.items()})
         self._splits = {part: (images[part], torch.searchsorted(values, labels[part])) for part in used}
         if split is not None:
             self._hold_out(split)
@@ -124,7 +124,7 @@ class ArrayFile:
             raise UserError(f"--npz {self.path}: has labels of shape {tuple(labels.shape)}; one per image is needed")
         if len(labels) != count:
             raise UserError(f"--npz {self.path}: has {len(labels)} labels for {count} images; correct the file")
-        if labels.is_floating_point() and not (labels == labels.round()).all():
+        if labels.is_floating_point() and not ((labels == labels.round()) & labels.isfinite()).all():
             raise UserError(f"--npz {self.path}: has labels that are no whole numbers; one class per image is needed")
         return labels.flatten().long()
 

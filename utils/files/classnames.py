@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,36 +10,38 @@ from pathlib import Path
 
 from utils.system.errors import printable
 
-log = logging.getLogger("dream")
-
-# Files that say what ImageNet's folders show, as ImageNet, Tiny-ImageNet, Caffe, Keras and Kaggle call them.
-TABLES = (
-    "words.txt", "LOC_synset_mapping.txt", "synset_words.txt", "imagenet_class_index.json", "Labels.json",
-    "classes.txt",
-)  # fmt: skip
-TABLE_BYTES = 2**24  # WordNet's own words.txt has 2.7 MB; what is larger is no such table
+SUFFIXES = (".txt", ".csv", ".tsv", ".json")  # of tables: words.txt, LOC_synset_mapping.txt, map_clsloc.txt, ...
+TABLE_BYTES, MOST_TABLES = 2**24, 50  # what is larger, or beyond that number, is not looked at
 WORDS = 60  # characters of a class's words at most
 
 
 def readable_names(folders: Sequence[str], places: Sequence[Path], known: Mapping[str, str]) -> list[str]:
     """Names of classes from those of their folders, in the same order: `n01443537 goldfish` for `n01443537`.
 
-    places: where a table may lie. known: words that need no table. Folders without words keep their name.
+    places: where a table of words may lie. known: words that need no table. Folders without words keep their name.
     """
-    words: dict[str, str] = {}
-    if any(wnid(name) == name for name in folders):
-        for file in (place / table for place in places for table in TABLES):
-            with suppress(OSError, ValueError, RecursionError):  # a table that cannot be read is none
-                if file.is_file() and file.stat().st_size <= TABLE_BYTES:
-                    words = _words(file.read_text(encoding="utf-8", errors="replace"), is_json=file.suffix == ".json")
-            if words:
-                break
-    words = {**words, **known}
+    words: Mapping[str, str] = known
+    if any(wnid(name) == name and name not in known for name in folders):
+        words = {**_from_tables(places), **known}
     return [f"{name} {words[name]}" if words.get(name) and wnid(name) == name else name for name in folders]
 
 
+def _from_tables(places: Sequence[Path]) -> dict[str, str]:
+    """Words for WordNet numbers from the first table that has any; what cannot be read is no table."""
+    for place in places:
+        with suppress(OSError):
+            files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)[:MOST_TABLES]
+            for file in files:
+                with suppress(OSError, ValueError, RecursionError):
+                    if file.is_file() and file.stat().st_size <= TABLE_BYTES:
+                        text = file.read_text(encoding="utf-8", errors="replace")
+                        if words := _words(text, is_json=file.suffix == ".json"):
+                            return words
+    return {}
+
+
 def _words(text: str, *, is_json: bool) -> dict[str, str]:
-    """First synonym of every WordNet number in a table. Raises ValueError for broken JSON."""
+    """First synonym of every WordNet number in a table; empty for tables of other things. Raises ValueError."""
     pairs: list[tuple[str, str]] = []
     if is_json:
         table = json.loads(text)
@@ -48,10 +49,10 @@ def _words(text: str, *, is_json: bool) -> dict[str, str]:
             # {"0": ["n01440764", "tench"]} of Keras, or {"n01440764": "tench, Tinca tinca"}
             pair = value if isinstance(value, list) and len(value) == 2 else [key, value]
             pairs.append((str(pair[0]), str(pair[1])))
-    else:
-        fields = [line.split(None, 1) for line in text.splitlines()]
-        pairs = [(line[0], line[1]) for line in fields if len(line) == 2]
-    return {key: _first_synonym(words) for key, words in pairs if wnid(key) == key}
+    else:  # `n01440764 tench, Tinca tinca`, after a tab, a comma, or a class number in map_clsloc.txt
+        pairs = re.findall(r"^(n\d{8})[ \t,;:]+(?:\d+ +)?(.*[^\W\d_].*)$", text, flags=re.M)
+    words = {key: _first_synonym(value) for key, value in pairs if wnid(key) == key}
+    return words if len(words) == len(set(pairs)) else {}  # else one row for every image
 
 
 def _first_synonym(words: str) -> str:

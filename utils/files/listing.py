@@ -158,7 +158,10 @@ def _check_same(root: Path, classes: Sequence[str], tested: Sequence[str], split
 
 def _why_no_test(root: Path, tests: Sequence[str], classes: Sequence[str]) -> str:
     for name in tests:
-        if (folders := _folders(root / name)) and folders != ["images"]:
+        folders = _folders(root / name)
+        if {*folders} & {*classes}:
+            return f"the class folders in {name} hold no images; without {name}, {SPLIT_IT}"
+        if folders and folders != ["images"]:
             odd = _few(sorted({*folders} ^ {*classes}))
             return f"train and {name} have different classes: only one has {odd}; without {name}, {SPLIT_IT}"
     if tests:
