@@ -3,8 +3,8 @@
     dataset = Dataset("cifar10", device=device)
     dataset.train, dataset.test                 # ImageSet each, read when first used
 
-A new data set is one row of `DATASETS` here, with a function like `load_digits` unless torchvision has it, and one row
-of `DATASET_SETTINGS` in utils/config/presets.py, which may be `dict()`.
+A new data set is one row of `DATASETS` here, with a function like `load_digits` unless torchvision has it or
+--image_folder names its images, and one row of `DATASET_SETTINGS` in utils/config/presets.py, which may be `dict()`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from utils.files.arrayfile import ArrayFile
 from utils.files.downloads import files_of, from_torchvision
 from utils.files.imagefiles import FULL, GreyRange
 from utils.files.imagefolder import Folder, Split
 from utils.method.images import ImageSet, Normalize, Whiten, digest
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError, printable
 
 log = logging.getLogger("dream")
 
@@ -56,9 +57,11 @@ class Info:
     side: int
     mean: tuple[float, ...]  # per channel, in units of [0, 1], as std
     std: tuple[float, ...]
-    load: Callable[[Path, bool], Split]  # (data_dir, train) -> images, labels, class names
+    load: Callable[[Path, bool], Split] | None = None  # (data_dir, train) -> images, labels, class names
     files: Callable[[Path], list[Path]] = lambda data_dir: []  # that `load` reads, as far as they are there
     flip: bool = True  # whether a mirror image belongs to the same class
+    where: str = ""  # to get the images that --image_folder names, for data sets that have no `load`
+    only: Mapping[str, str] | None = None  # the class folders to take of ImageNet's, with words for people
 
 
 def torchvision_set(kind: str) -> tuple[Callable[[Path, bool], Split], Callable[[Path], list[Path]]]:
@@ -68,6 +71,19 @@ def torchvision_set(kind: str) -> tuple[Callable[[Path, bool], Split], Callable[
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 SVHN = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip, as it is unpacked"
+SUBSET = "https://github.com/fastai/imagenette, or use the folders of ImageNet itself"
+NETTE = {
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
+    "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
+    "n03445777": "golf ball", "n03888257": "parachute",
+}  # fmt: skip
+WOOF = {
+    "n02086240": "Shih-Tzu", "n02087394": "Rhodesian ridgeback", "n02088364": "beagle",
+    "n02089973": "English foxhound", "n02093754": "Border terrier", "n02096294": "Australian terrier",
+    "n02099601": "golden retriever", "n02105641": "Old English sheepdog", "n02111889": "Samoyed", "n02115641": "dingo",
+}  # fmt: skip
 
 DATASETS = {
     #          classes, channels, side, mean, std, load
@@ -77,6 +93,9 @@ DATASETS = {
     "cifar10": Info(10, 3, 32, *CIFAR, *torchvision_set("CIFAR10")),
     "cifar100": Info(100, 3, 32, *CIFAR, *torchvision_set("CIFAR100")),
     "digits": Info(10, 1, 8, (0.3053,), (0.3758,), load_digits, flip=False),
+    "tinyimagenet": Info(200, 3, 64, *IMAGENET, where=TINY),
+    "imagenette": Info(10, 3, 128, *IMAGENET, where=SUBSET, only=NETTE),
+    "imagewoof": Info(10, 3, 128, *IMAGENET, where=SUBSET, only=WOOF),
 }
 
 
@@ -85,17 +104,41 @@ def has_mirror_images(name: str) -> bool:
     return name not in DATASETS or DATASETS[name].flip
 
 
-FOLDER_BASE_SIDE = 32  # at which the default pixel rate holds for folders of one's own
+FOLDER_BASE_SIDE = 32  # at which the default pixel rate holds for images of one's own
+
+
+class Source(Protocol):
+    """Images of one's own: a folder of image files, or a file of arrays."""
+
+    root: Path
+    classes: list[str]
+
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """Path of every file that images are read from, and what is known of its split and label."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of training images of every class."""
+
+    def shape(self, size: int | None) -> tuple[int, int]:
+        """Channels and side of the images; size: None, or the side to resize to."""
+
+    def load(
+        self, train: bool, channels: int, side: int, device: torch.device, held: Sequence[int] | None = None
+    ) -> Split:
+        """Images of a split as uint8 (N, channels, side, side); held: only of these classes."""
 
 
 class Dataset:
     """Data set whose properties are known at once, and whose images are read when they are first used.
 
-    mean, std: per channel of a folder's images, where they are known; otherwise computed from the training images.
-    threads: number that read image files; None: as many as the machine suggests. whiten: none or zca, which whitens
-    both splits by the covariance of the training images. skip_broken: leave out a folder's files that cannot be read.
-    grey_range: of a folder's 16-bit images, where it is known. Raises UsageError or UserError, naming the flag or the
-    file, when a folder cannot be used.
+    image_folder, npz: the images, unless the data set comes with them. split: see utils/files/listing.py. mean, std:
+    per channel of images of one's own, where they are known; otherwise computed from the training images. threads:
+    number that read image files; None: as many as the machine suggests. whiten: none or zca, which whitens both splits
+    by the covariance of the training images. skip_broken: leave out a folder's files that cannot be read. grey_range:
+    of a folder's 16-bit images, where it is known. Raises UsageError or UserError, naming the flag or the file, when a
+    folder or file cannot be used.
     """
 
     def __init__(
@@ -105,6 +148,8 @@ class Dataset:
         device: torch.device,
         data_dir: str | Path = "data",
         image_folder: str | Path | None = None,
+        npz: str | Path | None = None,
+        split: float | None = None,
         size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -121,31 +166,37 @@ class Dataset:
         self._files = ""
         self.device = device
         self.data_dir = Path(os.path.expanduser(data_dir))
-        self.folder: Folder | None = None
-        if image_folder is not None:
-            root = Path(os.path.expanduser(image_folder))
-            self.folder = Folder(root, threads, skip_broken=skip_broken, grey_range=grey_range)
         info = DATASETS.get(name)
+        self.source: Source | None = None
+        if image_folder is not None:
+            only = None if info is None else info.only
+            root = Path(os.path.expanduser(image_folder))
+            self.source = Folder(root, threads, split=split, only=only, skip_broken=skip_broken, grey_range=grey_range)
+        elif npz is not None:
+            self.source = ArrayFile(Path(os.path.expanduser(npz)), split=split)
+        place = f"--npz {npz}" if image_folder is None else f"--image_folder {image_folder}"
         self.flip = has_mirror_images(name)
         if info is not None:
             self.classes, self.channels, self.side = info.classes, info.channels, info.side
             self.base_side = info.side
             self._statistics: tuple[Sequence[float], Sequence[float]] | None = (info.mean, info.std)
-            if self.folder is not None and len(self.folder.classes) != self.classes:
-                raise UsageError(
-                    f"--image_folder {image_folder}: has {len(self.folder.classes)} classes, but {name} has "
-                    f"{self.classes}; use -d folder for a data set of your own"
-                )
+            if self.source is not None and (found := len(self.source.classes)) != self.classes:
+                if found > self.classes or info.load is not None:
+                    own = "npz" if image_folder is None else "folder"
+                    raise UsageError(
+                        f"{place}: has {found} classes, but {name} has {self.classes}; use -d {own} for a data set of "
+                        "your own"
+                    )
+                log.warning("%s", printable(f"{place}: has {found} of the {self.classes} classes of {name}"))
+                self.classes = found
         else:
-            assert self.folder is not None
-            self.channels, self.side = self.folder.shape(size)
-            self.classes = len(self.folder.classes)
+            assert self.source is not None
+            self.channels, self.side = self.source.shape(size)
+            self.classes = len(self.source.classes)
             self.base_side = FOLDER_BASE_SIDE
             self._statistics = None if mean is None or std is None else (mean, std)
             if mean is not None and len(mean) != self.channels:
-                raise UserError(
-                    f"--image_folder {image_folder}: has {self.channels} channels, the set's normalization {len(mean)}"
-                )
+                raise UserError(f"{place}: has {self.channels} channels, the set's normalization {len(mean)}")
         if whiten != "none" and self.channels * self.side**2 > WHITENED:
             raise UsageError(
                 f"--whiten {whiten}: takes a matrix for all pairs of an image's numbers, at most {WHITENED} of them; "
@@ -156,11 +207,9 @@ class Dataset:
     @cached_property
     def counts(self) -> list[int]:
         """Number of training images of every class; the images of a folder are not read for it."""
-        if self.folder is not None:
-            labels = torch.tensor([label for _, label in self.folder.samples[True]])
-        else:
-            labels = self._train[1]
-        return torch.bincount(labels, minlength=self.classes).tolist()
+        if self.source is not None:
+            return self.source.counts
+        return torch.bincount(self._train[1], minlength=self.classes).tolist()
 
     def shard(self, classes: list[int], all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Keep the training images of some classes only, since other ranks keep the others.
@@ -217,17 +266,16 @@ class Dataset:
         return self._files
 
     def _fingerprint(self) -> str:
-        if self.folder is None:
+        if self.source is None:
             root = self.data_dir
-            samples = [(str(path), "") for path in DATASETS[self.name].files(root)]
+            files = [(str(path), "") for path in DATASETS[self.name].files(root)]
         else:
-            root = self.folder.root
-            samples = [(path, f"{train} {c}") for train, split in self.folder.samples.items() for path, c in split]
+            root, files = self.source.root, self.source.files
         sha256 = hashlib.sha256()
-        for path, label in samples:
+        for path, label in files:
             about, name = os.stat(path), path.removeprefix(str(root))
             sha256.update(f"{name}\0{label} {about.st_size} {about.st_mtime_ns}\0".encode(errors="surrogateescape"))
-        return sha256.hexdigest() if samples else ""
+        return sha256.hexdigest() if files else ""
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -242,25 +290,30 @@ class Dataset:
     @property
     def class_names(self) -> list[str]:
         """Name of every class."""
-        if self.folder is not None:
-            return self.folder.classes
+        if self.source is not None:
+            return self.source.classes
         return self._names
 
     @property
     def grey_range(self) -> GreyRange:
         """The values of 16-bit images that become 0 and 255."""
-        return FULL if self.folder is None else self.folder.grey_range
+        return self.source.grey_range if isinstance(self.source, Folder) else FULL
 
     @property
     def skipped(self) -> dict[str, Any] | None:
         """Which broken files were left out: their `count`, the `first` names, and `sha256` of all names; None: none."""
-        return None if self.folder is None else self.folder.skipped
+        return self.source.skipped if isinstance(self.source, Folder) else None
 
     @property
     def reading(self) -> dict[str, Any]:
         """What data.json says of how a folder's files were read, where there is something to say."""
         grey_range = {} if self.grey_range == FULL else {"grey_range": list(self.grey_range)}
         return grey_range | ({} if self.skipped is None else {"skipped_files": self.skipped})
+
+    @property
+    def has_own_classes(self) -> bool:
+        """Whether the images themselves say what the classes are, and not the data set's name."""
+        return self.name not in DATASETS or DATASETS[self.name].load is None
 
     @cached_property
     def _train(self) -> tuple[Tensor, Tensor]:
@@ -278,10 +331,12 @@ class Dataset:
         return self._load(train=False)[2]
 
     def _load(self, *, train: bool) -> Split:
-        if self.folder is not None:
+        if self.source is not None:
             held = self._kept_classes if train else None
-            return self.folder.load(train, self.channels, self.side, self.device, held)
-        images, labels, names = DATASETS[self.name].load(self.data_dir, train)
+            return self.source.load(train, self.channels, self.side, self.device, held)
+        load = DATASETS[self.name].load
+        assert load is not None
+        images, labels, names = load(self.data_dir, train)
         shape, expected = tuple(images.shape[1:]), (self.channels, self.side, self.side)
         if shape != expected or not 0 <= labels.min() <= labels.max() < self.classes:
             raise UserError(

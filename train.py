@@ -40,6 +40,7 @@ from utils.config.flags import as_argv
 from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic, hub
+from utils.files.classnames import same_classes
 from utils.files.imagefiles import GRID_COLUMNS
 from utils.files.tensors import must_fit
 from utils.method.evaluation import Score, evaluate_networks, tested_epochs
@@ -243,7 +244,7 @@ def options(given: dict[str, Any], source: SetFile | None) -> TrainOptions:
     if source is None:
         return resolve.train_options(given, None, Path())
     card = source.card
-    if card is None and not ("factor" in given and ("dataset" in given or "image_folder" in given)):
+    if card is None and not ("factor" in given and ("dataset" in given or "image_folder" in given or "npz" in given)):
         raise UsageError(
             f"{source.file}: has no {CARD} beside it; say what it is with -d DATASET and -f FACTOR (1 for plain images)"
         )
@@ -285,9 +286,9 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         data = build.dataset(o, card=card, precision=o.precision)
         if card is not None and card.get("skipped_files") != data.skipped:
             log.warning("--skip_broken: other files of %s are left out than when the set was made", o.image_folder)
-        if card is not None and o.dataset == "folder" and card.get("class_names") != data.class_names:
-            names = card.get("class_names")
-            raise UserError(f"--image_folder {o.image_folder}: has other classes than the set, {names}")
+        if card is not None and data.has_own_classes and not same_classes(card.get("class_names"), data.class_names):
+            names, flag = card.get("class_names"), "image_folder" if o.npz is None else "npz"
+            raise UserError(f"--{flag} {getattr(o, flag)}: has other classes than the set, {names}")
         if o.tensorboard:
             check_board()
         specs = resolve.networks(o, given, card, data)

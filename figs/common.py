@@ -24,6 +24,7 @@ from torch import Tensor
 from utils.config.flags import Parser
 from utils.config.options import FREE, CondenseOptions
 from utils.files.atomic import read_json, write_atomically
+from utils.files.classnames import spellings
 from utils.method.formation import Formation
 from utils.runs.card import CARD, Card
 from utils.runs.folder import METRICS, OPTIONS, images_in
@@ -83,6 +84,8 @@ def class_number(wanted: str, names: Sequence[str], flag: str) -> int:
     """Number of the class of that name, or else of that number. Raises UsageError, naming the flag."""
     if wanted in names:
         return names.index(wanted)
+    if len(called := [c for c, name in enumerate(names) if wanted in spellings(name)]) == 1:
+        return called[0]
     if wanted.isdecimal() and int(wanted) < len(names):
         return int(wanted)
     some = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
@@ -368,8 +371,9 @@ def label(run: Run, names: Sequence[str]) -> str:
         o = run.options
         return f"{o['dataset']}, ipc={o['ipc']}, factor={o['factor']}"
     shown: dict[str, Any] = {name: run.options.get(name) for name in names}
-    if shown.get("image_folder"):
-        shown["image_folder"] = Path(shown["image_folder"]).name
+    for name in ("image_folder", "npz"):
+        if shown.get(name):
+            shown[name] = Path(shown[name]).name
     return printable(", ".join(f"{name}={value}" for name, value in shown.items()))
 
 

@@ -24,7 +24,8 @@ from utils.system.report import Progress
 
 # Flags of condense.py, with the same defaults and data sets' settings.
 BORROWED = (
-    "dataset", "image_folder", "size", "skip_broken", "whiten", "data_dir", "net_type", "depth", "width", "norm_type",
+    "dataset", "image_folder", "npz", "split", "size", "skip_broken", "whiten", "data_dir", "net_type", "depth",
+    "width", "norm_type",
     "aug_type", "mixup_net", "seed", "device", "compile",
 )  # fmt: skip
 UPDATES = 50  # by default: halfway through an outer iteration of the published run

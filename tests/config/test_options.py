@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import Dataset
+from data import DATASETS, Dataset
 from utils.config import checks, derived, resolve
 from utils.config.derived import pixel_rate
 from utils.config.flags import make_parser
@@ -79,15 +79,17 @@ OTHER = {
     "match": "feat", "select": "random", "init": "noise", "net_type": "resnet", "depth": "7", "width": "7",
     "norm_type": "batch", "aug_type": "flip", "mixup_net": "vanilla", "net_epoch": "7", "epochs": "7",
     "batch_size": "7", "lr": "0.7", "momentum": "0.7", "weight_decay": "0.7", "mixup": "vanilla", "metric": "cos",
-    "lr_img": "0.7", "n_data": "7", "eval_aug_type": "flip", "repeat": "7",
+    "lr_img": "0.7", "factor": "7", "n_data": "7", "eval_aug_type": "flip", "repeat": "7",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dataset", [d for d in DATASET_SETTINGS if d != "folder"])
+@pytest.mark.parametrize("dataset", DATASET_SETTINGS)
 def test_a_flag_beats_every_preset(dataset: str) -> None:
     argv = [word for name, value in OTHER.items() for word in (f"--{name}", value)]
     reproduce = ["--reproduce"] if dataset in PUBLISHED else []
-    o = parsed("-d", dataset, "-f", "2", *reproduce, *argv)
+    comes_with_images = dataset in DATASETS and DATASETS[dataset].load is not None
+    place = [] if comes_with_images else ["--npz", "x"] if dataset == "npz" else ["--image_folder", "x"]
+    o = parsed("-d", dataset, "-f", "2", *place, *reproduce, *argv)
     assert {name: str(getattr(o, name)) for name in OTHER} == OTHER
 
 

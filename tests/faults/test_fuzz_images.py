@@ -32,6 +32,7 @@ from tests.faults.fuzz import Property, both, in_one_line, little_memory
 from tests.files import image_folder, noise, quick, save
 from utils.files import imagefiles
 from utils.files.imagefiles import EXTENSIONS, MAX_PIXELS, mode_and_size, read_image
+from utils.files.imagefolder import Folder
 from utils.runs import formats
 from utils.system.errors import UserError, printable
 
@@ -434,7 +435,7 @@ def test_images_come_in_the_order_of_imagefolder(tmp_path: Path) -> None:
                 save(root / split / c / name, noise(8, 8, seed=i + int(c)))
     dataset = Dataset("folder", device=CPU, image_folder=root)
     theirs = ImageFolder(str(root / "train"))
-    assert dataset.folder is not None and dataset.folder.samples[True] == theirs.samples
+    assert isinstance(dataset.source, Folder) and dataset.source.samples[True] == theirs.samples
     assert dataset.class_names == theirs.classes
 
 

@@ -53,7 +53,7 @@ def replace_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     info = data.DATASETS["digits"]
 
     def load(data_dir: Path, train: bool) -> Split:
-        images, labels, names = info.load(data_dir, train)
+        images, labels, names = data.load_digits(data_dir, train)
         if not train:
             images = torch.from_numpy(noise(123, *images.shape[1:], seed=9))
             labels = torch.from_numpy(np.random.default_rng(9).permutation(123) % len(names))

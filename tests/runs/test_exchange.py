@@ -44,7 +44,7 @@ class Real(Dataset):
     """A data set as far as interpreting needs it, without images."""
 
     def __init__(self, class_names: Sequence[str] = ("cat", "dog", "cow"), channels: int = 1, side: int = 8) -> None:
-        self.name, self.folder, self._names = "animals", None, list(class_names)
+        self.name, self.source, self._names = "animals", None, list(class_names)
         self.classes, self.channels, self.side = len(class_names), channels, side
         self.normalize = Normalize([0.5, 0.4, 0.3][:channels], [0.25, 0.2, 0.5][:channels])
 

@@ -68,6 +68,8 @@ def dataset(o: Options, *, card: Card | None = None, precision: str = "fp32") ->
         device=device,
         data_dir=o.data_dir,
         image_folder=o.image_folder,
+        npz=o.npz,
+        split=o.split,
         size=o.size,
         mean=known.get("mean"),
         std=known.get("std"),
@@ -127,7 +129,8 @@ def experts(o: CondenseOptions, problem: Problem, group: Group = SINGLE) -> Expe
     if o.match != TRAJECTORY:
         return None
     spec, data, saved = problem.spec, problem.data, resolve.as_saved(o)
-    names = (*EXPERT_OPTIONS, *(CLUSTERING_OPTIONS if o.select != "random" else ()))
+    given = [name for name in ("npz", "split") if saved[name] is not None]  # else the identity is as it always was
+    names = (*EXPERT_OPTIONS, *given, *(CLUSTERING_OPTIONS if o.select != "random" else ()))
     recipe = derived.update_recipe(o)
     identity = {
         **{name: saved[name] for name in names},

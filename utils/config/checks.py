@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import models
+from data import DATASETS
 from utils.config.options import CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
 from utils.method.augment import GEOMETRIC, parse, without
@@ -17,15 +18,25 @@ from utils.system.errors import UsageError
 
 def check_data(o: Options) -> None:
     """Check the flags that name the data against each other. Raises UsageError."""
-    dataset, image_folder, size = o.dataset, o.image_folder, o.size
-    if dataset == "folder" and image_folder is None:
-        raise UsageError("-d folder: say where the images are with --image_folder DIR")
-    if dataset == "digits" and image_folder is not None:
-        raise UsageError("--image_folder: digits comes with scikit-learn; leave -d out to use the folder")
-    if size is not None and dataset != "folder":
-        raise UsageError(f"--size: only for folders of one's own; {dataset} has a fixed image size")
-    if o.skip_broken and image_folder is None:
-        raise UsageError(f"--skip_broken: only for --image_folder DIR; {dataset} is no folder of images")
+    own = [f"--{name}" for name in ("image_folder", "npz") if getattr(o, name) is not None]
+    if len(own) > 1:
+        raise UsageError("--image_folder and --npz exclude each other: leave one of them out")
+    for name, flag, value in (("folder", "--image_folder", "DIR"), ("npz", "--npz", "FILE")):
+        if o.dataset == name and own != [flag]:
+            raise UsageError(f"-d {name}: say where the images are with {flag} {value}")
+    if o.dataset in DATASETS and (where := DATASETS[o.dataset].where) and own != ["--image_folder"]:
+        raise UsageError(
+            f"-d {o.dataset}: nothing is downloaded; get the images from {where}, and say where they are with "
+            "--image_folder DIR"
+        )
+    if o.dataset == "digits" and own:
+        raise UsageError(f"{own[0]}: digits comes with scikit-learn; leave -d out to use the images")
+    if o.size is not None and o.dataset in DATASETS:
+        raise UsageError(f"--size: only for images of one's own; {o.dataset} has a fixed image size")
+    if o.split is not None and not own:
+        raise UsageError(f"--split: only for images of --image_folder or --npz; {o.dataset} has test images")
+    if o.skip_broken and "--image_folder" not in own:
+        raise UsageError(f"--skip_broken: only for --image_folder DIR; {o.dataset} is no folder of images")
 
 
 def check_alone(given: Mapping[str, Any]) -> None:

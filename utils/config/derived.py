@@ -147,11 +147,11 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
 def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, settings: dict[str, Any]) -> Card:
     """The card of a set of whose making nothing is known: how to use it. settings: the other options, where known."""
     (mean, std), formation = data.statistics, Formation(o.factor or 1, o.decode_type or "single")
-    folder = None if o.image_folder is None else str(Path(o.image_folder).resolve())
+    places = {"image_folder": o.image_folder, "npz": o.npz}
+    origin = {"dataset": o.dataset, **{k: None if v is None else str(Path(v).resolve()) for k, v in places.items()}}
     return {
-        "dataset": o.dataset,
-        "image_folder": folder,
-        "source_datasets": source_datasets({"dataset": o.dataset, "image_folder": folder}),
+        **origin,
+        "source_datasets": source_datasets(origin),
         "class_names": list(data.class_names),
         "ipc": ipc,
         "factor": formation.factor,

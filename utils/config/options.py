@@ -27,7 +27,7 @@ FREE = (
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
 NO_BASELINES, ALL_NETWORKS = "none", "all"
-OF_THE_SET = ("dataset", "image_folder", "ipc", "factor", "decode_type")  # what data.json says of the set itself
+OF_THE_SET = ("dataset", "image_folder", "npz", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
 # One name per group of --help, so that a field below begins with its group.
 _data = partial(flag, group="data")
@@ -50,8 +50,11 @@ def per_family(setting: str) -> str:
     if setting == "width":
         large = ", ".join(f"{name} {f.large_width}" for name, f in models.FAMILIES.items() if f.large_width)
         defaults += f"; {large} from {models.resnet.LARGE} x {models.resnet.LARGE} pixels on"
-    for_digits = DATASET_SETTINGS["digits"].get(setting)
-    return defaults if for_digits is None else f"{defaults}; convnet {for_digits} for digits"
+    rows: dict[int, list[str]] = {}
+    for name, settings in DATASET_SETTINGS.items():
+        if setting in settings:
+            rows.setdefault(settings[setting], []).append(name)
+    return "".join([defaults, *(f"; convnet {value} for {', '.join(names)}" for value, names in rows.items())])
 
 
 # fmt: off
@@ -62,12 +65,18 @@ class Options:
     COMMON: ClassVar[Sequence[str]] = ()  # the flags that --help begins with
 
     dataset: str = _data("digits", "-d", choices=tuple(DATASET_SETTINGS),
-        help="data set; folder needs --image_folder")
+        help="data set; folder, tinyimagenet, imagenette and imagewoof need --image_folder, npz needs --npz")
     image_folder: str | None = _data(None, metavar="DIR",
-        help="images in DIR/train/CLASS/* and DIR/test/CLASS/*; with -d cifar10 and the like, that data set's "
-             "normalisation and settings apply to them")
+        help="images in DIR/train/CLASS/* and DIR/test/CLASS/* (or val, also with a table of labels as Tiny-ImageNet "
+             "has it); with -d cifar10 and the like, that data set's normalisation and settings apply to them")
+    npz: str | None = _data(None, metavar="FILE",
+        help="images in a .npz file of arrays train_images, train_labels, test_images and test_labels, as MedMNIST has "
+             "them, or x_train, y_train and so on")
+    split: float | None = _data(None, parse=number(below=1, open_end=True), metavar="F",
+        help="test on this fraction of every class, where --image_folder (then also DIR/CLASS/*) or --npz has no test "
+             "images; the same images for every --seed")
     size: int | None = _data(None, parse=integer(8, 2**14), metavar="PIXELS",
-        help="resize and centre-crop the images of a folder to this side (default: their own)")
+        help="resize and centre-crop the images of --image_folder or --npz to this side (default: their own)")
     skip_broken: bool = _data(False,
         help="leave out image files that cannot be decoded, which are counted in options.json; reads all files twice")
     whiten: str = _data("none", choices=("none", "zca"),

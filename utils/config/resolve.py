@@ -25,6 +25,7 @@ from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError
 
 NETWORK = ("net_type", "depth", "width", "norm_type")  # options that belong to one network
+PLACES = ("image_folder", "npz")  # options that say where images lie, which may be elsewhere now
 COPIES = 4  # of a network's weights in memory, at least: weights, gradients, momentum, and a temporary one
 
 # --- condense.py ------------------------------------------------------------------------------------------------------
@@ -51,9 +52,7 @@ def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = Mappi
     """
     given = {**config, **flags}
     defaults = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
-    if "image_folder" in given:
-        defaults["dataset"] = "folder"
-    dataset = given.get("dataset", defaults["dataset"])
+    defaults["dataset"] = dataset = _dataset(given)
     layers: list[tuple[str, Mapping[str, Any]]] = [("default", defaults), ("data set", DATASET_SETTINGS[dataset])]
     if given.get("reproduce"):
         if dataset not in PUBLISHED:
@@ -78,9 +77,15 @@ def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = Mappi
     return Resolved(options, origin)
 
 
+def _dataset(given: Mapping[str, Any]) -> str:
+    """The data set that the flags name: by -d, else that of one's own images if there are any."""
+    own = "folder" if "image_folder" in given else "npz" if "npz" in given else Options.dataset
+    return str(given.get("dataset", own))
+
+
 def as_saved(options: CondenseOptions) -> dict[str, Any]:
     """All options as options.json holds them; paths are absolute, so that they can be compared."""
-    paths = {name: getattr(options, name) for name in ("image_folder", "resume_from")}
+    paths = {name: getattr(options, name) for name in ("image_folder", "npz", "resume_from")}
     resolved = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
     return {**dataclasses.asdict(options), **resolved}
 
@@ -112,8 +117,8 @@ def how_to_go_on(options: CondenseOptions) -> str:
 # --- Files of --config ------------------------------------------------------------------------------------------------
 
 # What presets follow from. A run's file counts as these flags, and those for whatever they do not explain of that run.
-DECIDING = ("dataset", "image_folder", "method", "select", "factor", "ipc", "net_type", "reproduce")
-OF_THE_FOLDER = ("image_folder", "size")
+DECIDING = ("dataset", "image_folder", "npz", "method", "select", "factor", "ipc", "net_type", "reproduce")
+OF_THE_FOLDER = ("image_folder", "npz", "split", "size")
 
 
 def _config(kind: type[Options], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +138,8 @@ def _config(kind: type[Options], flags: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if value is not None}
     if "dataset" in values and flags.get("dataset", values["dataset"]) != values["dataset"]:
         values = {name: value for name, value in values.items() if name not in OF_THE_FOLDER}
+    if flags.keys() & PLACES:
+        values = {name: value for name, value in values.items() if name not in PLACES}
     if "net_type" in values and "net_type" in flags:
         own, new = ([x] if isinstance(x, str) else x for x in (values["net_type"], flags["net_type"]))
         one_each = len(own) == len(new) == 1 and ALL_NETWORKS not in (*own, *new)
@@ -188,11 +195,15 @@ def train_options(
     values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
     if card is not None:
         for name in OF_THE_SET:
-            if name in given and given[name] != card[name] and name != "image_folder":
+            if name in given and given[name] != card.get(name) and name not in PLACES:
                 raise UsageError(f"--{name} {given[name]}: the set's data.json says {card[name]}; leave the flag out")
+        if given.get("split", split := card["settings"].get("split")) != split:  # some were distilled, then tested on
+            raise UsageError(f"--split {given['split']:g}: the set was distilled with {split}; leave the flag out")
         values.update(_settings_of(card, source))
+        if given.keys() & PLACES:  # the images lie elsewhere now
+            values.update(dict.fromkeys(PLACES))
     else:
-        values["dataset"] = given.get("dataset", "folder" if "image_folder" in given else values["dataset"])
+        values["dataset"] = _dataset(given)
         exceptional = exceptions(values["dataset"], given.get("factor") or 1, given.get("ipc") or ipc or 10)
         epochs = {"epochs": REAL_EPOCHS} if given.get("real") else {}
         for layer in (DATASET_SETTINGS[values["dataset"]], exceptional, epochs):
@@ -208,7 +219,7 @@ def train_options(
 
 def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Settings in a data.json, checked as if they were flags, since the file may be anybody's."""
-    known = {**card["settings"], **{name: card[name] for name in OF_THE_SET}}
+    known = {**card["settings"], **{name: card.get(name) for name in OF_THE_SET}}
     # Where and how the set was computed has no influence on its evaluation. Nor have options that only train.py has,
     # such as the names of files to write: a set must not choose those.
     names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, "precision"}

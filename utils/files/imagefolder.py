@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from utils.files.classnames import readable_names
 from utils.files.imagefiles import (
-    EXTENSIONS,
     NAMED,
     BrokenImages,
     GreyRange,
     broken_images,
     for_each,
     grey_range_of,
-    image_files,
-    inside,
     is_deep,
     is_grey,
     listing,
     mode_and_size,
     read_image,
 )
+from utils.files.labeltable import places_of_tables
+from utils.files.listing import EXPECTED, list_images
 from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError, first_line, printable
 
@@ -48,10 +48,10 @@ class Headers(NamedTuple):
 
 
 class Folder:
-    """Image files in DIR/train/CLASS/* and DIR/test/CLASS/*; classes are numbered in alphabetical order.
+    """Image files in DIR/train/CLASS/* and DIR/test/CLASS/*, or another layout of utils/files/listing.py.
 
-    skip_broken: leave out the files that cannot be decoded, for which all of them are, once. grey_range: of 16-bit
-    images, where it is known already; otherwise that of the training images.
+    classes: names of the classes in alphabetical order, with words after WordNet numbers where these are known.
+    samples: path and class number of the training images (True) and the test images (False).
     """
 
     def __init__(
@@ -59,52 +59,42 @@ class Folder:
         root: Path,
         threads: int | None = None,
         *,
+        split: float | None = None,
+        only: Mapping[str, str] | None = None,
         skip_broken: bool = False,
         grey_range: GreyRange | None = None,
     ) -> None:
+        """List a folder. split: see `list_images`; only: class folders to take, with words for people.
+
+        skip_broken: leave out the files that cannot be decoded, for which all of them are, once. grey_range: of 16-bit
+        images, where it is known already; otherwise that of the training images. Raises UserError or UsageError when
+        the folder cannot be used.
+        """
         self.root = root
         if grey_range is not None:
             self.grey_range = grey_range
         self.threads = threads
-        self.samples: dict[bool, list[tuple[str, int]]] = {}
-        for train, split in ((True, "train"), (False, "test")):
-            try:
-                classes, self.samples[train] = self._listed(str(root / split))
-            except (OSError, ValueError) as error:  # ValueError: a data.json may have a name that no file can have
-                where, reason = getattr(error, "filename", None) or root / split, getattr(error, "strerror", None)
-                raise UserError(
-                    f"--image_folder {root}: cannot use {where} ({reason or first_line(error)}); expected images in "
-                    "DIR/train/CLASS/* and DIR/test/CLASS/*"
-                ) from error
-            if train:
-                self.classes = classes
-            elif classes != self.classes:
-                odd = sorted(set(classes) ^ set(self.classes))
-                raise UserError(
-                    f"--image_folder {root}: train and test have different classes: only one has {', '.join(odd[:5])}"
-                )
+        try:
+            folders, self.samples = list_images(root, split=split, only=only)
+            self.classes = readable_names(folders, places_of_tables(root), only or {})
+        except (OSError, ValueError) as error:  # ValueError: a data.json may have a name that no file can have
+            where, reason = getattr(error, "filename", None) or root, getattr(error, "strerror", None)
+            raise UserError(
+                f"--image_folder {root}: cannot use {where} ({reason or first_line(error)}); {EXPECTED}"
+            ) from error
         if len(self.classes) < 2:
             raise UserError(f"--image_folder {root}: needs two classes or more, has {len(self.classes)}")
         self.skipped = self._without_broken() if skip_broken else None
 
-    def _listed(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
-        """Names of the classes, and (path, class number) of every image, in a split's folder. Raises OSError."""
-        classes, stray = inside(split)
-        ignored = [os.path.join(split, name) for name in stray]
-        samples: list[tuple[str, int]] = []
-        for c, name in enumerate(classes):
-            folder = os.path.join(split, name)
-            images, others = image_files(folder)
-            if not images:
-                raise FileNotFoundError(0, f"no file is a {', '.join(EXTENSIONS)}", folder)
-            samples += [(path, c) for path in images]
-            ignored += others
-        if not classes:
-            raise FileNotFoundError(0, "no class folder in it", split)
-        if ignored:
-            some = printable(ignored[0])
-            log.warning("ignored, being no image file in a class folder: %s (%d such files)", some, len(ignored))
-        return classes, samples
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """Path of every image file, and its split and class."""
+        return [(path, f"{train} {c}") for train, split in self.samples.items() for path, c in split]
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of training images of every class."""
+        return torch.tensor([c for _, c in self.samples[True]]).bincount(minlength=len(self.classes)).tolist()
 
     def shape(self, size: int | None) -> tuple[int, int]:
         """Channels (1 if all images are grey, else 3) and side of the images; size: None, or the side to resize to.

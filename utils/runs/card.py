@@ -81,10 +81,10 @@ def is_whitened(card: Mapping[str, Any]) -> bool:
 
 
 def title(card: Mapping[str, Any]) -> str:
-    """The data set's name, for a folder of one's own the folder's; fit for a cell of a Markdown table."""
+    """The data set's name, for images of one's own their folder's or file's; fit for a cell of a Markdown table."""
     name = card["dataset"]
-    if name == "folder" and card.get("image_folder"):
-        name = Path(card["image_folder"]).name
+    if place := card.get({"folder": "image_folder", "npz": "npz"}.get(name, "")):
+        name = Path(place).name.removesuffix(".npz")
     return table_cell(name)
 
 
@@ -137,8 +137,8 @@ def source_datasets(card: Mapping[str, Any]) -> list[str]:
         fit = [isinstance(x, str) and x.isprintable() and 0 < len(x.strip()) <= NAME_CHARACTERS for x in names]
         if all(fit):
             return names
-    folder = card.get("image_folder")
-    return [SOURCES.get(card["dataset"]) or (Path(folder).name if folder else "") or card["dataset"]]
+    place = card.get("image_folder") or card.get("npz")
+    return [SOURCES.get(card["dataset"]) or (Path(place).name if place else "") or card["dataset"]]
 
 
 # --- Reading without trust --------------------------------------------------------------------------------------------
@@ -153,6 +153,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {  # that evaluation needs, with th
     "normalization": dict,
     "settings": dict,
     "image_folder": (str, type(None)),
+    "npz": (str, type(None)),
 }
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data import Dataset
+from utils.files.classnames import spellings
 from utils.method.images import Normalize, to_unit
 from utils.runs.card import Card
 from utils.runs.formats import SetFile, listed, read, refusal
@@ -157,9 +158,12 @@ def class_numbers(names: Sequence[str], dataset: Dataset, file: Path) -> list[in
     It is never the folder's place in the alphabet. Raises UserError listing the folders that fit no class.
     """
     wanted = list(dataset.class_names)
-    spellings = [{name, safe_name(name), folder} for name, folder in zip(wanted, folder_names(wanted), strict=True)]
-    times = Counter(spelling for own in spellings for spelling in own)
-    known = {spelling: c for c, own in enumerate(spellings) for spelling in own if times[spelling] == 1}
+    spelt = [
+        {folder, *spellings(name), *map(safe_name, spellings(name))}
+        for name, folder in zip(wanted, folder_names(wanted), strict=True)
+    ]
+    times = Counter(spelling for own in spelt for spelling in own)
+    known = {spelling: c for c, own in enumerate(spelt) for spelling in own if times[spelling] == 1}
     by_name = [known.get(name) for name in names]
     by_number = [_number(name, known) for name in names]
     chosen = by_number if None in by_name and None not in by_number else by_name
