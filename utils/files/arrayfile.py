@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from utils.files.imagefolder import Split
 from utils.files.listing import TEST, TRAIN, held_out
 from utils.files.npz import load_arrays
 from utils.files.tensors import must_fit
@@ -22,8 +23,6 @@ EXPECTED = "train_images, train_labels, test_images and test_labels, or x_train,
 IMAGES = ("images", "image", "imgs", "x", "data")
 LABELS = ("labels", "label", "y", "targets", "target")
 CHUNK = 1024  # images that are converted at a time
-
-Split = tuple[Tensor, Tensor, list[str]]  # images (N, C, H, W) uint8, labels (N,) int64, class names
 
 
 class ArrayFile:
