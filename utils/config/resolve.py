@@ -118,7 +118,7 @@ def how_to_go_on(options: CondenseOptions) -> str:
 
 # What presets follow from. A run's file counts as these flags, and those for whatever they do not explain of that run.
 DECIDING = ("dataset", "image_folder", "npz", "method", "select", "factor", "ipc", "net_type", "reproduce")
-OF_THE_FOLDER = ("image_folder", "npz", "split", "size")
+OF_THE_FOLDER = ("image_folder", "npz", "split", "size", "skip_broken")
 
 
 def _config(kind: type[Options], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional
 from utils.files.imagefolder import Split
 from utils.files.listing import TEST, TRAIN, held_out
 from utils.files.npz import load_arrays
-from utils.files.tensors import must_fit
+from utils.files.untrusted import must_fit
 from utils.system.errors import UsageError, UserError, printable
 
 log = logging.getLogger("dream")
