@@ -41,7 +41,7 @@ from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic, hub
 from utils.files.imagefiles import GRID_COLUMNS
-from utils.files.tensors import must_fit
+from utils.files.untrusted import must_fit
 from utils.method.evaluation import Score, evaluate_networks, tested_epochs
 from utils.method.formation import Formation
 from utils.method.images import to_unit

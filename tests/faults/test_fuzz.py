@@ -28,7 +28,7 @@ from tests.faults.fuzz import CARD, Property, both, in_one_line, little_memory
 from tests.files import Payload, noise
 from utils.config import resolve
 from utils.config.options import CondenseOptions, TrainOptions
-from utils.files import atomic, tensors
+from utils.files import atomic, untrusted
 from utils.runs import card as cards
 from utils.runs import formats
 from utils.runs import sets as exchange
@@ -507,7 +507,7 @@ def test_a_name_that_no_file_has_is_refused(name: str, place: Path) -> None:
 
 def test_a_set_beyond_the_memory_is_refused_before_it_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(place, "x.pt", SOUND)
-    monkeypatch.setattr(tensors, "free_memory", lambda device: IMAGES.nbytes)
+    monkeypatch.setattr(untrusted, "free_memory", lambda device: IMAGES.nbytes)
     monkeypatch.setattr(formats, "read_tensors", None)
     with pytest.raises(UserError, match=r"x\.pt: needs .* GB of memory"):
         formats.read(file)
@@ -516,6 +516,6 @@ def test_a_set_beyond_the_memory_is_refused_before_it_is_read(place: Path, monke
 @pytest.mark.parametrize("decode_type", ["single", "multi"])
 def test_a_set_that_decodes_to_much_is_refused(decode_type: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [str(written(place, "x.pt", SOUND)), "-d", "digits", "-f", "8", "--decode_type", decode_type]
-    monkeypatch.setattr(tensors, "free_memory", lambda device: 40 * IMAGES.nbytes)
+    monkeypatch.setattr(untrusted, "free_memory", lambda device: 40 * IMAGES.nbytes)
     with pytest.raises(UserError, match=r"x\.pt: needs .* GB of memory.*-f 8"):
         train.main([*argv, "--device", "cpu"])

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from utils.files.imagefiles import for_each, image_files, inside, is_grey, mode_and_size, read_image
-from utils.files.tensors import is_plain, must_fit, read_tensors
+from utils.files.tensors import is_plain, read_tensors
+from utils.files.untrusted import must_fit
 from utils.method.images import Normalize
 from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
 from utils.system.errors import UserError, first_line, printable
