@@ -326,7 +326,7 @@ CARDS = st.one_of(
 def resolve_set(file: Path, said: dict[str, Any]) -> None:
     """What a set says of itself is understood, or refused naming the file or a flag; and it says nothing about what
     else the command does."""
-    given = {"run": str(file), **said}
+    given = {"run": [str(file)], **said}
     try:
         source = train.read_set(given)
         assert source is not None
