@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import reject
@@ -147,16 +148,23 @@ def check_zip(place: Path, example: tuple[list[tuple[int, bool, hostile.Entries]
 
 PROGRAM = next(content for name, content, _ in ENTRIES if name.endswith("data.pkl"))
 INSTRUCTIONS = [*(bytes([code]) for code in range(256)), *hostile.FORBIDDEN.values()]
-EDITS = st.lists(
-    st.tuples(st.integers(0, len(PROGRAM)), st.integers(0, 4), st.sampled_from(INSTRUCTIONS) | st.binary(max_size=6)),
-    min_size=1,
-    max_size=3,
+ARRAYS = {"images": IMAGES[:, :, :2, :2].numpy(), "labels": LABELS.numpy(), "accuracies": [np.float64(0.5)]}
+PROGRAMS = [PROGRAM, *(pickle.dumps(ARRAYS, protocol) for protocol in (2, 4))]
+EDITS = st.tuples(
+    st.sampled_from(PROGRAMS),
+    st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 4), st.sampled_from(INSTRUCTIONS) | st.binary(max_size=6)),
+        min_size=1,
+        max_size=3,
+    ),
 )
 
 
-def check_pickle(place: Path, edits: list[tuple[int, int, bytes]]) -> None:
-    program = PROGRAM
-    for at, dropped, inserted in edits:
+def check_pickle(place: Path, example: tuple[bytes, list[tuple[float, int, bytes]]]) -> None:
+    """A pickle with instructions removed and others put in their place."""
+    program, edits = example
+    for where, dropped, inserted in edits:
+        at = int(where * len(program))
         program = program[:at] + inserted + program[at + dropped :]
     read_set(written(place, "x.pt", hostile.with_program(SOUND, program)))
 

@@ -83,14 +83,18 @@ def _numbers(x: Any) -> Any:
 
 
 def _in_dict(content: Mapping[Any, Any]) -> Found | None:
-    """The set among a dict's own tensors, or one half of it."""
+    """The set among a dict's own tensors, or one half of it; None where several tensors could be the same half."""
     items = {name: _numbers(x) for name, x in content.items() if not words(name) & HELD_OUT}
     tensors = {name: x for name, x in items.items() if isinstance(x, Tensor) and x.dim()}
-    images = _chosen({name: x for name, x in tensors.items() if _like_images(x)}, IMAGES)
+    like_images = {name: x for name, x in tensors.items() if _like_images(x)}
     others = {name: x for name, x in tensors.items() if not _like_images(x) and not words(name) & RATES}
-    labels = _chosen({name: x for name, x in others.items() if images is None or len(x) == len(images)}, LABELS)
+    images = _chosen(like_images, IMAGES)
+    fitting = {name: x for name, x in others.items() if images is not None and len(x) == len(images)}
+    labels = _chosen(fitting or others, LABELS)
+    if (images is None and (like_images or labels is None)) or (labels is None and fitting):
+        return None
     rates = [rate for name, x in items.items() if words(name) & RATES and (rate := number(x)) is not None]
-    return None if images is None and labels is None else Found(images, labels, rates[0] if rates else None)
+    return Found(images, labels, rates[0] if rates else None)
 
 
 def _chosen(tensors: Mapping[Any, Tensor], role: str) -> Tensor | None:

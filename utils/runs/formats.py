@@ -121,19 +121,13 @@ def _read_file(file: Path, experiment: int | None) -> Part:
         raise refusal(file, f"holds {shown(content)}")
     if experiment is not None and experiment >= len(sets):
         raise UsageError(f"--experiment {experiment}: {file} holds {len(sets)}, counted from 0")
-    number = len(sets) - 1 if experiment is None else experiment
+    which = len(sets) - 1 if experiment is None else experiment
     if len(sets) > 1:
-        which = "the last" if experiment is None else "as asked for"
-        log.info(
-            "%s: holds %d sets; set %d is taken, %s; --experiment N takes another, from 0",
-            file,
-            len(sets),
-            number,
-            which,
-        )
-    if (rate := sets[number].rate) is not None:
-        log.info("%s: also holds a learning rate of %.4g, which is not used; --lr sets one", file, rate)
-    return Part(file, sets[number], card)
+        taken = f"experiment {which}{', the last,' if experiment is None else ''} is taken"
+        log.info("%s: holds %d sets; %s; --experiment N takes another, from 0", file, len(sets), taken)
+    if (rate := sets[which].rate) is not None:
+        log.info(RATE_NOT_USED, file, rate)
+    return Part(file, sets[which], card)
 
 
 def _file_in(folder: Path) -> Path | None:
@@ -154,8 +148,8 @@ def _file_in(folder: Path) -> Path | None:
     if folders or not files:
         return None
     if len(files) > 1:
-        names = listed([file.name for file in files])
-        raise UserError(f"{folder}: holds {names}; name one of them, or several that together are one set")
+        there = listed([file.name for file in files])
+        raise UserError(f"{folder / DATA}: no such file; name one of {there}, or several that together are one set")
     return files[0]
 
 
