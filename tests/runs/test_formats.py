@@ -84,7 +84,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no images": ({"accs": [1.0]}, "holds a dict of accs: a list of a float"),
     "images alone": ({"images": IMAGES}, "holds images (float32 (6, 1, 8, 8)) and no labels"),
     "flat images": (IMAGES.flatten(1), "holds labels (float32 (6, 64)) and no images"),
-    "a number": (3, "holds a int"),
+    "a number": (torch.tensor(0.01), "holds a single number"),
+    "text": ("images", "holds a str"),
     "a long key": ({"k" * 10**5: 1}, "kkk: a int"),
 }  # fmt: skip
 
@@ -214,7 +215,8 @@ def write_half(path: Path, x: Tensor) -> Path:
 @pytest.mark.parametrize("names", PAIRS, ids=lambda names: names[0])
 def test_two_halves_are_one_set_in_a_folder_or_by_either_name_or_by_both(names: Sequence[str], tmp_path: Path) -> None:
     images, labels = (write_half(tmp_path / name, x) for name, x in zip(names, (IMAGES, LABELS), strict=True))
-    ways: list[Path | list[Path]] = [tmp_path, images, labels, [images, labels], [labels, images]]
+    rate = write(tmp_path / "lr.pt", torch.tensor(0.01))
+    ways: list[Path | list[Path]] = [tmp_path, images, labels, [images, labels], [labels, images, rate]]
     for way in ways:
         found = read(way)
         must_be_the_set(found)

@@ -70,7 +70,9 @@ def load_arrays(path: Path, remedy: str) -> dict[str, Tensor]:
 def _array(path: Path, file: IO[bytes], size: int, remedy: str) -> Tensor:
     header = _header(file, size)
     if header.flaw is not None:
-        raise UserError(f"{path}: holds {header.flaw}: refused; save plain arrays with np.save, or {remedy}")
+        code = f"np.savez('new.npz', **np.load({printable(str(path))!r}, allow_pickle=True).item())"
+        how = f'if you trust its maker and it is a dict, python3 -c "import numpy as np; {code}"'
+        raise UserError(f"{path}: holds {header.flaw}: refused; {how}, or {remedy}")
     must_fit(path, header.size)
     return _tensor(file)
 

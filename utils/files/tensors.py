@@ -62,7 +62,7 @@ def _of_zip(file: io.BufferedIOBase | Any) -> Any:
             raise ValueError("its entries overlap")
         programs = [name for name in inside if f"/{name}".endswith("/data.pkl")]
         if len(programs) != 1:
-            raise ValueError("it has no data.pkl, or several")
+            raise ValueError("it has no data.pkl, as files of torch.save have, or several")
         root = programs[0].removesuffix("data.pkl")
         if f"{root}byteorder" in inside and archive.read(f"{root}byteorder") != sys.byteorder.encode():
             raise ValueError("its numbers are in the byte order of another kind of machine")

@@ -43,7 +43,7 @@ def readable(path: Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {remedy}") from error
     except Refused as error:
         problem = f"holds pickled objects other than tensors, which could run code: refused ({error})"
-        raise UserError(f"{path}: {problem}; {remedy}") from error
+        raise UserError(f"{path}: {problem}; save its tensors alone, or {remedy}") from error
     except Exception as error:  # zip, pickle and storage errors of any kind
         raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error
 

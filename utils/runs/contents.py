@@ -40,13 +40,16 @@ class Found(NamedTuple):
 
 
 def find(content: Any) -> list[Found]:
-    """All sets in the content of a file, in its order; or one with images or labels alone, if there is no whole one."""
+    """All sets in the content of a file, in its order; if there is none, one with images or labels alone, or with the
+    learning rate that is all there is."""
     return _find(content, DEPTH, set())
 
 
 def _find(content: Any, depth: int, seen: set[int]) -> list[Found]:
-    if isinstance(content, Tensor):
-        return [Found(content, None) if _like_images(content) else Found(None, content)] if content.dim() else []
+    if isinstance(content, Tensor) and content.dim():
+        return [Found(content, None) if _like_images(content) else Found(None, content)]
+    if (rate := number(content)) is not None:
+        return [Found(None, None, rate)]
     if depth == 0 or id(content) in seen or not isinstance(content, (dict, list, tuple)):
         return []
     seen.add(id(content))  # a small file can hold one list many times
@@ -59,7 +62,7 @@ def _find(content: Any, depth: int, seen: set[int]) -> list[Found]:
     nested = [found for item in inside for found in _find(item, depth - 1, seen)]
     if whole := [found for found in nested if found.whole]:
         return whole
-    return [own] if own is not None else nested[:1]
+    return [own] if own is not None else [found for found in nested if found.rate is None][:1]
 
 
 def words(name: Any) -> set[str]:

@@ -136,7 +136,7 @@ def _file_in(folder: Path) -> Path | None:
         return folder / DATA
     files, folders = [], False
     for path in sorted(folder.iterdir()):
-        folders |= path.is_dir()
+        folders |= path.is_dir() and not path.name.startswith(".")
         files += [path] if path.suffix.lower() in SUFFIXES and path.is_file() else []
     images = [file for file in files if _role(file) == IMAGES and _partner(file, files)]
     if images:
@@ -182,6 +182,8 @@ def _completed(part: Part) -> Part:
     """A set, half of which may be in the file beside it that is named like it."""
     if part.found.whole:
         return part
+    if part.found.images is None and part.found.labels is None:
+        raise refusal(part.file, "holds a single number")
     file = _partner(part.file, sorted(part.file.parent.iterdir()))
     if file is None:
         missing = IMAGES if part.found.images is None else LABELS
@@ -214,6 +216,8 @@ def _joined(parts: Sequence[Part]) -> SetFile:
     for part in parts:
         if part.card is not None:
             raise UserError(f"{part.file}: is a set of its own, with a {CARD}; evaluate one after the other")
+    rates = [part for part in parts if part.found[:2] == (None, None) or words(part.file.stem) & RATES]
+    parts = [part for part in parts if part not in rates] or parts[:1]
     halves = [[p for p in parts if p.found.labels is None], [p for p in parts if p.found.images is None]]
     if not halves[1]:
         parts = [_completed(part) for part in parts]
@@ -231,7 +235,8 @@ def _joined(parts: Sequence[Part]) -> SetFile:
                 raise UserError(f"{other.file}: {problem}; give parts of one set, or evaluate one after the other")
     must_fit(first.file, 4 * sum(part.images.numel() for part in sets))
     images, labels = (torch.cat([getattr(part, name) for part in sets]) for name in (IMAGES, LABELS))
-    log.info("%d images of %d files are one set", len(images), len(sets))
+    if len(sets) > 1:
+        log.info("%d images of %d files are one set", len(images), len(sets))
     soft = None if first.soft is None else torch.cat([part.soft for part in sets if part.soft is not None])
     return SetFile(first.file, images, labels, soft=soft)
 
