@@ -182,7 +182,7 @@ def _completed(part: Part) -> Part:
     """A set, half of which may be in the file beside it that is named like it."""
     if part.found.whole:
         return part
-    if part.found.images is None and part.found.labels is None:
+    if not _halves(part):
         raise refusal(part.file, "holds a single number")
     file = _partner(part.file, sorted(part.file.parent.iterdir()))
     if file is None:
@@ -206,9 +206,13 @@ def _matched(first: Part, second: Part) -> Part:
     raise UserError(f"{first.file}: does not belong to {second.file} ({_seen(first)}; {_seen(second)}); {REMEDY}")
 
 
-def _seen(part: Part) -> str:
+def _halves(part: Part) -> dict[str, Tensor]:
     halves = {IMAGES: part.found.images, LABELS: part.found.labels}
-    return " and ".join(f"{name} ({shown(x)})" for name, x in halves.items() if x is not None)
+    return {name: x for name, x in halves.items() if x is not None}
+
+
+def _seen(part: Part) -> str:
+    return " and ".join(f"{name} ({shown(x)})" for name, x in _halves(part).items())
 
 
 def _joined(parts: Sequence[Part]) -> SetFile:
@@ -216,8 +220,7 @@ def _joined(parts: Sequence[Part]) -> SetFile:
     for part in parts:
         if part.card is not None:
             raise UserError(f"{part.file}: is a set of its own, with a {CARD}; evaluate one after the other")
-    rates = [part for part in parts if part.found[:2] == (None, None) or words(part.file.stem) & RATES]
-    parts = [part for part in parts if part not in rates] or parts[:1]
+    parts = [part for part in parts if not _is_rate(part)] or parts[:1]
     halves = [[p for p in parts if p.found.labels is None], [p for p in parts if p.found.images is None]]
     if not halves[1]:
         parts = [_completed(part) for part in parts]
@@ -239,6 +242,11 @@ def _joined(parts: Sequence[Part]) -> SetFile:
         log.info("%d images of %d files are one set", len(images), len(sets))
     soft = None if first.soft is None else torch.cat([part.soft for part in sets if part.soft is not None])
     return SetFile(first.file, images, labels, soft=soft)
+
+
+def _is_rate(part: Part) -> bool:
+    """Whether a file holds nothing but a learning rate, or is named so: lr_best.pt is easily given with its set."""
+    return not (part.found.whole or (_halves(part) and not words(part.file.stem) & RATES))
 
 
 def _row(part: SetFile) -> Tensor:
