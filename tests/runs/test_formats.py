@@ -286,6 +286,8 @@ def test_files_with_a_card_are_no_parts(tmp_path: Path) -> None:
     run, other = (write(tmp_path / name, [IMAGES, LABELS]) for name in ("run/data.pt", "other.pt"))
     with pytest.raises(UserError, match=r"data\.pt: is a set of its own"):
         read([run, other])
+    with pytest.raises(UserError, match=r"run: is a folder; only files are parts"):
+        read([run.parent, other])
 
 
 # --- Types and shapes -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ def read(path: Path | Sequence[Path], *, experiment: int | None = None) -> SetFi
     paths = [path] if isinstance(path, Path) else list(path)
     try:
         if len(paths) > 1:
+            for folder in filter(Path.is_dir, paths):
+                raise UserError(f"{folder}: is a folder; only files are parts of one set; evaluate one after the other")
             return _joined([_read_file(file, experiment) for file in paths])
         file = _file_in(paths[0]) if paths[0].is_dir() else paths[0]
         if file is not None:
@@ -106,7 +108,8 @@ class Part(NamedTuple):
 def _read_file(file: Path, experiment: int | None) -> Part:
     """The set in a file, or its half of one. Raises UserError, saying what there is, when nothing looks like it."""
     card_file, kind = file.with_name(CARD), file.suffix.lower()
-    card, content = None, None
+    card: Card | None = None
+    content: Any
     if file.is_file():
         must_fit(file, 4 * file.stat().st_size)  # a copy of each byte is checked, and unpacked
     if kind == SAFETENSORS:
