@@ -91,6 +91,8 @@ def _in_dict(content: Mapping[Any, Any]) -> Found | None:
     tensors = {name: x for name, x in items.items() if isinstance(x, Tensor) and x.dim()}
     like_images = {name: x for name, x in tensors.items() if _like_images(x)}
     others = {name: x for name, x in tensors.items() if not _like_images(x) and not words(name) & RATES}
+    if not like_images and {IMAGES, LABELS} <= tensors.keys():
+        return Found(tensors[IMAGES], tensors[LABELS])  # whatever they are: who reads them says what is wrong
     images = _chosen(like_images, IMAGES)
     fitting = {name: x for name, x in others.items() if images is not None and len(x) == len(images)}
     labels = _chosen(fitting or others, LABELS)
