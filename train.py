@@ -42,7 +42,7 @@ from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic, hub
 from utils.files.classnames import same_classes
 from utils.files.imagefiles import GRID_COLUMNS
-from utils.files.tensors import must_fit
+from utils.files.untrusted import must_fit
 from utils.method.evaluation import Score, evaluate_networks, tested_epochs
 from utils.method.formation import Formation
 from utils.method.images import to_unit
@@ -234,7 +234,8 @@ def read_set(given: Mapping[str, Any]) -> SetFile | None:
         return None
     if "run" in given:
         data_dir = Path(given.get("data_dir", TrainOptions.data_dir)).expanduser()
-        return formats.read(hub.local_copy(given["run"], data_dir, main=DATA, beside=(CARD,)))
+        files = [hub.local_copy(name, data_dir, main=DATA, beside=(CARD,)) for name in given["run"]]
+        return formats.read(files, experiment=given.get("experiment"))
     narrowed = {name: given.get(name) for name in ("dataset", "factor", "ipc")}
     return formats.read(newest_distilled(Path(given.get("results_dir", RESULTS_DIR)), **narrowed))
 
@@ -349,14 +350,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def evaluate(run: str | Path | None = None, **flags: Any) -> list[Record]:
+def evaluate(run: str | Path | Sequence[str | Path] | None = None, **flags: Any) -> list[Record]:
     """Evaluate from Python, with the flags of train.py as keywords: evaluate("results/digits/...", repeat=3).
 
-    run: a run folder or anybody's set, the newest one by default. Returns the rows of the table, as --json does under
-    `results`: net, trained_on, accuracy_mean, accuracy_std, n, accuracies, ... Raises UserError with a message for the
-    user.
+    run: a run folder or anybody's set, or its files in order; the newest run by default. Returns the rows of the table,
+    as --json does under `results`: net, trained_on, accuracy_mean, accuracy_std, n, accuracies, ... Raises UserError
+    with a message for the user.
     """
-    return records_of([*([] if run is None else [str(run)]), *as_argv(flags)])
+    files = [run] if isinstance(run, (str, Path)) else run or []
+    return records_of([*map(str, files), *as_argv(flags)])
 
 
 if __name__ == "__main__":

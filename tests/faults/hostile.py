@@ -158,6 +158,8 @@ FORBIDDEN = {
         named("torch._utils._rebuild_tensor_v2"), named("torch.Tensor"), b")", _HIDING,
     ),
     "a tensor's many rows": called("collections.OrderedDict", tensor(shape=(2**19, 2), stride=(0, 0))),
+    "NumPy's objects": called("numpy.dtype", text("O8"), b"\x89", b"\x88"),
+    "another encoding": called("_codecs.encode", text("x"), text("rot13")),
     "a shell": called("os.system", text("true")),
     "Python": called("builtins.eval", text("1")),
     "a wrapper": called("torch._utils._rebuild_wrapper_subclass", named("torch.Tensor")),

@@ -240,10 +240,10 @@ def test_a_small_class_is_warned_about(flags: str, word: str, here: Path, caplog
 
 IMAGES, LABELS = torch.full((10, 1, 8, 8), 0.5), torch.arange(10)
 WRONG_SETS: dict[str, Any] = {  # tests/runs/test_exchange.py has more
-    "a dictionary": {"images": IMAGES, "labels": LABELS},
+    "a dictionary": {"images": IMAGES, "accuracy": 0.5},
     "a tensor": IMAGES,
     "three items": [IMAGES, LABELS, LABELS],
-    "items that are no tensors": [IMAGES, LABELS.tolist()],
+    "items that are no tensors": [IMAGES, str(LABELS.tolist())],
     "NaN": [IMAGES * torch.nan, LABELS],
 }
 

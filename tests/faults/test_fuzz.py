@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import reject
@@ -28,7 +29,7 @@ from tests.faults.fuzz import CARD, Property, both, in_one_line, little_memory
 from tests.files import Payload, noise
 from utils.config import resolve
 from utils.config.options import CondenseOptions, TrainOptions
-from utils.files import atomic, tensors
+from utils.files import atomic, untrusted
 from utils.runs import card as cards
 from utils.runs import formats
 from utils.runs import sets as exchange
@@ -147,16 +148,23 @@ def check_zip(place: Path, example: tuple[list[tuple[int, bool, hostile.Entries]
 
 PROGRAM = next(content for name, content, _ in ENTRIES if name.endswith("data.pkl"))
 INSTRUCTIONS = [*(bytes([code]) for code in range(256)), *hostile.FORBIDDEN.values()]
-EDITS = st.lists(
-    st.tuples(st.integers(0, len(PROGRAM)), st.integers(0, 4), st.sampled_from(INSTRUCTIONS) | st.binary(max_size=6)),
-    min_size=1,
-    max_size=3,
+ARRAYS = {"images": IMAGES[:, :, :2, :2].numpy(), "labels": LABELS.numpy(), "accuracies": [np.float64(0.5)]}
+PROGRAMS = [PROGRAM, *(pickle.dumps(ARRAYS, protocol) for protocol in (2, 4))]
+EDITS = st.tuples(
+    st.sampled_from(PROGRAMS),
+    st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 4), st.sampled_from(INSTRUCTIONS) | st.binary(max_size=6)),
+        min_size=1,
+        max_size=3,
+    ),
 )
 
 
-def check_pickle(place: Path, edits: list[tuple[int, int, bytes]]) -> None:
-    program = PROGRAM
-    for at, dropped, inserted in edits:
+def check_pickle(place: Path, example: tuple[bytes, list[tuple[float, int, bytes]]]) -> None:
+    """A pickle with instructions removed and others put in their place."""
+    program, edits = example
+    for where, dropped, inserted in edits:
+        at = int(where * len(program))
         program = program[:at] + inserted + program[at + dropped :]
     read_set(written(place, "x.pt", hostile.with_program(SOUND, program)))
 
@@ -326,7 +334,7 @@ CARDS = st.one_of(
 def resolve_set(file: Path, said: dict[str, Any]) -> None:
     """What a set says of itself is understood, or refused naming the file or a flag; and it says nothing about what
     else the command does."""
-    given = {"run": str(file), **said}
+    given = {"run": [str(file)], **said}
     try:
         source = train.read_set(given)
         assert source is not None
@@ -507,7 +515,7 @@ def test_a_name_that_no_file_has_is_refused(name: str, place: Path) -> None:
 
 def test_a_set_beyond_the_memory_is_refused_before_it_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(place, "x.pt", SOUND)
-    monkeypatch.setattr(tensors, "free_memory", lambda device: IMAGES.nbytes)
+    monkeypatch.setattr(untrusted, "free_memory", lambda device: IMAGES.nbytes)
     monkeypatch.setattr(formats, "read_tensors", None)
     with pytest.raises(UserError, match=r"x\.pt: needs .* GB of memory"):
         formats.read(file)
@@ -516,6 +524,6 @@ def test_a_set_beyond_the_memory_is_refused_before_it_is_read(place: Path, monke
 @pytest.mark.parametrize("decode_type", ["single", "multi"])
 def test_a_set_that_decodes_to_much_is_refused(decode_type: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [str(written(place, "x.pt", SOUND)), "-d", "digits", "-f", "8", "--decode_type", decode_type]
-    monkeypatch.setattr(tensors, "free_memory", lambda device: 40 * IMAGES.nbytes)
+    monkeypatch.setattr(untrusted, "free_memory", lambda device: 40 * IMAGES.nbytes)
     with pytest.raises(UserError, match=r"x\.pt: needs .* GB of memory.*-f 8"):
         train.main([*argv, "--device", "cpu"])

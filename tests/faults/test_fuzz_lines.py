@@ -211,4 +211,4 @@ def test_two_dashes_are_no_value(flag: str, kind: type[Any]) -> None:
 
 def test_after_two_dashes_a_name_stays_as_it_is() -> None:
     given = make_parser(TrainOptions, "").parse_given(["--ipc=3", "--", "--my-set.pt"])
-    assert given == {"ipc": 3, "run": "--my-set.pt"}
+    assert given == {"ipc": 3, "run": ["--my-set.pt"]}

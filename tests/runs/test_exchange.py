@@ -120,8 +120,10 @@ def test_bytes_are_divided_by_255(write: Writer, tmp_path: Path) -> None:
         (IMAGES.int(), LABELS, "torch.int32"),
         (IMAGES > 0.5, LABELS, "torch.bool"),
         (IMAGES, LABELS[:5], "labels are torch.int64 of shape (5,) for 6 images"),
-        (IMAGES, LABELS.float(), "labels are torch.float32 of shape (6,)"),
-        (IMAGES, LABELS[:, None], "labels are torch.int64 of shape (6, 1)"),
+        (IMAGES, LABELS + 0.5, "labels are torch.float32 of shape (6,)"),
+        (IMAGES, LABELS / torch.tensor(0.0), "labels are torch.float32 of shape (6,)"),
+        (IMAGES, LABELS[:, None].expand(-1, 2), "labels are torch.int64 of shape (6, 2)"),
+        (1000 * IMAGES.int() - 1, LABELS, "torch.int32 from -1 to"),
         (IMAGES, LABELS > 1, "torch.bool"),
         (IMAGES, SOFT[:, :0], "shape (6, 0)"),
         (IMAGES, SOFT / 0, "NaN or infinity"),
@@ -190,9 +192,9 @@ def test_garbage_in_place_of_a_safetensors_file_is_refused(what: str, tmp_path: 
 
 
 def test_a_safetensors_file_of_something_else_is_refused_with_what_it_holds(tmp_path: Path) -> None:
-    with refusal("holds labels, pixels"):
-        read(safe(tmp_path, pixels=IMAGES, labels=LABELS))
-    with refusal("holds nothing"):
+    with refusal("holds a dict of first: float32 (6, 1, 8, 8), labels: int64 (6,), second: float32 (6, 1, 8, 8)"):
+        read(safe(tmp_path, first=IMAGES, second=IMAGES.clone(), labels=LABELS))
+    with refusal("holds a dict;"):
         read(safe(tmp_path))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.faults.fuzz import little_memory
 from tests.files import Payload
-from utils.files import tensors
+from utils.files import untrusted
 from utils.files.npz import load_arrays
 from utils.system.errors import UserError
 
@@ -129,6 +129,6 @@ def test_flawed_files_are_refused_in_one_line(what: str, tmp_path: Path) -> None
 def test_what_unpacks_to_much_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "x.npz", a=np.zeros((4, 10**5)), b=np.zeros((4, 10**5)))
     assert (tmp_path / "x.npz").stat().st_size < 2e4
-    monkeypatch.setattr(tensors, "free_memory", lambda device: 10**7)
+    monkeypatch.setattr(untrusted, "free_memory", lambda device: 10**7)
     with pytest.raises(UserError, match=r"x\.npz: needs 0\.0 GB of memory"):
         load_arrays(tmp_path / "x.npz", REMEDY)

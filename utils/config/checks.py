@@ -44,10 +44,10 @@ def check_alone(given: Mapping[str, Any]) -> None:
     if given.get("real") and given.get("coreset"):
         raise UsageError("--real and --coreset exclude each other")
     if given.get("coreset") and "run" in given:
-        raise UsageError(f"{given['run']}: --coreset trains on real images; leave the set out, or use --baselines")
+        raise UsageError(f"{given['run'][0]}: --coreset trains on real images; leave the set out, or use --baselines")
     if given.get("coreset") and "ipc" not in given:
         raise UsageError("--coreset: say how many images per class with --ipc N")
-    for name in ("factor", "decode_type", "normalized", "export", "baselines"):
+    for name in ("experiment", "factor", "decode_type", "normalized", "export", "baselines"):
         if name in given:
             raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
 

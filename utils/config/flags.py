@@ -152,7 +152,7 @@ def make_parser(kind: type[Any], description: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        usage=f"%(prog)s {'[RUN] ' if 'run' in kind.COMMON else ''}[flags]",  # a list of all would fill a screen
+        usage=f"%(prog)s {'[RUN ...] ' if 'run' in kind.COMMON else ''}[flags]",  # a list of all would fill a screen
     )
     fields = {field.name: field for field in dataclasses.fields(kind)}
     groups = {"most used": [fields.pop(name) for name in kind.COMMON]}
@@ -177,8 +177,7 @@ def add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], 
         text += f" (default: {default_text(field)})"
     for name in ("choices", "metavar"):
         more[name] = meta[name]
-    nargs = "?" if positional else meta["nargs"]
-    parser.add_argument(*names, type=meta["parse"], nargs=nargs, help=text, **more)
+    parser.add_argument(*names, type=meta["parse"], nargs=meta["nargs"], help=text, **more)
 
 
 def as_argv(values: Mapping[str, Any]) -> list[str]:

@@ -246,10 +246,12 @@ class TrainOptions(Options):
 
     COMMON = ("run", "dataset", "factor", "normalized", "net_type", "baselines", "real", "repeat", "table", "export")
 
-    run: str | None = _subject(None, metavar="RUN",
-        help="run folder, .pt or .safetensors file, or folder with DIR/CLASS/*.png, or one of these on the Hugging "
-             "Face Hub, hf://USER/NAME[/PATH][@REVISION] (default: the newest run folder under --results_dir; -d, -f "
-             "and --ipc narrow it down)")
+    run: list[str] | None = _subject(None, nargs="*", metavar="RUN",
+        help="run folder; file (.pt, .npz, .safetensors), or several that together are one set, in order; folder with "
+             "DIR/CLASS/*.png; or one of these on the Hugging Face Hub, hf://USER/NAME[/PATH][@REVISION] (default: the "
+             "newest run folder under --results_dir; -d, -f and --ipc narrow it down)")
+    experiment: int | None = _subject(None, parse=integer(0), metavar="N",
+        help="which set of a file that holds several, counted from 0 (default: the last)")
     baselines: Sequence[str] = _subject(BASELINES, nargs="+", choices=(*selection.STRATEGIES, NO_BASELINES),
         help="for comparison with RUN, as many real images per class as it stores, selected in each of these ways, and "
              f"as many random ones as it decodes to; {NO_BASELINES}: no comparison (default: {' '.join(BASELINES)})")

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from utils.files.tensors import must_fit, readable
+from utils.files.untrusted import as_tensor, must_fit, readable
 from utils.system.errors import UserError, printable
 
 log = logging.getLogger("dream")
@@ -29,7 +28,6 @@ log = logging.getLogger("dream")
 NPY = b"\x93NUMPY"
 NUMBERS = "biuf"  # NumPy's kinds: bool, integers, floats
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-WIDER = {"u2": np.int32, "u4": np.int64, "u8": np.int64}  # types that PyTorch can hardly compute with
 
 
 class Header(NamedTuple):
@@ -72,7 +70,9 @@ def load_arrays(path: Path, remedy: str) -> dict[str, Tensor]:
 def _array(path: Path, file: IO[bytes], size: int, remedy: str) -> Tensor:
     header = _header(file, size)
     if header.flaw is not None:
-        raise UserError(f"{path}: holds {header.flaw}: refused; save plain arrays with np.save, or {remedy}")
+        code = f"np.savez('new.npz', **np.load({printable(str(path))!r}, allow_pickle=True).item())"
+        how = f'if you trust its maker and it is a dict, python3 -c "import numpy as np; {code}"'
+        raise UserError(f"{path}: holds {header.flaw}: refused; {how}, or {remedy}")
     must_fit(path, header.size)
     return _tensor(file)
 
@@ -125,9 +125,4 @@ def _tensor(file: IO[bytes]) -> Tensor:
     file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        array = npy.read_array(file, allow_pickle=False)
-    dtype = array.dtype.newbyteorder("=")
-    wider = WIDER.get(dtype.str[1:], np.float64 if dtype.kind == "f" and dtype.itemsize > 8 else dtype)
-    if dtype == np.uint64 and array.size and array.max() >= 2**63:
-        raise ValueError("it holds integers beyond 2**63")
-    return torch.from_numpy(np.ascontiguousarray(array, wider).reshape(array.shape))
+        return as_tensor(npy.read_array(file, allow_pickle=False))

@@ -1,19 +1,16 @@
-"""Files of torch.save, read without trust: torch.load with weights_only=True, after checks that it does not make.
+"""Files of torch.save, and plain pickles, read without trust: no code of theirs runs, whatever they hold.
 
-    content = load(Path("data.pt"))     # tensors, numbers, strings, and lists, tuples and dicts of them
+    content = read_tensors(Path("data.pt"), remedy)     # tensors, numbers, text, and lists, tuples and dicts of them
 
-torch.load ignores the checksums that torch.save writes. And a pickle is a program: with weights_only=True it runs no
-code of its own, but some functions of PyTorch's and Python's with any arguments, such as bytearray(2**40).
+utils/files/pickles.py follows the pickle; this module finds it and the tensors' numbers in the file, and compares the
+checksums, which torch.load ignores.
 """
 
 from __future__ import annotations
 
 import io
-import pickletools
-import stat
+import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,80 +18,105 @@ import torch
 from torch import Tensor, nn
 
 from utils.files.atomic import write_atomically
-from utils.system.device import free_memory
-from utils.system.errors import UserError, first_line
+from utils.files.pickles import interpret
+from utils.files.untrusted import Refused, readable
+from utils.system.errors import UserError, printable
 
-ORDERED = "collections OrderedDict"
-STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-NAMES = {  # all functions and classes that plain tensors need
-    ORDERED,
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    *(f"torch {kind}Storage" for kind in STORAGES),
-}
+ZIP = b"PK\3\4"
+OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number with which torch.save began before 1.6
+PICKLE = b"\x80"  # how every pickle since Python 2.3 begins, unless it is written as text
+CHUNK = 2**20
 # A tensor may have 4 times the bytes that its file holds, as grey images expanded to colour do, or else up to SMALL.
 EXPANDED, SMALL = 4, 2**22
-PUT, GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
-NEVER = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4", "MEMOIZE", "PUT", "GET")
 
 
-class Refused(ValueError):
-    """The file has objects other than tensors, numbers, strings, lists, tuples and dicts. The message says which."""
+def read_tensors(path: Path, remedy: str) -> Any:
+    """What torch.save wrote, or a pickle of plain values. Raises UserError, ending with the remedy, for all else."""
+    with readable(path, remedy), open(path, "rb") as file:
+        head = file.read(len(OLD))
+        file.seek(0)
+        if head.startswith(ZIP):
+            return _of_zip(file)
+        if head == OLD:
+            return _of_old_format(file.read())
+        if not head.startswith(PICKLE):
+            raise ValueError("neither a zip archive, as torch.save makes since PyTorch 1.6, nor one of its older files")
+        try:
+            return interpret(file.read())
+        except Refused as error:
+            problem = f"is a pickle with more than plain values ({error}), and opening it could run code: refused"
+            name = repr(printable(str(path)))
+            code = f"import pickle, torch; torch.save(pickle.load(open({name}, 'rb')), 'new.pt')"
+            raise UserError(f'{path}: {problem}; if you trust its maker, python3 -c "{code}", or {remedy}') from error
 
 
-def load(path: Path) -> Any:
-    """The content of a regular file. Raises Refused, OSError, or for a damaged one any of zipfile's or PyTorch's."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":
-            raise ValueError("no zip archive, as torch.save makes since PyTorch 1.6; bare pickles are refused")
-    copy, program = verified(path)
-    verify_program(program)
-    return torch.load(copy, map_location="cpu", weights_only=True)
-
-
-def verified(path: Path) -> tuple[io.BytesIO, bytes]:
-    """A copy of a file of torch.save, and the pickle in it. Raises ValueError or zipfile's errors unless it is whole.
-
-    The copy holds nothing but checked entries. PyTorch's own reader could find others in the original file: it takes
-    another of two directories than Python's, and does not tell `data.pkl` from `DATA.PKL`.
-    """
-    copy = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as whole:
-        inside = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in inside):
+def _of_zip(file: io.BufferedIOBase | Any) -> Any:
+    """The content of an archive. Raises ValueError or zipfile's errors unless it is whole."""
+    with zipfile.ZipFile(file) as archive:
+        inside = {entry.filename: entry for entry in archive.infolist()}
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in inside.values()):
             raise ValueError("its entries are compressed, which torch.save never does")
-        if len({entry.filename.lower() for entry in inside}) < len(inside):
+        if len({name.lower() for name in inside}) < len(archive.infolist()):
             raise ValueError("two of its entries have the same name")
-        if sum(entry.file_size for entry in inside) > path.stat().st_size:
+        if sum(entry.file_size for entry in inside.values()) > file.seek(0, io.SEEK_END):
             raise ValueError("its entries overlap")
-        programs = []
-        for entry in inside:
-            content = archive.read(entry)  # compares the checksum
-            whole.writestr(entry.filename, content)
-            if entry.filename.endswith("data.pkl"):
-                programs.append(content)
-    if len(programs) != 1:
-        raise ValueError("it has no data.pkl, or several")
-    copy.seek(0)
-    return copy, programs[0]
+        programs = [name for name in inside if f"/{name}".endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise ValueError("it has no data.pkl, as files of torch.save have, or several")
+        root = programs[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in inside and archive.read(f"{root}byteorder") != sys.byteorder.encode():
+            raise ValueError("its numbers are in the byte order of another kind of machine")
+        known: dict[str, Tensor] = {}
+
+        def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+            if key not in known:
+                known[key] = _read(archive, inside[f"{root}data/{key}"])
+            if count * dtype.itemsize != len(known[key]):
+                raise ValueError("a storage of another size than its numbers")
+            return known[key].view(dtype)
+
+        return interpret(archive.read(programs[0]), storage)
 
 
-def verify_program(program: bytes) -> None:
-    """Raise Refused when a pickle names anything else than plain tensors and empty ordered dictionaries."""
-    named, kept = False, set()  # whether OrderedDict was named just now, and the numbers of memos that hold it
-    for instruction, argument, _ in pickletools.genops(program):
-        what = instruction.name
-        if what in NEVER:
-            raise Refused(f"instruction {what}")
-        if what == "GLOBAL" and argument not in NAMES:
-            raise Refused(str(argument).replace(" ", ".")[:100])
-        if named and what in PUT:
-            kept.add(argument)
-        elif named and what != "EMPTY_TUPLE":  # its argument could be an endless tensor, row by row
-            raise Refused("an ordered dictionary of something")
-        else:
-            kept -= {argument} if what in PUT else set()
-            named = argument in kept if what in GET else (what, argument) == ("GLOBAL", ORDERED)
+def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
+    """The bytes of an entry, in memory of PyTorch's own; zipfile compares the checksum at the end."""
+    numbers = torch.empty(entry.file_size, dtype=torch.uint8)
+    into, at = numbers.numpy().data, 0
+    with archive.open(entry) as content:
+        while chunk := content.read(CHUNK):
+            into[at : at + len(chunk)] = chunk
+            at += len(chunk)
+    if at != entry.file_size:
+        raise ValueError("an entry is shorter than it should be")
+    return numbers
+
+
+def _of_old_format(content: bytes) -> Any:
+    """The content of a file of torch.save before PyTorch 1.6: pickles, then the numbers of every storage."""
+    file = io.BytesIO(content)
+    known: dict[str, Tensor] = {}
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        """Memory whose numbers are read once the program has ended."""
+        if key not in known:
+            if count * dtype.itemsize + sum(x.nbytes for x in known.values()) > len(content):
+                raise ValueError("a storage is larger than the file")
+            known[key] = torch.empty(count, dtype=dtype)
+        if known[key].dtype != dtype or len(known[key]) != count:
+            raise ValueError("a storage of two sizes")
+        return known[key]
+
+    _, version, system = (interpret(file) for _ in range(3))
+    if version != 1001 or not isinstance(system, dict) or system.get("little_endian") != (sys.byteorder == "little"):
+        raise ValueError("its numbers are in the byte order of another kind of machine")
+    found = interpret(file, storage)
+    for key in interpret(file):
+        numbers = known[key]
+        if int.from_bytes(file.read(8), sys.byteorder) != len(numbers):
+            raise ValueError("a storage of another size than its numbers")
+        if file.readinto(numbers.view(torch.uint8).numpy().data) != numbers.nbytes:
+            raise ValueError("its numbers end too early")
+    return found
 
 
 def is_plain(x: object) -> TypeGuard[Tensor]:
@@ -110,44 +132,3 @@ def write_tensors(path: Path, content: Any, *, previous: Path | None = None) -> 
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getvalue(), previous=previous)
-
-
-def read_tensors(path: Path, remedy: str) -> Any:
-    """What write_tensors wrote. Runs no code from the file, and compares its checksums. Raises UserError, ending with
-    the remedy, for anything unreadable."""
-    with readable(path, remedy):
-        return load(path)
-
-
-@contextmanager
-def readable(path: Path, remedy: str) -> Iterator[None]:
-    """Whatever goes wrong inside, while a file is read, becomes a UserError that ends with the remedy.
-
-    The file must be a regular one: reading a pipe would wait for a writer.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path}: is no regular file; {remedy}")
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; {remedy}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {remedy}") from error
-    except Refused as error:
-        problem = f"holds pickled objects other than tensors, which could run code: refused ({error})"
-        raise UserError(f"{path}: {problem}; {remedy}") from error
-    except Exception as error:  # zip, pickle and storage errors of any kind
-        raise UserError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from error
-
-
-SPARE_MEMORY = 0.5  # of the free memory: a set is copied once or twice on its way to a network
-
-
-def must_fit(path: Path, size: int, why: str = "") -> None:
-    """Raise UserError when so many bytes do not fit into memory. why: a reason besides the file's own size."""
-    free = free_memory(torch.device("cpu"))
-    if size > SPARE_MEMORY * free:
-        problem = f"needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free{why}"
-        raise UserError(f"{path}: {problem}; it is damaged, not what it should be, or made for a larger machine")
