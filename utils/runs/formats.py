@@ -20,8 +20,8 @@ from torch import Tensor
 
 from utils.files.imagefiles import for_each, image_files, inside, is_grey, mode_and_size, read_image
 from utils.files.tensors import is_plain, must_fit, read_tensors
-from utils.method.images import Normalize
-from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
+from utils.method.images import FLOAT32, UINT4, UINT8, Normalize
+from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card, unpacked
 from utils.system.errors import UserError, first_line, printable
 
 log = logging.getLogger("dream")
@@ -42,6 +42,7 @@ class SetFile:
     soft: Tensor | None = None  # (N, classes) float32, probabilities or logits
     card: Card | None = None
     names: list[str] | None = None  # names of the class folders
+    packed: bool = False  # the file holds two pixels of 4 bits in a byte
 
     @property
     def card_file(self) -> Path:
@@ -54,6 +55,11 @@ class SetFile:
     def in_run_folder(self) -> bool:
         """Whether the set lies in a folder with a data.json, where results about it can be kept."""
         return self.card is not None and self.card_file.name == CARD
+
+    @property
+    def store(self) -> str:
+        """How the file holds pixels, one of STORES."""
+        return UINT4 if self.packed else UINT8 if self.images.dtype == torch.uint8 else FLOAT32
 
     @property
     def normalize(self) -> Normalize | None:
@@ -97,17 +103,19 @@ def _checked(file: Path, images: Tensor, labels: Tensor, *, card: Card | None) -
         if not is_plain(x):
             raise refusal(file, f"holds a tensor of an unusual kind ({type(x).__name__}, {x.layout}, {x.device})")
     images, labels = images.detach(), labels.detach()
+    if packed := images.dim() == 2 and images.dtype == torch.uint8:
+        images = unpacked(images, card, file)
     if images.dim() != 4 or images.dtype not in (*FLOATS, torch.uint8) or not images.numel():
         raise refusal(file, f"images are {images.dtype} of shape {tuple(images.shape)}")
     images = images if images.dtype == torch.uint8 else images.float()
     if labels.shape == images.shape[:1] and labels.dtype in INTEGERS:
-        return SetFile(file, images, labels.long(), card=card)
+        return SetFile(file, images, labels.long(), card=card, packed=packed)
     if not (labels.dim() == 2 and len(labels) == len(images) and labels.shape[1] and labels.dtype in FLOATS):
         raise refusal(file, f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
     labels = labels.float()
     if not labels.isfinite().all():
         raise refusal(file, "soft labels hold NaN or infinity")
-    return SetFile(file, images, labels.argmax(1), soft=labels, card=card)
+    return SetFile(file, images, labels.argmax(1), soft=labels, card=card, packed=packed)
 
 
 def _read_safetensors(file: Path) -> SetFile:
