@@ -90,6 +90,7 @@ def export_safetensors(file: Path, stored: DistilledSet, *, card: Mapping[str, A
         raise UserError(f"--export {file}: cannot be written without safetensors; pip install safetensors") from error
     known = {"normalized": False, "source_datasets": source_datasets(card), **storage(store, stored.images.shape[1:])}
     card = check_card({**card, **known}, file)
+    card = {name: value for name, value in card.items() if name != "about"}  # of the file that the set comes from
     labels = stored.labels if stored.soft is None else stored.soft
     tensors = {"images": as_stored(stored.images, store), "labels": labels}
     header = {"format": "pt", "card": json.dumps(card), "about": how_to_use(card, stored.images.shape[-1])}
