@@ -230,7 +230,7 @@ def picture_figure(picture: Picture) -> Figure:
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
 # Options that do not distinguish what is distilled: which repeat it is, where it lies, how it is watched.
-UNLABELLED = {*FREE, "seed", "tag", "eval_every"}
+UNLABELLED = {*FREE, "seed", "tag", "eval_every"} - {"store"}
 
 
 class Series(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from utils.runs.formats import read
 from utils.runs.sets import load_distilled
 
 Results = tuple[dict[str, Path], dict[str, list[Tensor]]]
-FLAGS = ["-f", "2", "--eval_every", "1", "--snapshot_every", "1", "--niter", "2"]
+FLAGS = ["-f", "2", "--eval_every", "1", "--snapshot_every", "1"]
 FEW = ["--device", "cpu", "--baselines", "none", "--epochs", "1", "--repeat", "1"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """For every --store, the run folder of the same command, and the pixels of which it made training images."""
+    """For every --store, the run folder of the same command, and the pixels of which it made training images.
+
+    The run with uint8 is that with float32, finished, and then the same command with --store uint8.
+    """
     root = tmp_path_factory.mktemp("results")
     seen: dict[str, list[Tensor]] = {store: [] for store in STORES}
 
@@ -39,9 +43,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parts, "synthetic", spied)
-        for store in STORES:
-            assert condense.main(quick(root, *FLAGS, "--store", store, "--tag", store)) == 0
-    return {store: root / "digits" / f"convnet2_f2_ipc1_{store}" for store in STORES}, seen
+        for store in (FLOAT32, UINT4, UINT8):
+            if store == UINT8:
+                shutil.copytree(root / FLOAT32, root / UINT8)
+            assert condense.main(quick(root / store, *FLAGS, "--store", store)) == 0
+    return {store: root / store / "digits" / "convnet2_f2_ipc1" for store in STORES}, seen
 
 
 @pytest.fixture
@@ -99,7 +105,7 @@ def test_a_file_holds_rounded_pixels_and_the_checkpoint_goes_on_with_floats(stor
     wanted = quantise(pixels.flatten(0, 1), store)
     assert images.dtype == torch.uint8 and labels.tolist() == list(range(10))
     assert torch.equal(unpack(images, (1, 8, 8)) if store == UINT4 else images, wanted)
-    assert (runs[store] / "data_000002.pt").read_bytes() == (runs[store] / "data.pt").read_bytes()
+    assert (runs[store] / "data_000001.pt").read_bytes() == (runs[store] / "data.pt").read_bytes()
     assert torch.equal(load_distilled(runs[store])[0], to_unit(wanted))
     assert not torch.equal(to_unit(wanted), pixels.flatten(0, 1).clamp(0, 1))
     assert (runs[store] / "stored_final.png").read_bytes() == grid_png(to_unit(wanted)[:, None])
@@ -119,13 +125,11 @@ def test_evaluations_are_of_what_the_file_holds(
     assert "store" not in card["settings"]  # which are of the run, not of this file
 
 
-def test_every_evaluation_of_a_run_is_of_rounded_pixels(
-    results: Results,
-) -> None:
-    for store in (UINT8, UINT4):
-        before, between, after = results[1][store][-3:]
-        assert all(torch.equal(to_unit(quantise(x, store)), x) for x in (before, between, after))
-        assert not torch.equal(before, after)
+def test_every_evaluation_is_of_rounded_pixels(results: Results) -> None:
+    for store, count in ((UINT8, 1), (UINT4, 2)):  # at the end, and at iteration 0
+        pixels = results[1][store][-count:]
+        assert all(torch.equal(to_unit(quantise(x, store)), x) for x in pixels)
+        assert not torch.equal(pixels[-1], results[1][FLOAT32][-1])
 
 
 def test_data_json_says_how_to_read_it(runs: dict[str, Path]) -> None:
@@ -139,25 +143,21 @@ def test_data_json_says_how_to_read_it(runs: dict[str, Path]) -> None:
 
 
 def test_the_same_command_with_another_store_writes_a_finished_set_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = quick(tmp_path)
-    assert condense.main(command) == 0
-    (run,) = tmp_path.glob("digits/*")
-    pixels, lines = checkpoint(run), (run / "metrics.jsonl").read_text().count("accuracy_mean")
-    assert condense.main([*command, "--store", UINT8]) == 0
-    assert "data.pt: holds pixels as float32; made again from the checkpoint, as uint8" in capsys.readouterr().out
-    assert torch.equal(content(run / "data.pt")[0], quantise(pixels.flatten(0, 1), UINT8))
-    assert torch.equal(checkpoint(run), pixels)
-    assert (run / "metrics.jsonl").read_text().count("accuracy_mean") == lines
-    assert json.loads((run / "data.json").read_text())["finished"]
-    assert condense.main([*command, "--store", UINT8]) == 0
+    assert "data.pt: holds pixels as float32; made again from the checkpoint, as uint8" in (
+        (runs[UINT8] / "log.txt").read_text()
+    )
+    lines = [(runs[store] / "metrics.jsonl").read_text().count("accuracies") for store in STORES]
+    assert len(set(lines)) == 1  # the evaluation of floats at the end is no longer there
+    assert json.loads((runs[UINT8] / "data.json").read_text())["finished"]
+    assert condense.main(quick(runs[UINT8].parents[1], *FLAGS, "--store", UINT8)) == 0
     assert "this run is finished" in capsys.readouterr().out
 
 
 def test_a_run_begins_with_the_rounded_pixels_of_a_snapshot(runs: dict[str, Path], tmp_path: Path) -> None:
-    source = runs[UINT4] / "data_000001.pt"
-    flags = ["-f", "2", "--niter", "2", "--resume_from", str(source), "--lr_img", "1e-9", "--mom_img", "0"]
+    source = runs[UINT4] / "data_000000.pt"
+    flags = ["-f", "2", "--resume_from", str(source), "--lr_img", "1e-9", "--mom_img", "0"]
     assert condense.main(quick(tmp_path, *flags)) == 0
     (run,) = tmp_path.glob("digits/*")
     torch.testing.assert_close(checkpoint(run).flatten(0, 1), load_distilled(source)[0], atol=1e-6, rtol=0)
