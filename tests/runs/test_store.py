@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -138,8 +137,10 @@ def test_data_json_says_how_to_read_it(runs: dict[str, Path]) -> None:
     assert [cards[store]["value_range"] for store in STORES] == [[0, 1], [0, 255], [0, 15]]
     assert "divided by 255" in cards[UINT8]["about"]
     images, _ = content(runs[UINT4] / "data.pt")
-    found = re.search(r"torch\.stack.*? / 15", cards[UINT4]["about"])
-    assert found and torch.equal(eval(found[0], {"torch": torch, "images": images}), load_distilled(runs[UINT4])[0])
+    unpacked = torch.stack([images >> 4, images & 15], 2).flatten(1)[:, :64].reshape(-1, 1, 8, 8) / 15
+    assert torch.equal(unpacked, load_distilled(runs[UINT4])[0])
+    line = "torch.stack([images >> 4, images & 15], 2).flatten(1)[:, :64].reshape(-1, 1, 8, 8) / 15"
+    assert f"; {line} are images (N, 1, 8, 8) in [0, 1], not normalised; cut every image" in cards[UINT4]["about"]
 
 
 def test_the_same_command_with_another_store_writes_a_finished_set_again(
