@@ -25,7 +25,15 @@ from utils.files.atomic import write_atomically
 from utils.method.evaluation import Score
 from utils.method.images import FLOAT32, ImageSet
 from utils.runs.card import (
-    WHITENING, as_stored, check_card, how_to_use, is_whitened, source_datasets, storage, table_cell, title,
+    WHITENING,
+    as_stored,
+    check_card,
+    how_to_use,
+    is_whitened,
+    source_datasets,
+    storage,
+    table_cell,
+    title,
 )  # fmt: skip
 from utils.runs.formats import SAFETENSORS
 from utils.runs.sets import DistilledSet, folder_names, safe_name
