@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from figs import common
 from utils.files import atomic
@@ -155,8 +156,11 @@ def draw(points: Sequence[Point]) -> Figure:
         for line in dict.fromkeys(p.line for p in here):
             handles |= draw_line(axes, [p for p in here if p.line == line])
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: size(count)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{dataset} ({here[0].about})")
-        axes.set_xlabel("bytes of pixels")
+        axes.set_xlabel("size of the pixels")
     panels[0].set_ylabel("test accuracy, %")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return figure

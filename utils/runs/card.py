@@ -58,23 +58,17 @@ def as_stored(images: Tensor, store: str) -> Tensor:
 def unpacked(images: Tensor, card: Mapping[str, Any] | None, file: Path) -> Tensor:
     """Images (N, C, H, W) uint8 of a file's tensor (N, bytes), which holds two pixels in a byte.
 
-    Raises UserError unless the card says that it does, and the shape of an image.
+    Raises UserError unless the card's shape of an image says that it does.
     """
-    known = card or {}
-    shape, seen = known.get("shape"), f"{file}: images are {images.dtype} of shape {tuple(images.shape)}"
-    if known.get("store") != UINT4:
-        says = f"no {CARD} says so" if card is None else f"its card says {known.get('store')!r}"
+    shape = None if card is None else card.get("shape")
+    right = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
+    if shape is None or not right or images.shape[1] != (math.prod(shape) + 1) // 2:
+        says = f"no {CARD} says of what shape" if card is None else f"the card's shape is {str(shape)[:100]}"
         raise UserError(
-            f"{seen}: 4-bit pixels (--store {UINT4}), or no images (N, C, H, W), and {says}; put the {CARD} of its run "
-            "beside it"
+            f"{file}: images are {images.dtype} of shape {tuple(images.shape)}: pixels of 4 bits, two in a byte (--store "
+            f"{UINT4}), or no images (N, C, H, W), and {says}; put the {CARD} of its run beside it"
         )
-    sizes = shape if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else []
-    if len(sizes) != 3 or images.shape[1] != (math.prod(sizes) + 1) // 2:
-        raise UserError(
-            f"{seen}, no two pixels in a byte of images of the card's shape {str(shape)[:100]}; the card is damaged or "
-            f"of another set: put the {CARD} of its run beside it"
-        )
-    return unpack(images, sizes)
+    return unpack(images, shape)
 
 
 def snapshot_name(iteration: int) -> str:

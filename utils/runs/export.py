@@ -34,7 +34,7 @@ from utils.runs.card import (
     storage,
     table_cell,
     title,
-)  # fmt: skip
+)
 from utils.runs.formats import SAFETENSORS
 from utils.runs.sets import DistilledSet, folder_names, safe_name
 from utils.system.errors import UsageError, UserError
