@@ -204,7 +204,7 @@ def test_four_bits_are_not_read_without_a_card_that_fits(runs: dict[str, Path], 
     file = tmp_path / "data.pt"
     file.write_bytes(data.read_bytes())
     command = [*FEW, str(file), "-d", "digits", "-f", "2"]
-    refused(train.main, command, str(file), "(10, 32)", "no data.json says so", status=1, unchanged=tmp_path)
+    refused(train.main, command, str(file), "(10, 32)", "no data.json says of what shape", status=1, unchanged=tmp_path)
     damaged = (
         {"store": "uint8"},
         {"shape": [1, 8, 9]},
@@ -212,10 +212,13 @@ def test_four_bits_are_not_read_without_a_card_that_fits(runs: dict[str, Path], 
         {"shape": [1, -8, -8]},
         {"shape": [2**62, 4, 1]},
     )
-    for change in damaged:
-        text = json.dumps({**json.loads(card.read_text()), **change})
+    for shape in (None, [1, 8, 9], [1, -8, -8], [2**62, 4, 1], [4, 16], "1, 8, 8"):
+        text = json.dumps({**json.loads(card.read_text()), "shape": shape})
         (tmp_path / "data.json").write_text(text)
         refused(train.main, [*FEW, str(file)], str(file), "data.json of its run", status=1, unchanged=tmp_path)
+    other = {**json.loads(card.read_text()), "store": UINT8}  # as after the same command with --store uint8
+    (tmp_path / "data.json").write_text(json.dumps(other))
+    assert torch.equal(load_distilled(file)[0], load_distilled(runs[UINT4])[0])
 
 
 def test_real_images_have_no_store(tmp_path: Path) -> None:

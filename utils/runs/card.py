@@ -65,8 +65,8 @@ def unpacked(images: Tensor, card: Mapping[str, Any] | None, file: Path) -> Tens
     if shape is None or not right or images.shape[1] != (math.prod(shape) + 1) // 2:
         says = f"no {CARD} says of what shape" if card is None else f"the card's shape is {str(shape)[:100]}"
         raise UserError(
-            f"{file}: images are {images.dtype} of shape {tuple(images.shape)}: pixels of 4 bits, two in a byte (--store "
-            f"{UINT4}), or no images (N, C, H, W), and {says}; put the {CARD} of its run beside it"
+            f"{file}: images are {images.dtype} of shape {tuple(images.shape)}: pixels of 4 bits, two in a byte, or no "
+            f"images (N, C, H, W), and {says}; put the {CARD} of its run beside it"
         )
     return unpack(images, shape)
 
