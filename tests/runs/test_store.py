@@ -205,13 +205,6 @@ def test_four_bits_are_not_read_without_a_card_that_fits(runs: dict[str, Path], 
     file.write_bytes(data.read_bytes())
     command = [*FEW, str(file), "-d", "digits", "-f", "2"]
     refused(train.main, command, str(file), "(10, 32)", "no data.json says of what shape", status=1, unchanged=tmp_path)
-    damaged = (
-        {"store": "uint8"},
-        {"shape": [1, 8, 9]},
-        {"shape": None},
-        {"shape": [1, -8, -8]},
-        {"shape": [2**62, 4, 1]},
-    )
     for shape in (None, [1, 8, 9], [1, -8, -8], [2**62, 4, 1], [4, 16], "1, 8, 8"):
         text = json.dumps({**json.loads(card.read_text()), "shape": shape})
         (tmp_path / "data.json").write_text(text)
