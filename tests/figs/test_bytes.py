@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,12 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     refused(figure.main, [empty, *out], f"{empty}/eval.json: holds no results", "--store", status=1, unchanged=tmp_path)
     (tmp_path / "other.json").write_text('{"rows": [1]}')
     refused(figure.main, [str(tmp_path / "other.json"), *out], "no file of --save", status=1, unchanged=tmp_path)
+
+
+def test_the_readme_says_what_the_record_holds() -> None:
+    root = Path(figure.__file__).parent
+    points, text = figure.read(root / "data" / "bytes.json"), (root / "README.md").read_text().replace("\n", " ")
+    changes = [re.findall(r"by (\S+ \+- \S+) points .*n=(\d+)", line)[0] for line in figure.costs(points).splitlines()]
+    assert len(changes) == 4
+    for change, count in changes:
+        assert change in text and f"n={count} sets" in text
