@@ -23,11 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from utils.config import build, derived, resolve
 from utils.config.build import Parts
 from utils.config.flags import as_argv
 from utils.config.options import CondenseOptions
 from utils.method.evaluation import BEST_OF_FOUR, Score
+from utils.method.images import quantise, to_unit
 from utils.method.selection import select
 from utils.method.state import NotFinite
 from utils.method.training import update_network
@@ -100,8 +103,12 @@ class Run:
 
     def save_pictures(self, when: str) -> None:
         """Save the set's pictures, as stored and as decoded; when: initial, latest or final."""
-        stored = self.state.pixels.clamp(0, 1)
+        stored = self.stored()
         self.folder.save_pictures(when, self.state.it, stored, self.parts.formation.decode(stored))
+
+    def stored(self) -> Tensor:
+        """Pixels as data.pt holds them, (classes, ipc, C, H, W) in [0, 1]: rounded, if --store says so."""
+        return to_unit(quantise(self.state.pixels, self.o.store))
 
     def card(self, *, finished: bool) -> dict[str, Any]:
         """The content of data.json."""
@@ -126,7 +133,7 @@ class Run:
         self.recorder.report(self.state)
         it, began = self.state.it, time.monotonic()
         with self.recorder.interrupted():
-            training_set = self.parts.synthetic(self.state.pixels.clamp(0, 1))
+            training_set = self.parts.synthetic(self.stored())
             sets = [training_set] * self.o.repeat
             score = self.parts.evaluate(sets, f"evaluating iteration {it}", self.stopper)
         self.state.accuracy = score.mean

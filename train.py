@@ -55,7 +55,7 @@ from utils.runs.formats import SetFile
 from utils.runs.layout import factor_warning
 from utils.runs.results import ALL_REAL, EVALUATIONS, Record
 from utils.runs.sets import DistilledSet
-from utils.runs.training_data import DISTILLED, RANDOM, TrainingData, TrainingDataOf
+from utils.runs.training_data import RANDOM, TrainingData, TrainingDataOf
 from utils.system import process
 from utils.system.device import backends, device_name, peak_in_words, peak_memory
 from utils.system.distributed import Group, is_first, process_group, rank_zero_only
@@ -301,12 +301,14 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         # --- What networks are trained on ---
         if source is not None:
             content = interpret(o, source, data)
-            distilled = rows.distilled(source, content, Formation(o.factor or 1, o.decode_type or "single"))
+            formation = Formation(o.factor or 1, o.decode_type or "single")
+            distilled = rows.distilled(source, content, formation, store=o.store)
             if o.export is not None:
                 settings = {} if o.whiten == "none" else {"whiten": o.whiten}
                 card = card or derived.set_card(o, data, ipc=round(distilled.images_per_class), settings=settings)
                 decoded, write = distilled.training_set(specs[0], 0), rank_zero_only(export.export_set)
-                write(o.export, stored=content, decoded=decoded, class_names=data.class_names, card=card)
+                names, store = data.class_names, o.store or source.store
+                write(o.export, stored=content, decoded=decoded, class_names=names, card=card, store=store)
                 return []
             compare = NO_BASELINES not in o.baselines
             training_data = [distilled, *(rows.baselines(distilled, o.baselines) if compare else [])]
@@ -329,7 +331,7 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         # --- Report ---
         records = evaluation.records
         if source is not None:
-            for text in results.low_accuracies(records, DISTILLED, RANDOM, chance=100 / data.classes):
+            for text in results.low_accuracies(records, distilled.name, RANDOM, chance=100 / data.classes):
                 log.warning("%s", text)
         if o.confusion:
             evaluation.show_confusion(training_data)

@@ -242,7 +242,7 @@ OF_IMAGES = [
     if field.metadata["group"] == "data" and field.name not in FREE
 ]
 # Options that do not distinguish what is distilled: which repeat it is, where it lies, how it is watched.
-UNLABELLED = {*FREE, "seed", "tag", "eval_every"}
+UNLABELLED = {*FREE, "seed", "tag", "eval_every"} - {"store"}
 
 
 class Series(NamedTuple):

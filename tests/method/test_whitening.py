@@ -189,7 +189,7 @@ def test_an_export_says_that_images_were_whitened(whiten: bool, tmp_path: Path) 
     card = {
         "dataset": "folder", "image_folder": None, "ipc": 1, "factor": 1, "decode_type": "single",
         "value_range": [0.0, 1.0], "normalized": False, "normalization": {"mean": list(MEAN), "std": list(STD)},
-        "settings": {"whiten": "zca"} if whiten else {},
+        "settings": {"whiten": "zca"} if whiten else {}, "store": "float32", "shape": [3, 4, 4],
     }  # fmt: skip
     decoded = ImageSet(images, labels, classes=2, normalize=normalize)
     assert (WHITENING in how_to_use(card, 4)) == whiten

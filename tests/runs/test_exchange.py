@@ -55,7 +55,8 @@ SOFT = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
 CARD: dict[str, Any] = {
     "dataset": "digits", "image_folder": None, "class_names": ["cat", "dog", "cow"], "ipc": 2, "factor": 2,
     "decode_type": "single", "value_range": [0.0, 1.0], "normalized": False,
-    "normalization": {"mean": [0.5], "std": [0.25]}, "settings": {}, "finished": True,
+    "normalization": {"mean": [0.5], "std": [0.25]}, "settings": {}, "finished": True, "store": "float32",
+    "shape": [1, 8, 8],
 }  # fmt: skip
 
 

@@ -351,7 +351,7 @@ def test_a_folder_export_is_read_by_train(finished: Path, tmp_path: Path, evalua
     assert train.main([str(finished), "--export", str(folder)]) == 0
     images = ImageFolder(str(folder))
     assert len(images) == 80 and images.classes == [str(c) for c in range(10)]
-    assert rows(evaluated(folder, "-d", "digits", "-f", "1", *ALONE)) == [("distilled set", 8, 8, 80 * 64)]
+    assert rows(evaluated(folder, "-d", "digits", "-f", "1", *ALONE)) == [("distilled set, 8 bits", 8, 8, 80 * 64)]
 
 
 def test_a_snapshot_is_evaluated_by_its_run_s_card(tmp_path: Path, evaluated: Evaluate) -> None:

@@ -47,7 +47,7 @@ def check_alone(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{given['run'][0]}: --coreset trains on real images; leave the set out, or use --baselines")
     if given.get("coreset") and "ipc" not in given:
         raise UsageError("--coreset: say how many images per class with --ipc N")
-    for name in ("experiment", "factor", "decode_type", "normalized", "export", "baselines"):
+    for name in ("experiment", "factor", "decode_type", "normalized", "export", "baselines", "store"):
         if name in given:
             raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
 

@@ -16,7 +16,7 @@ from utils.method.augment import Augment, without
 from utils.method.formation import Formation
 from utils.method.state import NotFinite, State
 from utils.method.training import Recipe
-from utils.runs.card import DATA, Card, how_to_use, source_datasets
+from utils.runs.card import DATA, Card, how_to_use, source_datasets, storage
 from utils.runs.experts import Experts
 from utils.system.errors import printable
 
@@ -157,7 +157,7 @@ def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, sett
         "factor": formation.factor,
         "decode_type": formation.decode_type,
         "decoded_per_class": formation.decoded_count(ipc),
-        "value_range": [0.0, 1.0],
+        **storage(o.store, (data.channels, data.side, data.side)),
         "normalized": False,
         "normalization": {"mean": list(mean), "std": list(std)},  # per channel, in units of [0, 1]
         **data.reading,
@@ -175,7 +175,6 @@ def run_card(
     return {
         "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, data.side)}.",
         **card,
-        "shape": [data.channels, data.side, data.side],
         "network": dataclasses.asdict(spec),
         "learned": {name: value[0].item() for name, value in state.matching_step.learned.items()},
         "outer_iterations": state.it,

@@ -14,15 +14,16 @@ import models
 from utils.config.flags import augmentation, device, flag, initialisation, integer, matching, number, table_file, tag
 from utils.config.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, METHODS, REAL_EPOCHS, TRAJECTORY
 from utils.method import formation, objectives, pixels, selection, training
+from utils.method.images import FLOAT32, STORES
 from utils.numerics.compute import PRECISIONS
 
 RESULTS_DIR = "results"
-# Options that may differ when a run goes on, about places, the machine and what is shown; RESUMABLE: until it is
-# finished.
+# Options that may differ when a run goes on, about places, the machine, what is shown and how the set is stored;
+# RESUMABLE: until it is finished.
 FREE = (
     "data_dir", "data_threads", "results_dir", "device", "compile", "wait_minutes", "max_minutes", "dry_run",
     "experts_only", "restart", "reproduce", "snapshot_every", "tensorboard", "deterministic", "share_update",
-    "show_best", "config",
+    "show_best", "config", "store",
 )  # fmt: skip
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
@@ -154,6 +155,10 @@ class CondenseOptions(Options):
     decode_type: str = _synthetic("single", choices=formation.DECODE_TYPES,
         help="decode every stored image with factor F (single), with every factor up to F (multi), or with F as long "
              f"as a class stays within {formation.BOUND} images and smaller factors after (bound)")
+    store: str = _synthetic(FLOAT32, choices=STORES,
+        help="how data.pt holds pixels: as floats, or rounded to 8 or 4 bits (two pixels in a byte); pictures and "
+             "evaluations are of what it holds, and the checkpoint goes on with floats. The same command with another "
+             "one writes and evaluates a finished set again")
     tag: str | None = _run(None, parse=tag, metavar="TEXT",
         help="append this to the run folder's name, to keep several runs apart")
     niter: int = _budget(200, parse=integer(1), metavar="N", help="outer iterations, each with a fresh network")
@@ -267,6 +272,9 @@ class TrainOptions(Options):
         help="--decode_type of condense.py, for a set without data.json (default: single)")
     normalized: bool = _subject(False,
         help="the set's pixels are normalised by the data set's mean and standard deviation (and not whitened)")
+    store: str | None = _subject(None, choices=STORES,
+        help="evaluate, or export as .safetensors, what is left of the set when its pixels are stored so: 8 or 4 bits "
+             "(default: as its file holds them)")
     net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
         help=f"one or more of {', '.join(models.FAMILIES)}, with a depth if you like, as in resnet18; or torchvision's "
              f"names, as in mobilenet_v3_small; {ALL_NETWORKS} for {' '.join(models.PAPER_TABLE)} (default: the "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 0.1  # added to the eigenvalues of a covariance that images are whitened by
@@ -240,3 +242,40 @@ class SyntheticImages:
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images (n, C, H, W) and labels (n,) at positions, class after class."""
         return self.current().flatten(0, 1)[index], index // self.each
+
+
+# --- How pixels are stored --------------------------------------------------------------------------------------------
+
+# Rounding is to the nearest of levels that are equally far apart in [0, 1]. As 255 = 15 * 17, the 16 levels of 4 bits
+# are bytes as well: whatever reads uint8 images can read these.
+FLOAT32, UINT8, UINT4 = "float32", "uint8", "uint4"
+BITS = {FLOAT32: 32, UINT8: 8, UINT4: 4}  # of a pixel in one channel
+STORES = tuple(BITS)
+STEP = {UINT8: 1, UINT4: 17}  # between two levels, as bytes
+
+
+def quantise(pixels: Tensor, store: str) -> Tensor:
+    """Images of floats in [0, 1], of any shape, as bytes with 256 or 16 levels; clamped, but floats, for float32."""
+    pixels = pixels.clamp(0, 1)
+    if store == FLOAT32:
+        return pixels
+    return (pixels * (255 // STEP[store])).round().to(torch.uint8) * STEP[store]
+
+
+def stored_bytes(images: Tensor, store: str) -> int:
+    """Size of images (N, C, H, W) when they are stored so; an image of 4-bit pixels begins with a byte of its own."""
+    return len(images) * math.ceil(images[0].numel() * BITS[store] / 8)
+
+
+def pack(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) of the 16 levels as two pixels in a byte, (N, ceil(C * H * W / 2)), the first in its upper
+    half."""
+    levels = images.flatten(1) // STEP[UINT4]
+    levels = F.pad(levels, (0, levels.shape[1] % 2))
+    return levels[:, ::2] << 4 | levels[:, 1::2]
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Images (N, *shape) that were packed, as bytes from 0 to 255; shape: of one image, (C, H, W)."""
+    levels = torch.stack([packed >> 4, packed & 15], 2).flatten(1)[:, : math.prod(shape)]
+    return levels.unflatten(1, tuple(shape)) * STEP[UINT4]

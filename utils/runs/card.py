@@ -6,8 +6,9 @@ The card may come from anywhere: it is checked before anything in it is believed
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from utils.files.atomic import CHECKSUM, parse_json
 from utils.files.imagefiles import FULL
 from utils.files.tensors import write_tensors
 from utils.method.formation import BOUND
-from utils.method.images import EPS
+from utils.method.images import EPS, FLOAT32, UINT4, UINT8, pack, quantise, unpack
 from utils.system.errors import UserError, printable
 
 log = logging.getLogger("dream")
@@ -31,11 +32,44 @@ Card = dict[str, Any]
 # --- data.pt and its snapshots ----------------------------------------------------------------------------------------
 
 
-def save_set(file: Path, pixels: Tensor) -> None:
-    """Write data.pt, or a snapshot of the same form. pixels: (classes, ipc, C, H, W), clamped to [0, 1] here."""
-    images = pixels.detach().clamp(0, 1).flatten(0, 1).float().cpu().contiguous()
+def save_set(file: Path, pixels: Tensor, store: str = FLOAT32) -> None:
+    """Write data.pt, or a snapshot of the same form. pixels: (classes, ipc, C, H, W), clamped to [0, 1] here.
+
+    store: one of STORES, to which pixels are rounded.
+    """
+    images = pixels.detach().flatten(0, 1).float().cpu().contiguous()
     labels = torch.arange(len(pixels)).repeat_interleave(pixels.shape[1])
-    write_tensors(file, [images, labels])
+    write_tensors(file, [as_stored(images, store), labels])
+
+
+def storage(store: str | None, shape: Sequence[int]) -> Card:
+    """The entries of a card that say how a file holds pixels. store: one of STORES, floats if it is not known; shape:
+    of one image, (C, H, W)."""
+    ranges: dict[str, list[float]] = {FLOAT32: [0.0, 1.0], UINT8: [0, 255], UINT4: [0, 15]}
+    store = store or FLOAT32
+    return {"store": store, "value_range": ranges[store], "shape": list(shape)}
+
+
+def as_stored(images: Tensor, store: str) -> Tensor:
+    """The tensor that a file holds for images (N, C, H, W) of floats in [0, 1]: of their shape, but for uint4."""
+    images = quantise(images, store)
+    return pack(images) if store == UINT4 else images
+
+
+def unpacked(images: Tensor, card: Mapping[str, Any] | None, file: Path) -> Tensor:
+    """Images (N, C, H, W) uint8 of a file's tensor (N, bytes), which holds two pixels in a byte.
+
+    Raises UserError unless the card's shape of an image says that it does.
+    """
+    shape = None if card is None else card.get("shape")
+    right = isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
+    if shape is None or not right or images.shape[1] != (math.prod(shape) + 1) // 2:
+        says = f"no {CARD} says of what shape" if card is None else f"the card's shape is {str(shape)[:100]}"
+        raise UserError(
+            f"{file}: images are {images.dtype} of shape {tuple(images.shape)}: pixels of 4 bits, two in a byte, or no "
+            f"images (N, C, H, W), and {says}; put the {CARD} of its run beside it"
+        )
+    return unpack(images, shape)
 
 
 def snapshot_name(iteration: int) -> str:
@@ -105,9 +139,22 @@ def how_to_use(card: Mapping[str, Any], side: int) -> str:
     low, high = card.get("grey_range", FULL)
     deep = f"; of real images of 16 bits, {low} is 0 here and {high} is 1" if "grey_range" in card else ""
     return (
-        f"{title(card)}, distilled: images are in [0, 1], not normalised; {decode if f > 1 else ''}subtract the mean "
+        f"{title(card)}, distilled: {_reading(card)}, not normalised; {decode if f > 1 else ''}subtract the mean "
         f"{norm['mean']} and divide by the standard deviation {norm['std']} of each channel{whitened}{deep}"
     )
+
+
+def _reading(card: Mapping[str, Any]) -> str:
+    """How the file's images become floats in [0, 1]."""
+    store, shape = card.get("store", FLOAT32), card.get("shape")
+    if store == UINT4 and isinstance(shape, list):
+        unpacking = "torch.stack([images >> 4, images & 15], 2).flatten(1)"
+        sizes = ", ".join(map(str, shape))
+        return (
+            f"images hold two pixels of 4 bits in a byte, the first in its upper half; {unpacking}[:, :"
+            f"{math.prod(shape)}].reshape(-1, {sizes}) / 15 are images (N, {sizes}) in [0, 1]"
+        )
+    return "images are bytes, and divided by 255 in [0, 1]" if store == UINT8 else "images are in [0, 1]"
 
 
 # --- Where its real images come from ----------------------------------------------------------------------------------

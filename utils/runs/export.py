@@ -23,8 +23,18 @@ from models import NetSpec
 from utils.files import hub
 from utils.files.atomic import write_atomically
 from utils.method.evaluation import Score
-from utils.method.images import ImageSet
-from utils.runs.card import WHITENING, check_card, how_to_use, is_whitened, source_datasets, table_cell, title
+from utils.method.images import FLOAT32, ImageSet
+from utils.runs.card import (
+    WHITENING,
+    as_stored,
+    check_card,
+    how_to_use,
+    is_whitened,
+    source_datasets,
+    storage,
+    table_cell,
+    title,
+)
 from utils.runs.formats import SAFETENSORS
 from utils.runs.sets import DistilledSet, folder_names, safe_name
 from utils.system.errors import UsageError, UserError
@@ -41,16 +51,23 @@ def check_target(path: Path) -> None:
 
 
 def export_set(
-    target: str, *, stored: DistilledSet, decoded: ImageSet, class_names: Sequence[str], card: Mapping[str, Any]
+    target: str,
+    *,
+    stored: DistilledSet,
+    decoded: ImageSet,
+    class_names: Sequence[str],
+    card: Mapping[str, Any],
+    store: str = FLOAT32,
 ) -> None:
     """Write a set in the form that the target's suffix asks for, and upload it if the target is an hf:// name.
 
-    decoded: the images that networks train on.
+    decoded: the images that networks train on; store: one of STORES, to which the pixels of a .safetensors file are
+    rounded.
     """
 
     def write(path: Path) -> str:
         if path.suffix.lower() == SAFETENSORS:
-            export_safetensors(path, stored, card=card)
+            export_safetensors(path, stored, card=card, store=store)
             return f"{len(stored.images)} stored"
         export_folder(path, decoded, class_names=class_names, stored=len(stored.images), card=card)
         return f"{len(decoded)} decoded"
@@ -68,9 +85,9 @@ def export_set(
 # --- As stored --------------------------------------------------------------------------------------------------------
 
 
-def export_safetensors(file: Path, stored: DistilledSet, *, card: Mapping[str, Any]) -> None:
-    """Write the stored set without loss: `images`, `labels`, and the card in the header. Soft labels, (N, classes),
-    are written in place of hard ones.
+def export_safetensors(file: Path, stored: DistilledSet, *, card: Mapping[str, Any], store: str = FLOAT32) -> None:
+    """Write the stored set: `images`, `labels`, and the card in the header. Soft labels, (N, classes), are written in
+    place of hard ones. store: one of STORES, to which pixels are rounded.
 
     Raises UsageError when the file is there already, UserError when it cannot be written.
     """
@@ -79,9 +96,11 @@ def export_safetensors(file: Path, stored: DistilledSet, *, card: Mapping[str, A
         from safetensors.torch import save
     except ImportError as error:
         raise UserError(f"--export {file}: cannot be written without safetensors; pip install safetensors") from error
-    known = {"normalized": False, "value_range": [0.0, 1.0], "source_datasets": source_datasets(card)}
+    known = {"normalized": False, "source_datasets": source_datasets(card), **storage(store, stored.images.shape[1:])}
     card = check_card({**card, **known}, file)
-    tensors = {"images": stored.images, "labels": stored.labels if stored.soft is None else stored.soft}
+    card = {name: value for name, value in card.items() if name != "about"}  # of the file that the set comes from
+    labels = stored.labels if stored.soft is None else stored.soft
+    tensors = {"images": as_stored(stored.images, store), "labels": labels}
     header = {"format": "pt", "card": json.dumps(card), "about": how_to_use(card, stored.images.shape[-1])}
     content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, header)
     try:

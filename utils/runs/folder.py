@@ -24,6 +24,7 @@ from utils.files import atomic, tensors
 from utils.files.imagefiles import grid_png
 from utils.files.lock import locked
 from utils.method.evaluation import BEST_OF_FOUR, Score
+from utils.method.images import FLOAT32
 from utils.runs import card as cards
 from utils.runs.board import FOLDER as BOARD
 from utils.runs.board import Board
@@ -109,8 +110,8 @@ class RunFolder:
     def check(self) -> str:
         """State of the folder: `new`, `started` or `finished`. Raises UsageError when it belongs to another command.
 
-        A finished run with damaged files counts as started: going on makes them again. One whose image files have been
-        touched since is UNCLEAR until `held` has compared the images.
+        A finished run with damaged files, or stored otherwise, counts as started: going on makes them again. One whose
+        image files have been touched since is UNCLEAR until `held` has compared the images.
         """
         status, self._untouched = self.group.broadcast(self._check_all)
         return status
@@ -178,7 +179,7 @@ class RunFolder:
         return None
 
     def _read_results(self) -> bool:
-        """Read the results, and note in `flaws` which are damaged. True if the run is finished."""
+        """Read the results, and note in `flaws` which have to be made again. True if the run is finished."""
         card, remedy = self.path / cards.CARD, "made again from the checkpoint"
         try:
             content = atomic.read_json(card) if card.exists() else {}
@@ -188,6 +189,9 @@ class RunFolder:
         except UserError as error:
             self.flaws.append(f"{error.problem}; {remedy}")
             return True
+        if (store := content.get("store", FLOAT32)) != self.options.get("store", store):
+            flaw = f"{self.path / cards.DATA}: holds pixels as {store}"
+            self.flaws.append(f"{flaw}; made again from the checkpoint, as {self.options['store']}")
         if content.get(OF_METRICS) not in (None, atomic.checksum(self._read_metrics())):
             self.flaws.append(f"{self.path / METRICS}: is damaged; {remedy}")
         return True
@@ -301,7 +305,7 @@ class RunFolder:
     @rank_zero_only
     def save_set(self, pixels: Tensor, card: dict[str, Any]) -> None:
         """Write data.pt and data.json. pixels: (classes, ipc, C, H, W)."""
-        cards.save_set(self.path / cards.DATA, pixels)
+        cards.save_set(self.path / cards.DATA, pixels, self.options["store"])
         atomic.write_json(self.path / cards.CARD, card)
 
     @rank_zero_only
@@ -312,7 +316,7 @@ class RunFolder:
     @rank_zero_only
     def save_snapshot(self, it: int, pixels: Tensor) -> None:
         """Write data_<it>.pt, a copy of the set that stays when the run goes on. pixels: (classes, ipc, C, H, W)."""
-        cards.save_set(self.path / cards.snapshot_name(it), pixels)
+        cards.save_set(self.path / cards.snapshot_name(it), pixels, self.options["store"])
 
     @rank_zero_only
     def save_pictures(self, when: str, it: int, stored: Tensor, decoded: Tensor) -> None:

@@ -36,8 +36,8 @@ from utils.files.imagefiles import (
 from utils.files.npz import load_arrays
 from utils.files.tensors import is_plain, read_tensors
 from utils.files.untrusted import must_fit, readable
-from utils.method.images import Normalize
-from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card
+from utils.method.images import FLOAT32, UINT4, UINT8, Normalize
+from utils.runs.card import CARD, CARD_BYTES, DATA, Card, check_card, load_card, unpacked
 from utils.runs.contents import HELD_OUT, IMAGES, LABELS, RATES, WORDS, Found, find, number, shown, words
 from utils.system.errors import UsageError, UserError, first_line, printable
 
@@ -61,6 +61,7 @@ class SetFile:
     soft: Tensor | None = None  # (N, classes) float32, probabilities or logits
     card: Card | None = None
     names: list[str] | None = None  # names of the class folders
+    packed: bool = False  # the file holds two pixels of 4 bits in a byte
 
     @property
     def card_file(self) -> Path:
@@ -73,6 +74,11 @@ class SetFile:
     def in_run_folder(self) -> bool:
         """Whether the set lies in a folder with a data.json, where results about it can be kept."""
         return self.card is not None and self.card_file.name == CARD
+
+    @property
+    def store(self) -> str:
+        """How the file holds pixels, one of STORES."""
+        return UINT4 if self.packed else UINT8 if self.images.dtype == torch.uint8 else FLOAT32
 
     @property
     def normalize(self) -> Normalize | None:
@@ -281,15 +287,18 @@ def _checked(part: Part) -> SetFile:
     for x in (images, labels):
         if not is_plain(x):
             raise refusal(file, f"holds a tensor of an unusual kind ({type(x).__name__}, {x.layout}, {x.device})")
-    images, labels = _as_images(file, images.detach(), len(labels)), _as_labels(labels.detach())
+    images, labels = images.detach(), _as_labels(labels.detach())
+    if packed := images.dim() == 2 and images.dtype == torch.uint8:
+        images = unpacked(images, part.card, file)
+    images = _as_images(file, images, len(labels))
     if labels.shape == images.shape[:1] and labels.dtype in INTEGERS:
-        return SetFile(file, images, labels.long(), card=part.card)
+        return SetFile(file, images, labels.long(), card=part.card, packed=packed)
     if not (labels.dim() == 2 and len(labels) == len(images) and labels.shape[1] and labels.dtype in FLOATS):
         raise refusal(file, f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images")
     labels = labels.float()
     if not labels.isfinite().all():
         raise refusal(file, "soft labels hold NaN or infinity")
-    return SetFile(file, images, labels.argmax(1), soft=labels, card=part.card)
+    return SetFile(file, images, labels.argmax(1), soft=labels, card=part.card, packed=packed)
 
 
 def _as_images(file: Path, images: Tensor, count: int) -> Tensor:

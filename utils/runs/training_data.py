@@ -15,7 +15,7 @@ from data import Dataset
 from models import NetSpec
 from utils.files.atomic import make_folder
 from utils.method.formation import Formation, training_images
-from utils.method.images import ImageSet, digest
+from utils.method.images import BITS, FLOAT32, ImageSet, digest, quantise, stored_bytes, to_unit
 from utils.method.selection import BASELINE, Context, coreset, repeats
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
@@ -58,8 +58,15 @@ class TrainingDataOf:
         self.data, self.device = data, data.device
         self.results_dir, self.seed, self.epochs = results_dir, seed, epochs
 
-    def distilled(self, source: SetFile, content: DistilledSet, formation: Formation) -> TrainingData:
-        """Training data of a distilled set, by condense.py or somebody else."""
+    def distilled(
+        self, source: SetFile, content: DistilledSet, formation: Formation, *, store: str | None = None
+    ) -> TrainingData:
+        """Training data of a distilled set, by condense.py or somebody else.
+
+        store: one of STORES, to which pixels are rounded; None: as the file holds them.
+        """
+        store = store or source.store
+        content = content._replace(images=to_unit(quantise(content.images, store)))
         device, classes = self.device, len(content.labels.unique())
         images, labels, soft = content.images.to(device), content.labels.to(device), content.soft
         soft = None if soft is None else soft.to(device)
@@ -68,14 +75,19 @@ class TrainingDataOf:
         )
         sha256 = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in content if x is not None))
         return TrainingData(
-            name=DISTILLED,
+            name=DISTILLED if store == FLOAT32 else f"{DISTILLED}, {BITS[store]} bits",
             images_per_class=len(images) / classes,
             decoded_per_class=len(decoded) / classes,
-            stored_bytes=source.images.nbytes + (0 if source.soft is None else source.soft.nbytes),
+            stored_bytes=stored_bytes(source.images, store) + (0 if source.soft is None else source.soft.nbytes),
             epochs=self.epochs,
             training_set=lambda spec, r: decoded,
             folder=source.file.parent if source.in_run_folder else self._made(f"evaluated_{source.file.stem}"),
-            identity={**self.data_identity, **dataclasses.asdict(formation), "sha256": sha256.hexdigest()},
+            identity={
+                **self.data_identity,
+                **dataclasses.asdict(formation),
+                "sha256": sha256.hexdigest(),
+                "store": store,
+            },
         )
 
     def _made(self, name: str) -> Path:
