@@ -33,7 +33,7 @@ def check_alone(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{given['run']}: --coreset trains on real images; leave the set out, or use --baselines")
     if given.get("coreset") and "ipc" not in given:
         raise UsageError("--coreset: say how many images per class with --ipc N")
-    for name in ("factor", "decode_type", "normalized", "export", "baselines"):
+    for name in ("factor", "decode_type", "normalized", "export", "baselines", "scores", "teacher"):
         if name in given:
             raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
 
