@@ -5,6 +5,7 @@
     $ python3 train.py my_data.pt -d cifar10 -f 2 --normalized  # somebody else's set
     $ python3 train.py hf://user/name                           # from the Hugging Face Hub
     $ python3 train.py RUN --real                               # beside all real images, the upper bound
+    $ python3 train.py RUN --scores --teacher all               # HLR, IOR, LRS and ARS; soft labels of a teacher
     $ python3 train.py RUN --export DIR                         # as PNG files for everybody; trains nothing
     $ python3 train.py -d cifar10 --coreset random --ipc 10     # ten real images per class, and no set
     $ torchrun --nproc_per_node=8 train.py RUN -n all           # trainings spread over eight GPUs
@@ -34,17 +35,16 @@ from typing import Any
 import torch
 
 from data import Dataset
-from models import NetSpec, forward_flop
+from models import NetSpec, Network, forward_flop
 from utils.config import build, checks, derived, resolve
 from utils.config.flags import as_argv
-from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
+from utils.config.options import ALL, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic, hub
 from utils.files.classnames import same_classes
 from utils.files.imagefiles import GRID_COLUMNS
 from utils.files.untrusted import must_fit
-from utils.method.evaluation import Score, evaluate_networks, tested_epochs
-from utils.method.formation import Formation
+from utils.method.evaluation import OnEpoch, Score, evaluate_networks, tested_epochs
 from utils.method.images import to_unit
 from utils.method.training import Trainer
 from utils.numerics.compilation import computing
@@ -53,18 +53,21 @@ from utils.runs.board import Board, check_board
 from utils.runs.card import CARD, DATA, newest_distilled
 from utils.runs.formats import SetFile
 from utils.runs.layout import factor_warning
-from utils.runs.results import ALL_REAL, EVALUATIONS, Record
+from utils.runs.results import EVALUATIONS, Record
+from utils.runs.scores import ALL_REAL, RANDOM, with_scores
 from utils.runs.sets import DistilledSet
-from utils.runs.training_data import RANDOM, TrainingData, TrainingDataOf
+from utils.runs.teacher import Teacher
+from utils.runs.training_data import TrainingData, TrainingDataOf
 from utils.system import process
 from utils.system.device import backends, device_name, peak_in_words, peak_memory
 from utils.system.distributed import Group, is_first, process_group, rank_zero_only
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError, UserError, printable
 from utils.system.report import messages, span
 
 log = logging.getLogger("dream")
 
 LOSSES = 50  # points of a training's loss curve, about
+TEACHER = -1  # number of a teacher's training, which no network that is evaluated has
 
 Row = tuple[NetSpec, TrainingData]
 
@@ -80,14 +83,17 @@ class Evaluation:
         self.records: list[Record] = []
         self.board = Board(None)
 
+    def check(self, training_data: Sequence[TrainingData]) -> None:
+        """Check all rows before the first training, which may take hours. Raises UsageError."""
+        for spec, data in itertools.product(self.specs, training_data):
+            checks.check_batches(spec, self.o.batch_size, data.count)
+
     # --- Training and testing -----------------------------------------------------------------------------------------
 
     def run(self, training_data: Sequence[TrainingData]) -> None:
         """Train every network on all training data; each row is recorded as soon as it is done."""
-        rows = [(spec, data) for spec in self.specs for data in training_data]
+        rows = list(itertools.product(self.specs, training_data))
         work = [self._flop(*row) for row in rows]
-        for spec, data in rows:  # all of them before the first training, which may take hours
-            checks.check_batches(spec, self.o.batch_size, round(data.decoded_per_class * self.data.classes))
         for data in training_data:
             self._show_images(data)
         began, trained = time.monotonic(), 0.0
@@ -108,14 +114,18 @@ class Evaluation:
 
     def _flop(self, spec: NetSpec, data: TrainingData) -> float:
         """Floating-point operations of a row; a backward pass costs two forward passes."""
-        trained = 3 * data.epochs * data.decoded_per_class * self.data.classes
+        trained = 3 * data.epochs * data.count
         tested = len(tested_epochs(data.epochs)) * len(self.data.test)
         return self.o.repeat * (trained + tested) * forward_flop(spec)
 
-    def _description(self, spec: NetSpec, data: TrainingData) -> Record:
-        """Record of a row without its result."""
-        o = self.o
-        protocol = {
+    def _options(self, data: TrainingData) -> TrainOptions:
+        """Options of the trainings on these images."""
+        return self.o if data.augmented else dataclasses.replace(self.o, eval_aug_type="none", mixup="vanilla")
+
+    def protocol(self, data: TrainingData) -> Record:
+        """How networks are trained on these images, as eval.json says it."""
+        o = self._options(data)
+        return {
             "epochs": data.epochs,
             "batch_size": o.batch_size,
             "lr": o.lr,
@@ -126,6 +136,9 @@ class Evaluation:
             "precision": o.precision,
             "seed": o.seed,
         }
+
+    def _description(self, spec: NetSpec, data: TrainingData) -> Record:
+        """Record of a row without its result."""
         return {
             "net": spec.name,
             "trained_on": data.name,
@@ -133,8 +146,9 @@ class Evaluation:
             "decoded_per_class": data.decoded_per_class,
             "stored_bytes": data.stored_bytes,
             "network": dataclasses.asdict(spec),
-            "protocol": protocol,
+            "protocol": self.protocol(data),
             "set": data.identity,
+            **data.about(spec),
             **self.session,
         }
 
@@ -142,20 +156,14 @@ class Evaluation:
         """Result of an earlier command on all real images, which would take long to compute again; None for others."""
         if self.o.retrain or data.name != ALL_REAL:
             return None
-        file = data.folder / EVALUATIONS
-        record = results.find(file, self._description(spec, data), repeat=self.o.repeat)
-        if record is None:
-            return None
-        asked = {
-            "confusion": (self.o.confusion, "confusion matrix"),
-            "best_of_four": (self.o.show_best, "best of four tests"),
-        }
-        for entry, (wanted, what) in asked.items():
-            if wanted and not record.get(entry):
-                log.warning("%s: knows no %s of %s; --retrain makes one", file, what, data.name)
-        row = f"{spec.name} on {data.title}"
-        log.info("%s: known from %s (%s); --retrain trains again", row, file, results.made_by(record))
-        return record
+        shown = {"confusion matrix": self.o.confusion, "best of four tests": self.o.show_best}
+        return results.known(
+            data.folder / EVALUATIONS,
+            self._description(spec, data),
+            repeat=self.o.repeat,
+            title=f"{spec.name} on {data.title}",
+            shown=[what for what, wanted in shown.items() if wanted],
+        )
 
     def _train(self, rows: Sequence[Row], work: Mapping[int, float]) -> dict[int, Record]:
         """Train some rows, shared by the ranks, and return their records; work: operations, by number of the row."""
@@ -175,10 +183,12 @@ class Evaluation:
             rank_zero_only(results.keep)(data.folder / EVALUATIONS, records[i])
         return records
 
-    def _score(self, row: Row, trainings: Sequence[int], flop: float) -> tuple[Score, float]:
+    def _score(
+        self, row: Row, trainings: Sequence[int], flop: float, on_epoch: OnEpoch | None = None
+    ) -> tuple[Score, float]:
         """Score of some trainings of a row, and the seconds that they took."""
-        (spec, data), o, started = row, self.o, time.monotonic()
-        title = f"{spec.name}, {data.title}"
+        (spec, data), started = row, time.monotonic()
+        o, title = self._options(data), f"{spec.name}, {data.title}"
         score = evaluate_networks(
             spec,
             partial(data.training_set, spec),
@@ -188,9 +198,25 @@ class Evaluation:
             seed=o.seed,
             compute=computing(self.device, o.compile, o.precision, flop),
             title=title,
-            on_epoch=partial(self._show_losses, title) if self.board.on else None,
+            on_epoch=on_epoch or (partial(self._show_losses, title) if self.board.on else None),
         )
         return score, time.monotonic() - started
+
+    def teach(self, teacher: Teacher) -> None:
+        """Have a teacher of every network, trained like one that is evaluated, but not like any of those that are."""
+
+        def train(spec: NetSpec) -> tuple[Network, float]:
+            nets: list[Network] = []
+
+            def keep(trainings: Sequence[int], epoch: int, trainer: Trainer) -> None:
+                nets[:] = trainer.nets
+
+            row = spec, teacher.trained_on
+            score, _ = self._score(row, [TEACHER], self._flop(*row) / self.o.repeat, keep)
+            return nets[0], score.mean
+
+        for spec in self.specs:
+            teacher.learn(spec, partial(train, spec), self.group, retrain=self.o.retrain)
 
     # --- Looking at it ------------------------------------------------------------------------------------------------
 
@@ -233,11 +259,16 @@ def read_set(given: Mapping[str, Any]) -> SetFile | None:
         checks.check_alone(given)
         return None
     if "run" in given:
-        data_dir = Path(given.get("data_dir", TrainOptions.data_dir)).expanduser()
-        files = [hub.local_copy(name, data_dir, main=DATA, beside=(CARD,)) for name in given["run"]]
-        return formats.read(files, experiment=given.get("experiment"))
+        return read_named(given["run"], given.get("data_dir", TrainOptions.data_dir), given.get("experiment"))
     narrowed = {name: given.get(name) for name in ("dataset", "factor", "ipc")}
     return formats.read(newest_distilled(Path(given.get("results_dir", RESULTS_DIR)), **narrowed))
+
+
+def read_named(names: Sequence[str], data_dir: str, experiment: int | None = None) -> SetFile:
+    """Set in files at paths or on the Hugging Face Hub; those are downloaded to data_dir. Raises UserError."""
+    root = Path(data_dir).expanduser()
+    files = [hub.local_copy(name, root, main=DATA, beside=(CARD,)) for name in names]
+    return formats.read(files, experiment=experiment)
 
 
 def options(given: dict[str, Any], source: SetFile | None) -> TrainOptions:
@@ -261,7 +292,7 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
     A factor that comes from a flag is compared with what the pixels look like, and a warning says so if it seems wrong.
     """
     content = sets.interpret(source, data, normalized=o.normalized)
-    formation = Formation(o.factor or 1, o.decode_type or "single")
+    formation = derived.formation(o)
     checks.check_factor(formation.factor, data.side)
     numbers = formation.decoded_count(len(content.images)) * content.images[0].numel()
     must_fit(source.file, 4 * numbers, f" (decoded with -f {formation.factor})")
@@ -270,6 +301,18 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
         if warning is not None:
             log.warning("%s", warning)
     return content
+
+
+def teaching_set(o: TrainOptions, rows: TrainingDataOf) -> TrainingData:
+    """Training data of a teacher: a set like the one that it labels, or by its own card. Raises UserError."""
+    source = read_named([o.teacher or ""], o.data_dir)
+    if (card := source.card) is not None:
+        if card["dataset"] != o.dataset:
+            raise UserError(f"--teacher {o.teacher}: is a set of {card['dataset']}; name one of {o.dataset}, or {ALL}")
+        o = dataclasses.replace(o, factor=card["factor"], decode_type=card["decode_type"], normalized=False)
+    content = interpret(o, source, rows.data)
+    data = rows.distilled(source, content, derived.formation(o))
+    return dataclasses.replace(data, name=printable(str(source.file)))
 
 
 # --- The program ------------------------------------------------------------------------------------------------------
@@ -299,9 +342,13 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         rows = TrainingDataOf(data, results_dir=o.results_dir, seed=o.seed, epochs=o.epochs)
 
         # --- What networks are trained on ---
+        teacher = None
         if source is not None:
             content = interpret(o, source, data)
-            formation = Formation(o.factor or 1, o.decode_type or "single")
+            formation, real = derived.formation(o), partial(rows.real, given.get("epochs", REAL_EPOCHS))
+            if o.teacher:
+                learned = real() if o.teacher == ALL else teaching_set(o, rows)
+                teacher = Teacher(learned, evaluation.protocol(learned), rows.made("teachers"), data)
             distilled = rows.distilled(source, content, formation, store=o.store)
             if o.export is not None:
                 settings = {} if o.whiten == "none" else {"whiten": o.whiten}
@@ -310,10 +357,17 @@ def records_of(argv: Sequence[str]) -> list[Record]:
                 names, store = data.class_names, o.store or source.store
                 write(o.export, stored=content, decoded=decoded, class_names=names, card=card, store=store)
                 return []
-            compare = NO_BASELINES not in o.baselines
-            training_data = [distilled, *(rows.baselines(distilled, o.baselines) if compare else [])]
-            if o.real:
-                training_data.append(rows.real(given.get("epochs", REAL_EPOCHS)))
+            own_sets = [distilled]
+            if content.soft is not None and (o.scores or o.teacher):
+                log.info("%s: scored by its hard labels, not by its soft ones", source.file)
+                own_sets.append(rows.distilled(source, content, formation, store=o.store, hard=True))
+            training_data = rows.compared(
+                own_sets,
+                derived.baselines(o),
+                labelled=None if teacher is None else teacher.labelled,
+                real=real() if o.real or o.scores else None,
+                plain=o.scores,
+            )
         elif o.coreset:
             rows.warn_of_repeats(o.ipc or 1)
             training_data = [rows.coreset(o.coreset, o.ipc or 1)]
@@ -325,12 +379,17 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         log.info("%s: training on %s, on %s", o.dataset, name, device_name(data.device))
         if o.tensorboard and is_first():
             evaluation.board = Board(training_data[0].folder)
+        evaluation.check([*training_data, *([] if teacher is None else [teacher.trained_on])])
+        if teacher is not None:
+            evaluation.teach(teacher)
         evaluation.run(training_data)
         evaluation.board.close()
 
         # --- Report ---
         records = evaluation.records
         if source is not None:
+            if o.scores or o.teacher:
+                records = with_scores(records, distilled.name)
             for text in results.low_accuracies(records, distilled.name, RANDOM, chance=100 / data.classes):
                 log.warning("%s", text)
         if o.confusion:
@@ -356,8 +415,8 @@ def evaluate(run: str | Path | Sequence[str | Path] | None = None, **flags: Any)
     """Evaluate from Python, with the flags of train.py as keywords: evaluate("results/digits/...", repeat=3).
 
     run: a run folder or anybody's set, or its files in order; the newest run by default. Returns the rows of the table,
-    as --json does under `results`: net, trained_on, accuracy_mean, accuracy_std, n, accuracies, ... Raises UserError
-    with a message for the user.
+    as --json does under `results`: net, trained_on, accuracy_mean, accuracy_std, n, accuracies, ..., and `scores` in
+    the set's row with scores=True. Raises UserError with a message for the user.
     """
     files = [run] if isinstance(run, (str, Path)) else run or []
     return records_of([*map(str, files), *as_argv(flags)])

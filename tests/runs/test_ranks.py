@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,11 +352,12 @@ def test_trajectories_are_matched_by_ranks_together(server: Server, tmp_path: Pa
 def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tmp_path: Path) -> None:
     assert server.run(tiny(tmp_path)).status == 0
     run = tmp_path / FOLDER
-    flags = shlex.split("-n convnet --epochs 2 --repeat 3 --width 4 --device cpu --baselines random --confusion")
-    argv = [str(run), *flags, "--results_dir", str(tmp_path), "--json"]
+    flags = shlex.split("-n convnet --epochs 2 --repeat 3 --width 4 --device cpu --confusion --teacher all")
+    argv = [str(run), *flags, "--baselines", "random", "--results_dir", str(tmp_path), "--json"]
     one = server.run([*argv], program="train:main")
     assert one.status == 0, one
     (run / "eval.json").unlink()
+    shutil.rmtree(tmp_path / "digits" / "teachers")
     many = run_group(server, 3, argv, program="train:main")
     ended_well(many)
 
@@ -363,8 +365,8 @@ def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tm
         records = json.loads(ended.out.splitlines()[-1])["results"]
         return [(r["net"], r["trained_on"], r["accuracies"], r["best_of_four"], r["confusion"]) for r in records]
 
-    assert results(many[0]) == results(one) and len(results(one)) == 3
-    assert len((run / "eval.json").read_text().split('"trained_on"')) == 1 + 3
+    assert results(many[0]) == results(one) and len(results(one)) == 6
+    assert len(json.loads((run / "eval.json").read_text())["results"]) == 6
 
 
 # --- Stops, and one rank that fails -----------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def check_alone(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{given['run'][0]}: --coreset trains on real images; leave the set out, or use --baselines")
     if given.get("coreset") and "ipc" not in given:
         raise UsageError("--coreset: say how many images per class with --ipc N")
-    for name in ("experiment", "factor", "decode_type", "normalized", "export", "baselines", "store"):
+    names = ("experiment", "factor", "decode_type", "normalized", "export", "baselines", "store", "scores", "teacher")
+    for name in names:
         if name in given:
             raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
 

@@ -10,7 +10,7 @@ from typing import Any
 from data import Dataset
 from models import NetSpec, forward_flop
 from utils.config import resolve
-from utils.config.options import CondenseOptions, Options, TrainOptions
+from utils.config.options import NO_BASELINES, CondenseOptions, Options, TrainOptions
 from utils.config.presets import EVALUATION_AUGMENTATION, METHODS, TRAJECTORY
 from utils.method.augment import Augment, without
 from utils.method.formation import Formation
@@ -23,9 +23,9 @@ from utils.system.errors import printable
 # --- Training of pixels and networks ----------------------------------------------------------------------------------
 
 
-def formation(o: CondenseOptions) -> Formation:
+def formation(o: CondenseOptions | TrainOptions) -> Formation:
     """Formation by --factor and --decode_type: how stored images are decoded."""
-    return Formation(o.factor, o.decode_type)
+    return Formation(o.factor or 1, o.decode_type or "single")
 
 
 def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
@@ -57,6 +57,12 @@ def update_recipe(options: CondenseOptions) -> Recipe:
 def has_update(o: CondenseOptions) -> bool:
     """Whether networks are trained between two matching steps at all."""
     return o.inner_loop > 1 and (o.train_on == "syn" or o.n_data > 0)
+
+
+def baselines(o: TrainOptions) -> list[str]:
+    """Strategies of --baselines; scores and a teacher's labels are compared with random images in any case."""
+    needed = ["random"] if o.scores or o.teacher else []
+    return [name for name in dict.fromkeys([*needed, *o.baselines]) if name != NO_BASELINES]
 
 
 def evaluation_augmentation(options: Options, *, flip: bool) -> str:
@@ -146,7 +152,7 @@ def describe(resolved: resolve.Resolved, dataset: Dataset, spec: NetSpec, folder
 
 def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, settings: dict[str, Any]) -> Card:
     """The card of a set of whose making nothing is known: how to use it. settings: the other options, where known."""
-    (mean, std), formation = data.statistics, Formation(o.factor or 1, o.decode_type or "single")
+    (mean, std), layout = data.statistics, formation(o)
     places = {"image_folder": o.image_folder, "npz": o.npz}
     origin = {"dataset": o.dataset, **{k: None if v is None else str(Path(v).resolve()) for k, v in places.items()}}
     return {
@@ -154,9 +160,9 @@ def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, sett
         "source_datasets": source_datasets(origin),
         "class_names": list(data.class_names),
         "ipc": ipc,
-        "factor": formation.factor,
-        "decode_type": formation.decode_type,
-        "decoded_per_class": formation.decoded_count(ipc),
+        "factor": layout.factor,
+        "decode_type": layout.decode_type,
+        "decoded_per_class": layout.decoded_count(ipc),
         **storage(o.store, (data.channels, data.side, data.side)),
         "normalized": False,
         "normalization": {"mean": list(mean), "std": list(std)},  # per channel, in units of [0, 1]

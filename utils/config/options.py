@@ -27,7 +27,7 @@ FREE = (
 )  # fmt: skip
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
-NO_BASELINES, ALL_NETWORKS = "none", "all"
+NO_BASELINES, ALL = "none", "all"
 OF_THE_SET = ("dataset", "image_folder", "npz", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
 # One name per group of --help, so that a field below begins with its group.
@@ -263,6 +263,12 @@ class TrainOptions(Options):
     real: bool = _subject(False,
         help="all real training images, the upper bound: one more row beside RUN, or without RUN the only row; the "
              "result is kept in --results_dir and used again")
+    scores: bool = _subject(False,
+        help="HLR, IOR, LRS and ARS of RUN, the scores of DD-Ranking, by this protocol; adds --real, random real "
+             "images, and RUN and these without augmentation")
+    teacher: str | None = _subject(None, metavar="RUN|all",
+        help="also train on the set, and on random real images, with soft labels: the probabilities of a network "
+             f"trained on all real images ({ALL}), or on another set, RUN")
     coreset: str | None = _subject(None, choices=tuple(selection.STRATEGIES),
         help="in place of RUN, --ipc real images per class, selected in this way")
     factor: int | None = _subject(None, "-f", parse=integer(1), metavar="F",
@@ -277,7 +283,7 @@ class TrainOptions(Options):
              "(default: as its file holds them)")
     net_type: list[str] | None = _network(None, "-n", nargs="+", metavar="NAME",
         help=f"one or more of {', '.join(models.FAMILIES)}, with a depth if you like, as in resnet18; or torchvision's "
-             f"names, as in mobilenet_v3_small; {ALL_NETWORKS} for {' '.join(models.PAPER_TABLE)} (default: the "
+             f"names, as in mobilenet_v3_small; {ALL} for {' '.join(models.PAPER_TABLE)} (default: the "
              "network that distilled, or convnet)")
     precision: str = _training("fp32", choices=PRECISIONS, help="arithmetic of the trainings")
     confusion: bool = _run(False,
@@ -290,5 +296,5 @@ class TrainOptions(Options):
         help="train nothing; write the decoded set as PNG files in PATH/CLASS with a README.md, or, if PATH ends in "
              ".safetensors, the stored set, with the content of data.json in the file's header; hf://USER/NAME[/PATH] "
              "uploads it to the Hugging Face Hub, where a new data set is private at first")
-    retrain: bool = _run(False, help="train on all real images again, even if the result is known")
+    retrain: bool = _run(False, help="train on all real images, and teachers, again, even if the result is known")
 # fmt: on

@@ -19,7 +19,7 @@ import models
 from data import Dataset
 from utils.config import checks, configfile
 from utils.config.flags import make_parser
-from utils.config.options import ALL_NETWORKS, FREE, NO_BASELINES, OF_THE_SET, CondenseOptions, Options, TrainOptions
+from utils.config.options import ALL, FREE, NO_BASELINES, OF_THE_SET, CondenseOptions, Options, TrainOptions
 from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions, method_settings
 from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError
@@ -142,7 +142,7 @@ def _config(kind: type[Options], flags: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if name not in PLACES}
     if "net_type" in values and "net_type" in flags:
         own, new = ([x] if isinstance(x, str) else x for x in (values["net_type"], flags["net_type"]))
-        one_each = len(own) == len(new) == 1 and ALL_NETWORKS not in (*own, *new)
+        one_each = len(own) == len(new) == 1 and ALL not in (*own, *new)
         other = concerning({**values, "net_type": own[0]}, new[0]) if one_each else values
         values = {name: value for name, value in other.items() if one_each or name not in NETWORK}
     return values
@@ -214,6 +214,9 @@ def train_options(
     checks.check_data(options)
     if NO_BASELINES in options.baselines and len(options.baselines) > 1:
         raise UsageError(f"--baselines: {NO_BASELINES} and other words exclude each other")
+    for name in ("scores", "teacher"):
+        if NO_BASELINES in options.baselines and getattr(options, name):
+            raise UsageError(f"--{name}: compares with random real images; leave --baselines {NO_BASELINES} out")
     return options
 
 
@@ -269,7 +272,7 @@ def networks(
     own = {k: getattr(options, k) for k in NETWORK[1:] if k not in given}
     distilled_with = card["settings"].get("net_type") if card else None
     names = options.net_type or ["convnet"]
-    for name in dict.fromkeys(models.PAPER_TABLE if ALL_NETWORKS in names else names):
+    for name in dict.fromkeys(models.PAPER_TABLE if ALL in names else names):
         settings = concerning({**own, "net_type": distilled_with}, name)
         replaced: dict[str, Any] = {k: settings.get(k) for k in own}
         specs.append(network(dataclasses.replace(options, **replaced), name, data))

@@ -134,8 +134,8 @@ class ImageSet:
     images: (N, C, H, W), uint8 for real images, float32 in [0, 1] for synthetic ones, never normalised.
     labels: (N,) int64, ascending. counts[c] images of class c begin at starts[c].
     held: the classes that have images; under torchrun a rank may have those of some classes only.
-    soft: None, or soft labels, (N, classes) float32 probabilities that networks learn in place of the labels; the
-    labels are then the most probable classes.
+    soft: None, or soft labels, (N, classes) float32 probabilities that networks learn in place of the labels, which
+    then serve for the grouping alone.
     """
 
     def __init__(
@@ -177,6 +177,10 @@ class ImageSet:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised float images and labels at the given positions, (B, C, H, W) and (B,)."""
         return self.normalize(self.images[index]), self.labels[index]
+
+    def with_soft(self, soft: Tensor) -> ImageSet:
+        """Set of the same images with soft labels, (N, classes) in their order."""
+        return ImageSet(self.images, self.labels, classes=self.classes, normalize=self.normalize, soft=soft)
 
     def subset(self, index: Tensor) -> ImageSet:
         """The images at the given positions as a set of their own."""

@@ -303,12 +303,16 @@ def cutmix(x: Tensor, target: Tensor, partner: Tensor, mix: Tensor, batch_size: 
 
 
 @torch.no_grad()
+def predict(net: Network, images: ImageSet, compute: Compute) -> Tensor:
+    """Logits of all images, (N, classes), without augmentation and by the statistics that batch norm has learned."""
+    net.eval()
+    at_once = max(512, compute.images_at_once(images.side))
+    indices = torch.arange(len(images), device=images.device).split(at_once)
+    batches = (images.batch(index)[0] for index in indices)
+    return torch.cat([compute.retry(partial(derivatives.logits, net, x, compute)) for x in batches])
+
+
 def confusion_matrix(net: Network, test: ImageSet, compute: Compute) -> Tensor:
     """Confusion matrix of a network, (classes, classes) int64: test images by class (row) and prediction (column)."""
-    net.eval()
-    counts = torch.zeros(test.classes**2, dtype=torch.int64, device=test.device)
-    for index in torch.arange(len(test), device=test.device).split(max(512, compute.images_at_once(test.side))):
-        x, y = test.batch(index)
-        predicted = compute.retry(partial(derivatives.logits, net, x, compute)).argmax(1)
-        counts += torch.bincount(y * test.classes + predicted, minlength=test.classes**2)
-    return counts.view(test.classes, test.classes)
+    pairs = test.labels * test.classes + predict(net, test, compute).argmax(1)
+    return torch.bincount(pairs, minlength=test.classes**2).view(test.classes, test.classes)

@@ -17,13 +17,15 @@ from typing import Any
 from utils.files import atomic
 from utils.files.lock import locked
 from utils.method.evaluation import BEST_OF_FOUR, Score
+from utils.runs import scores
+from utils.runs.scores import ALL_REAL
 from utils.system.errors import UserError
-from utils.system.report import span
+from utils.system.report import size, span
 
 log = logging.getLogger("dream")
 
 EVALUATIONS = "eval.json"
-ALL_REAL = "all real images"  # what the rows of the whole training set are called
+SHOWN = {"confusion matrix": "confusion", "best of four tests": "best_of_four"}  # entries that older records lack
 Record = dict[str, Any]
 
 
@@ -58,6 +60,20 @@ def find(file: Path, wanted: Mapping[str, Any], *, repeat: int) -> Record | None
             score = Score.from_dict(record, repeat).as_dict()
             return {**record, **score, **({} if len(record["accuracies"]) == repeat else {"confusion": None})}
     return None
+
+
+def known(file: Path, wanted: Mapping[str, Any], *, repeat: int, title: str, shown: Sequence[str]) -> Record | None:
+    """Record that `find` finds, after a message about it.
+
+    title: of the row. shown: names in SHOWN of what the user wants to see, too.
+    """
+    record = find(file, wanted, repeat=repeat)
+    if record is not None:
+        for what in shown:
+            if not record.get(SHOWN[what]):
+                log.warning("%s: knows no %s of %s; --retrain makes one", file, what, wanted["trained_on"])
+        log.info("%s: known from %s (%s); --retrain trains again", title, file, made_by(record))
+    return record
 
 
 def made_by(record: Mapping[str, Any]) -> str:
@@ -104,15 +120,6 @@ def share_of_real(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     return None
 
 
-def size(count: float) -> str:
-    """A number of bytes in words: 960 B, 30.7 kB, 153.6 MB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"
-
-
 # A column's heading, and its cell for one record among all of the table.
 COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
     "network": lambda r, all: r["net"],
@@ -138,25 +145,38 @@ def cells(records: Sequence[Record], *, best: bool) -> list[list[str]]:
 
 
 def as_text(records: Sequence[Record], *, best: bool = False) -> str:
-    """The table in aligned columns, for a terminal; best: with the best of four tests."""
-    rows = cells(records, best=best)
+    """The table in aligned columns, for a terminal, and below it that of scores; best: with the best of four tests."""
+    tables = [_aligned(cells(records, best=best))]
+    if compared := scores.cells(records):
+        tables.append("\n".join([_aligned(compared), *scores.notes(records)]))
+    return "\n\n".join(tables)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows)
 
 
 def as_markdown(records: Sequence[Record], about: Mapping[str, Any], *, best: bool = False) -> str:
     """The table in Markdown, and below it how it was measured; best: with the best of four tests."""
-    head, *rows = cells(records, best=best)
-    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    lines = _piped(cells(records, best=best))
+    if compared := scores.cells(records):
+        lines += ["", *_piped(compared)]
     versions = about["versions"]
     notes = [
         f"Test accuracy on {about['dataset']}: mean +- sample standard deviation of n trainings of fresh networks, "
         "each tested after its last epoch. Stored: the pixels as the set holds them, and soft labels.",
         *([BEST_NOTE] if best else []),
+        *scores.notes(records),
         f"`python3 {about['command']}`, {about['started']}, on {about['device']}, torch {versions['torch']}, commit "
         f"{versions['git_commit'][:12]}.",
     ]
     return "\n".join([*lines, "", *notes, ""])
+
+
+def _piped(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *others = rows
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *others]]
 
 
 BEST_NOTE = (
@@ -172,16 +192,17 @@ CSV_FIELDS = (
 def as_csv(records: Sequence[Record], about: Mapping[str, Any], *, best: bool = False) -> str:
     """The table as CSV: a line per record, unrounded; accuracies in per cent, sizes in bytes, times in seconds.
 
-    best: with mean and standard deviation of the best of four tests.
+    best: with mean and standard deviation of the best of four tests. Scores stand in the row of the set.
     """
     out = io.StringIO()
-    fields = [*CSV_FIELDS, *((BEST_OF_FOUR, f"std of {BEST_OF_FOUR}") if best else ())]
+    compared = {name: None for r in records for name in scores.csv_entries(r)}
+    fields = [*CSV_FIELDS, *((BEST_OF_FOUR, f"std of {BEST_OF_FOUR}") if best else ()), *compared]
     writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for r in records:
         of_best = r.get("best_of_four") or {}
         chosen = {BEST_OF_FOUR: of_best.get("accuracy_mean"), f"std of {BEST_OF_FOUR}": of_best.get("accuracy_std")}
-        writer.writerow({**r, "share_of_real": share_of_real(r, records), **chosen})
+        writer.writerow({**r, "share_of_real": share_of_real(r, records), **chosen, **scores.csv_entries(r)})
     return out.getvalue()
 
 

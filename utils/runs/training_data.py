@@ -20,15 +20,13 @@ from utils.method.selection import BASELINE, Context, coreset, repeats
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
 from utils.runs.formats import SetFile
-from utils.runs.results import ALL_REAL
+from utils.runs.scores import ALL_REAL, DISTILLED, HARD, PLAIN, RANDOM
 from utils.runs.sets import DistilledSet
 from utils.system.draws import Draws
 
 log = logging.getLogger("dream")
 
-DISTILLED = "distilled set"
 NAMES = {"kmeans": "k-means representatives", "herding": "herded real images"}  # other strategies go by their own name
-RANDOM = "random real images"
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,22 @@ class TrainingData:
     images_per_class: float
     decoded_per_class: float
     stored_bytes: int  # size of the pixels as the set holds them, and of its soft labels
+    count: int  # images that a network trains on, all classes together
     epochs: int
     training_set: Callable[[NetSpec, int], ImageSet]  # the images of a network's r-th training
     folder: Path  # where eval.json lies
     identity: dict[str, Any]  # tells the results of these images in eval.json from those of others
+    augmented: bool = True  # whether trainings use the evaluation's augmentation and CutMix
+    about: Callable[[NetSpec], dict[str, Any]] = lambda spec: {}  # more of the images, for the record of a network
 
     @property
     def title(self) -> str:
         """Name and size, for people."""
         return f"{self.name}, {self.images_per_class:.4g} per class"
+
+    def plain(self) -> TrainingData:
+        """Training data of the same images for trainings without augmentation and CutMix."""
+        return dataclasses.replace(self, name=self.name + PLAIN, augmented=False)
 
 
 class TrainingDataOf:
@@ -59,14 +64,22 @@ class TrainingDataOf:
         self.results_dir, self.seed, self.epochs = results_dir, seed, epochs
 
     def distilled(
-        self, source: SetFile, content: DistilledSet, formation: Formation, *, store: str | None = None
+        self,
+        source: SetFile,
+        content: DistilledSet,
+        formation: Formation,
+        *,
+        store: str | None = None,
+        hard: bool = False,
     ) -> TrainingData:
         """Training data of a distilled set, by condense.py or somebody else.
 
-        store: one of STORES, to which pixels are rounded; None: as the file holds them.
+        store: one of STORES, to which pixels are rounded; None: as the file holds them. hard: without its soft labels.
         """
         store = store or source.store
         content = content._replace(images=to_unit(quantise(content.images, store)))
+        if hard:
+            source, content = dataclasses.replace(source, soft=None), content._replace(soft=None)
         device, classes = self.device, len(content.labels.unique())
         images, labels, soft = content.images.to(device), content.labels.to(device), content.soft
         soft = None if soft is None else soft.to(device)
@@ -75,13 +88,14 @@ class TrainingDataOf:
         )
         sha256 = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in content if x is not None))
         return TrainingData(
-            name=DISTILLED if store == FLOAT32 else f"{DISTILLED}, {BITS[store]} bits",
+            name=DISTILLED + ("" if store == FLOAT32 else f", {BITS[store]} bits") + (HARD if hard else ""),
             images_per_class=len(images) / classes,
             decoded_per_class=len(decoded) / classes,
             stored_bytes=stored_bytes(source.images, store) + (0 if source.soft is None else source.soft.nbytes),
+            count=len(decoded),
             epochs=self.epochs,
             training_set=lambda spec, r: decoded,
-            folder=source.file.parent if source.in_run_folder else self._made(f"evaluated_{source.file.stem}"),
+            folder=source.file.parent if source.in_run_folder else self.made(f"evaluated_{source.file.stem}"),
             identity={
                 **self.data_identity,
                 **dataclasses.asdict(formation),
@@ -90,9 +104,34 @@ class TrainingDataOf:
             },
         )
 
-    def _made(self, name: str) -> Path:
+    def made(self, name: str) -> Path:
         """Create a folder for results under results_dir, and return it."""
         return make_folder(Path(self.results_dir) / self.data.name / name)
+
+    def compared(
+        self,
+        sets: Sequence[TrainingData],
+        strategies: Sequence[str],
+        *,
+        labelled: Callable[[TrainingData], TrainingData] | None = None,
+        real: TrainingData | None = None,
+        plain: bool = False,
+    ) -> list[TrainingData]:
+        """All that networks are trained on for one table, in its order.
+
+        sets: the distilled set; if it has soft labels and a teacher or plain rows are asked for, also by its hard ones.
+        strategies: of the baselines. labelled: gives the labels of a teacher. real: all real images.
+        plain: adds the set and random real images without augmentation.
+        """
+        baselines = self.baselines(sets[0], strategies) if strategies else []
+        hard = [sets[-1], *(data for data in baselines if data.name == RANDOM)]
+        return [
+            *sets,
+            *baselines,
+            *(map(labelled, hard) if labelled is not None else []),
+            *([real] if real is not None else []),
+            *([data.plain() for data in hard] if plain else []),
+        ]
 
     def baselines(self, distilled: TrainingData, strategies: Sequence[str]) -> list[TrainingData]:
         """Coresets for comparison with a distilled set: of its stored size by every strategy.
@@ -132,9 +171,10 @@ class TrainingDataOf:
             images_per_class=different / self.data.classes,
             decoded_per_class=ipc,
             stored_bytes=different * real.images[0].nbytes,
+            count=ipc * self.data.classes,
             epochs=self.epochs,
             training_set=draw,
-            folder=folder or self._made(f"coreset_{strategy}_ipc{ipc}"),
+            folder=folder or self.made(f"coreset_{strategy}_ipc{ipc}"),
             identity={**self.data_identity, "strategy": strategy, "ipc": ipc},
         )
 
@@ -147,9 +187,10 @@ class TrainingDataOf:
             images_per_class=count,
             decoded_per_class=count,
             stored_bytes=real.images.nbytes,
+            count=len(real),
             epochs=epochs,
             training_set=lambda spec, r: real,
-            folder=self._made("real"),
+            folder=self.made("real"),
             identity=self.data_identity,
         )
 

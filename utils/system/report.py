@@ -174,6 +174,15 @@ class Progress:
         return (time.monotonic() - self._started) / max(fresh, 1) * (self.total - self.done)
 
 
+def size(count: float) -> str:
+    """A number of bytes in words: 960 B, 30.7 kB, 153.6 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
+
+
 def span(seconds: float) -> str:
     """A duration for people: 42 s, 3 min 10 s, 5 h 20 min, 12 days."""
     s = round(seconds)
