@@ -40,7 +40,6 @@ from utils.config.flags import as_argv
 from utils.config.options import NO_BASELINES, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic, hub
-from utils.files.classnames import same_classes
 from utils.files.imagefiles import GRID_COLUMNS
 from utils.files.untrusted import must_fit
 from utils.method.evaluation import Score, evaluate_networks, tested_epochs
@@ -59,7 +58,7 @@ from utils.runs.training_data import DISTILLED, RANDOM, TrainingData, TrainingDa
 from utils.system import process
 from utils.system.device import backends, device_name, peak_in_words, peak_memory
 from utils.system.distributed import Group, is_first, process_group, rank_zero_only
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError
 from utils.system.report import messages, span
 
 log = logging.getLogger("dream")
@@ -78,6 +77,7 @@ class Evaluation:
         self.o, self.data, self.specs, self.session, self.group = o, data, specs, session, group
         self.device = data.device
         self.records: list[Record] = []
+        self.confusions: dict[str, torch.Tensor] = {}  # of the distilled set, by network
         self.board = Board(None)
 
     # --- Training and testing -----------------------------------------------------------------------------------------
@@ -170,6 +170,8 @@ class Evaluation:
                 self.board.scalar(f"test accuracy %/{spec.name}, {data.title}", accuracy, r)
             (seconds,) = self.group.all_reduce_max(own_seconds)
             matrix = score.confusion.tolist() if self.o.confusion and score.confusion is not None else None
+            if data.name == DISTILLED and score.confusion is not None:
+                self.confusions[spec.name] = score.confusion
             result = {**score.as_dict(), "seconds": round(seconds, 1), "confusion": matrix}
             records[i] = {**self._description(spec, data), **result}
             rank_zero_only(results.keep)(data.folder / EVALUATIONS, records[i])
@@ -260,7 +262,7 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
 
     A factor that comes from a flag is compared with what the pixels look like, and a warning says so if it seems wrong.
     """
-    content = sets.interpret(source, data, normalized=o.normalized)
+    content = sets.interpret(source, data, normalized=o.normalized, whitened=o.whitened, classes=o.classes)
     formation = Formation(o.factor or 1, o.decode_type or "single")
     checks.check_factor(formation.factor, data.side)
     numbers = formation.decoded_count(len(content.images)) * content.images[0].numel()
@@ -287,9 +289,6 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         data = build.dataset(o, card=card, precision=o.precision)
         if card is not None and card.get("skipped_files") != data.skipped:
             log.warning("--skip_broken: other files of %s are left out than when the set was made", o.image_folder)
-        if card is not None and data.has_own_classes and not same_classes(card.get("class_names"), data.class_names):
-            names, flag = card.get("class_names"), "image_folder" if o.npz is None else "npz"
-            raise UserError(f"--{flag} {getattr(o, flag)}: has other classes than the set, {names}")
         if o.tensorboard:
             check_board()
         specs = resolve.networks(o, given, card, data)
@@ -331,6 +330,10 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         if source is not None:
             for text in results.low_accuracies(records, DISTILLED, RANDOM, chance=100 / data.classes):
                 log.warning("%s", text)
+            if source.card is None and source.names is None:
+                least = {r["net"]: r["accuracy_mean"] for r in reversed(records) if r["trained_on"] == RANDOM}
+                for text in sets.order_warnings(evaluation.confusions, least, data, o.classes):
+                    log.warning("%s", text)
         if o.confusion:
             evaluation.show_confusion(training_data)
         table = results.as_text(records, best=o.show_best)
