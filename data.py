@@ -197,12 +197,8 @@ class Dataset:
             self._statistics = None if mean is None or std is None else (mean, std)
             if mean is not None and len(mean) != self.channels:
                 raise UserError(f"{place}: has {self.channels} channels, the set's normalization {len(mean)}")
-        if whiten != "none" and self.channels * self.side**2 > WHITENED:
-            raise UsageError(
-                f"--whiten {whiten}: takes a matrix for all pairs of an image's numbers, at most {WHITENED} of them; "
-                f"{name} has images of {self.channels} x {self.side} x {self.side}. Give a smaller --size, or leave "
-                "--whiten out"
-            )
+        if whiten != "none":
+            self._check_whitening(f"--whiten {whiten}")
 
     @cached_property
     def counts(self) -> list[int]:
@@ -242,9 +238,31 @@ class Dataset:
         if self.whiten == "none":
             return Normalize(mean, std, self.device)
         self._drop_others()
-        images = self._train[0]  # still there: `train`, which deletes it, computes the normalisation first
+        return self._whitening(self._train[0], mean, std)  # `train`, which deletes it, computes the normalisation first
+
+    def whitening(self, mean: Sequence[float], std: Sequence[float]) -> Whiten:
+        """ZCA whitening by the training images after a normalisation of one's own. Under torchrun, all ranks call it.
+
+        Raises UsageError where images are too large for it.
+        """
+        own = self.normalize
+        if isinstance(own, Whiten) and [own.mean.flatten().tolist(), own.std.flatten().tolist()] == [mean, std]:
+            return own
+        self._check_whitening("--whitened")
+        return self._whitening(self.train.images, mean, std)
+
+    def _whitening(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Whiten:
         log.info("whitening: the covariance of %d images of %d numbers", sum(self.counts), images[0].numel())
         return Whiten(images, mean, std, self.device, all_reduce_sum=self._all_reduce_sum)
+
+    def _check_whitening(self, flag: str) -> None:
+        """Check that images are small enough to be whitened. Raises UsageError."""
+        if self.channels * self.side**2 > WHITENED:
+            raise UsageError(
+                f"{flag}: takes a matrix for all pairs of an image's numbers, at most {WHITENED} of them; {self.name} "
+                f"has images of {self.channels} x {self.side} x {self.side}. Give a smaller --size, or leave "
+                f"{flag.split()[0]} out"
+            )
 
     @property
     def statistics(self) -> tuple[Sequence[float], Sequence[float]]:

@@ -41,7 +41,6 @@ from utils.config.flags import as_argv
 from utils.config.options import ALL, RESULTS_DIR, TrainOptions
 from utils.config.presets import REAL_EPOCHS
 from utils.files import atomic, hub
-from utils.files.classnames import same_classes
 from utils.files.imagefiles import GRID_COLUMNS
 from utils.files.untrusted import must_fit
 from utils.method.evaluation import OnEpoch, Score, evaluate_networks, tested_epochs
@@ -81,6 +80,7 @@ class Evaluation:
         self.o, self.data, self.specs, self.session, self.group = o, data, specs, session, group
         self.device = data.device
         self.records: list[Record] = []
+        self.confusions: dict[tuple[str, str], torch.Tensor] = {}  # by network and training data
         self.board = Board(None)
 
     def check(self, training_data: Sequence[TrainingData]) -> None:
@@ -178,6 +178,8 @@ class Evaluation:
                 self.board.scalar(f"test accuracy %/{spec.name}, {data.title}", accuracy, r)
             (seconds,) = self.group.all_reduce_max(own_seconds)
             matrix = score.confusion.tolist() if self.o.confusion and score.confusion is not None else None
+            if score.confusion is not None:
+                self.confusions[spec.name, data.name] = score.confusion
             result = {**score.as_dict(), "seconds": round(seconds, 1), "confusion": matrix}
             records[i] = {**self._description(spec, data), **result}
             rank_zero_only(results.keep)(data.folder / EVALUATIONS, records[i])
@@ -291,7 +293,7 @@ def interpret(o: TrainOptions, source: SetFile, data: Dataset) -> DistilledSet:
 
     A factor that comes from a flag is compared with what the pixels look like, and a warning says so if it seems wrong.
     """
-    content = sets.interpret(source, data, normalized=o.normalized)
+    content = sets.interpret(source, data, normalized=o.normalized, whitened=o.whitened, classes=o.classes)
     formation = derived.formation(o)
     checks.check_factor(formation.factor, data.side)
     numbers = formation.decoded_count(len(content.images)) * content.images[0].numel()
@@ -309,7 +311,8 @@ def teaching_set(o: TrainOptions, rows: TrainingDataOf) -> TrainingData:
     if (card := source.card) is not None:
         if card["dataset"] != o.dataset:
             raise UserError(f"--teacher {o.teacher}: is a set of {card['dataset']}; name one of {o.dataset}, or {ALL}")
-        o = dataclasses.replace(o, factor=card["factor"], decode_type=card["decode_type"], normalized=False)
+        layout = {"factor": card["factor"], "decode_type": card["decode_type"]}
+        o = dataclasses.replace(o, **layout, normalized=None, whitened=None, classes=None)
     content = interpret(o, source, rows.data)
     data = rows.distilled(source, content, derived.formation(o))
     return dataclasses.replace(data, name=printable(str(source.file)))
@@ -330,9 +333,6 @@ def records_of(argv: Sequence[str]) -> list[Record]:
         data = build.dataset(o, card=card, precision=o.precision)
         if card is not None and card.get("skipped_files") != data.skipped:
             log.warning("--skip_broken: other files of %s are left out than when the set was made", o.image_folder)
-        if card is not None and data.has_own_classes and not same_classes(card.get("class_names"), data.class_names):
-            names, flag = card.get("class_names"), "image_folder" if o.npz is None else "npz"
-            raise UserError(f"--{flag} {getattr(o, flag)}: has other classes than the set, {names}")
         if o.tensorboard:
             check_board()
         specs = resolve.networks(o, given, card, data)
@@ -392,6 +392,11 @@ def records_of(argv: Sequence[str]) -> list[Record]:
                 records = with_scores(records, distilled.name)
             for text in results.low_accuracies(records, distilled.name, RANDOM, chance=100 / data.classes):
                 log.warning("%s", text)
+            if source.card is None and source.names is None:
+                least = {r["net"]: r["accuracy_mean"] for r in reversed(records) if r["trained_on"] == RANDOM}
+                matrices = {net: x for (net, name), x in evaluation.confusions.items() if name == distilled.name}
+                for text in sets.order_warnings(matrices, least, data, o.classes):
+                    log.warning("%s", text)
         if o.confusion:
             evaluation.show_confusion(training_data)
         table = results.as_text(records, best=o.show_best)

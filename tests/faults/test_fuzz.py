@@ -65,7 +65,7 @@ def written(place: Path, name: str, content: bytes) -> Path:
 def read_set(file: Path, *, normalized: bool = False) -> tuple[Tensor, Tensor] | None:
     """The images and labels in a file, which must be in their range; None if it is refused, naming the file."""
     try:
-        images, labels, soft = exchange.interpret(formats.read(file), DIGITS, normalized=normalized)
+        images, labels, soft = exchange.interpret(formats.read(file), DIGITS, normalized="data" if normalized else None)
     except UserError as error:
         in_one_line(error, printable(str(file)))
         return None
@@ -420,7 +420,7 @@ def check_state(place: Path, example: tuple[Any, str]) -> None:
     content, name = example
     file = written(place, name, as_saved(content))
     try:
-        found = read_earlier(file, OPTIONS)
+        found = read_earlier(file, OPTIONS, DIGITS)
     except UserError as error:
         in_one_line(error, printable(str(file)))
         return

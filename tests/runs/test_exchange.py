@@ -47,6 +47,8 @@ class Real(Dataset):
         self.name, self.source, self._names = "animals", None, list(class_names)
         self.classes, self.channels, self.side = len(class_names), channels, side
         self.normalize = Normalize([0.5, 0.4, 0.3][:channels], [0.25, 0.2, 0.5][:channels])
+        images, labels = torch.from_numpy(noise(60, channels, side, side)), torch.arange(60) % self.classes
+        self.train = ImageSet(images, labels, classes=self.classes, normalize=self.normalize)
 
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -262,7 +264,7 @@ REFUSED: dict[str, tuple[SetFile, Real, bool, str]] = {  # the file, whether --n
 def test_what_cannot_be_interpreted_is_refused(what: str) -> None:
     file, real, normalized, says = REFUSED[what]
     with refusal("theirs.pt", *says.split("|")):
-        interpret(file, real, normalized=normalized)
+        interpret(file, real, normalized="data" if normalized else None)
 
 
 RANGE = f"from {IMAGES.min():.3g} to {IMAGES.max():.3g}"
@@ -280,7 +282,7 @@ RANGE = f"from {IMAGES.min():.3g} to {IMAGES.max():.3g}"
 def test_what_looks_odd_is_used_with_a_warning(
     images: Tensor, labels: Tensor, normalized: bool, says: list[str], warnings: Warnings
 ) -> None:
-    found, _, _ = interpret(stored(images, labels), Real(), normalized=normalized)
+    found, _, _ = interpret(stored(images, labels), Real(), normalized="data" if normalized else None)
     (warning,) = warnings()
     assert all(word in warning for word in says) and found.min() >= 0 and found.max() <= 1
 
@@ -289,7 +291,7 @@ def test_what_looks_odd_is_used_with_a_warning(
 def test_mean_and_std_are_put_back_as_the_flag_or_the_card_says(channels: int, warnings: Warnings) -> None:
     real = Real(channels=channels)
     expected = IMAGES.expand(-1, channels, -1, -1)
-    images, _, _ = interpret(stored(real.normalize(expected)), real, normalized=True)
+    images, _, _ = interpret(stored(real.normalize(expected)), real, normalized="data")
     torch.testing.assert_close(images, expected)
     own = {"mean": [0.1] * channels, "std": [0.7] * channels}  # a card knows its numbers better than the data set
     card = {**CARD, "normalized": True, "normalization": own}

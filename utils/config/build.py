@@ -32,7 +32,7 @@ from utils.numerics.compilation import computing
 from utils.numerics.compute import Captured
 from utils.runs.board import check_board
 from utils.runs.card import Card
-from utils.runs.checkpoint import resumed_from
+from utils.runs.checkpoint import Said, resumed_from
 from utils.runs.experts import Experts, other_images, portions, selected
 from utils.runs.folder import RunFolder
 from utils.system import distributed
@@ -242,7 +242,8 @@ class Parts:
         self.formation = derived.formation(o)
         self.shape = (o.ipc, self.data.channels, self.data.side, self.data.side)  # of a class's stored pixels
         stored = (self.data.classes, *self.shape)
-        self.earlier = None if folder is None else resumed_from(o.resume_from, folder, stored)
+        said: Said = {"normalized": o.normalized, "whitened": o.whitened, "classes": o.classes}
+        self.earlier = None if folder is None else resumed_from(o.resume_from, folder, stored, self.data, said)
         self.flop = derived.run_flop(o, self.spec, self.counts)
         self.compute = computing(self.device, o.compile, o.precision, self.flop)
         self.captured_kmeans = Captured(cluster, self.device) if o.kmeans == "batched" else None

@@ -9,7 +9,7 @@ import torch
 
 import models
 from data import DATASETS
-from utils.config.options import CondenseOptions, Options
+from utils.config.options import OF_ANOTHERS, CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
 from utils.method.augment import GEOMETRIC, parse, without
 from utils.method.selection import NOISES, repeats
@@ -47,10 +47,31 @@ def check_alone(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{given['run'][0]}: --coreset trains on real images; leave the set out, or use --baselines")
     if given.get("coreset") and "ipc" not in given:
         raise UsageError("--coreset: say how many images per class with --ipc N")
-    names = ("experiment", "factor", "decode_type", "normalized", "export", "baselines", "store", "scores", "teacher")
-    for name in names:
+    of_a_set = (
+        "experiment",
+        "factor",
+        "decode_type",
+        *OF_ANOTHERS,
+        "store",
+        "export",
+        "baselines",
+        "scores",
+        "teacher",
+    )
+    for name in of_a_set:
         if name in given:
             raise UsageError(f"--{name}: only for a distilled set; name one, or leave it out")
+
+
+def check_described(given: Mapping[str, Any], card: Mapping[str, Any] | None) -> None:
+    """Check what the flags say of a set against its data.json, if it has one. Raises UsageError."""
+    if card is None:
+        return
+    if given.get("normalized") and not card.get("normalized", False):
+        raise UsageError("--normalized: the set's data.json says that it is not; leave the flag out")
+    for name, known in (("whitened", True), ("classes", "class_names" in card)):
+        if known and given.get(name) not in (None, "no"):
+            raise UsageError(f"--{name}: the set's data.json says what the set is; leave the flag out")
 
 
 def check_sizes(o: CondenseOptions, counts: list[int], names: list[str], *, matches_images: bool) -> list[str]:

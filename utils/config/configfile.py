@@ -77,7 +77,7 @@ def _parsed(path: Path, kind: type[Options], texts: Texts) -> dict[str, Any]:
             if dashed := [word for word in text if word.startswith("-")]:
                 _refuse(path, f"{name}: {dashed[0]!r} begins with a dash")
             words += [f"--{name}", *text]
-        elif alone and text.lower() in FALSE:
+        elif alone and text.lower() in FALSE and text not in (field.metadata["choices"] or ()):
             values[name] = field.default
         elif alone and text.lower() in TRUE:
             words.append(f"--{name}")

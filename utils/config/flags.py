@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from utils.config.presets import DATASET_SETTINGS, METHODS, TRAJECTORY
 from utils.method import augment, objectives
 from utils.method.selection import NOISES, STRATEGIES
+from utils.runs.normalisation import OF_DATA, OF_IMAGENET, statistics
 from utils.system.errors import UsageError
 
 
@@ -93,6 +94,19 @@ def tag(text: str) -> str:
     return text
 
 
+def normalisation(text: str) -> str:
+    """Parser of --normalized: the name of a normalisation, or its numbers."""
+    if text not in (OF_DATA, OF_IMAGENET):
+        try:
+            statistics(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {OF_DATA}, {OF_IMAGENET} or MEAN/STD, such as 0.5/0.5 or 0.49,0.48,0.45/0.2; a RUN "
+                "goes before this flag"
+            ) from None
+    return text
+
+
 def table_file(text: str) -> str:
     """Parser of --table: a file whose suffix names a format, in a folder that exists."""
     if Path(text).suffix not in (".md", ".csv", ".json"):
@@ -111,9 +125,11 @@ def flag(
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
     nargs: str | None = None,
+    const: str | None = None,
 ) -> Any:
-    """Dataclass field that is also a command-line flag; a default of False makes a switch."""
+    """Dataclass field that is also a command-line flag; a default of False makes a switch. const: of a bare flag."""
     metadata = dict(names=names, help=help, group=group, parse=parse, choices=choices, metavar=metavar, nargs=nargs)
+    metadata["const"] = const
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -175,9 +191,10 @@ def add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], 
         return
     if field.default is not None and "default" not in text:
         text += f" (default: {default_text(field)})"
-    for name in ("choices", "metavar"):
+    for name in ("choices", "metavar", "const"):
         more[name] = meta[name]
-    parser.add_argument(*names, type=meta["parse"], nargs=meta["nargs"], help=text, **more)
+    nargs = "?" if meta["const"] else meta["nargs"]
+    parser.add_argument(*names, type=meta["parse"], nargs=nargs, help=text, **more)
 
 
 def as_argv(values: Mapping[str, Any]) -> list[str]:

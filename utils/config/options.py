@@ -11,11 +11,23 @@ from functools import partial
 from typing import ClassVar
 
 import models
-from utils.config.flags import augmentation, device, flag, initialisation, integer, matching, number, table_file, tag
+from utils.config.flags import (
+    augmentation,
+    device,
+    flag,
+    initialisation,
+    integer,
+    matching,
+    normalisation,
+    number,
+    table_file,
+    tag,
+)
 from utils.config.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, METHODS, REAL_EPOCHS, TRAJECTORY
 from utils.method import formation, objectives, pixels, selection, training
 from utils.method.images import FLOAT32, STORES
 from utils.numerics.compute import PRECISIONS
+from utils.runs.normalisation import OF_DATA
 
 RESULTS_DIR = "results"
 # Options that may differ when a run goes on, about places, the machine, what is shown and how the set is stored;
@@ -28,12 +40,14 @@ FREE = (
 RESUMABLE = ("precision",)
 BASELINES = ("random", "kmeans", "herding")
 NO_BASELINES, ALL = "none", "all"
+OF_ANOTHERS = ("normalized", "whitened", "classes")  # what is said of a set that has no data.json
 OF_THE_SET = ("dataset", "image_folder", "npz", "ipc", "factor", "decode_type")  # what data.json says of the set itself
 
 # One name per group of --help, so that a field below begins with its group.
 _data = partial(flag, group="data")
 _synthetic = partial(flag, group="synthetic set")
 _subject = partial(flag, group="what to train on")
+_given = partial(flag, group="a set to begin from or to evaluate")
 _budget = partial(flag, group="budget")
 _selection = partial(flag, group="selection")
 _method = partial(flag, group="method")
@@ -82,6 +96,15 @@ class Options:
         help="leave out image files that cannot be decoded, which are counted in options.json; reads all files twice")
     whiten: str = _data("none", choices=("none", "zca"),
         help="ZCA-whiten images after normalising them, in distilling and in evaluation")
+    normalized: str | None = _given(None, parse=normalisation, const=OF_DATA, metavar="NAME",
+        help="the pixels of a set without data.json are normalised: by the data set's mean and std (no NAME, or data), "
+             "by those of imagenet, or by MEAN/STD, such as 0.5/0.5 or 0.49,0.48,0.45/0.2,0.2,0.2")
+    whitened: str | None = _given(None, choices=("yes", "no"), const="yes",
+        help="its pixels are ZCA-whitened after the normalisation of --normalized (no NAME: data; 0/1 for none), or "
+             "they are not (no); without the flag a set that looks so is refused or warned of")
+    classes: list[str] | None = _given(None, nargs="+", metavar="NAME",
+        help="classes of its label numbers, in this order, as NAME,NAME,... or NAME NAME ... (default: the data set's "
+             "order; for a folder the alphabetical one)")
     data_dir: str = _data("data", metavar="DIR", help="where data sets are downloaded to and looked for")
     data_threads: int | None = _data(None, parse=integer(1, 512), metavar="N",
         help="threads that read image files (default: as many as the machine suggests)")
@@ -239,8 +262,8 @@ class CondenseOptions(Options):
         help="outer iterations between copies of the set (data_<iteration>.pt), the first at the start; 0: none")
     resume_from: str | None = _run(None, metavar="PATH",
         help="begin with the pixels of another run, at its outer iteration, but with this command's settings; PATH is "
-             "a run folder, or its checkpoint.pt, checkpoint_previous.pt or data_<iteration>.pt; give --tag as well, "
-             "for a folder of its own")
+             "a run folder, its checkpoint.pt, checkpoint_previous.pt or data_<iteration>.pt, or anybody's set as in "
+             "train.py; give --tag as well, for a folder of its own")
     restart: bool = _run(False, help="delete what the run folder holds and begin again")
     dry_run: bool = _run(False, help="print the resolved options and the run folder, then stop")
 
@@ -276,8 +299,6 @@ class TrainOptions(Options):
     ipc: int | None = _subject(None, "-i", parse=integer(1), metavar="N", help="images per class")
     decode_type: str | None = _subject(None, choices=formation.DECODE_TYPES,
         help="--decode_type of condense.py, for a set without data.json (default: single)")
-    normalized: bool = _subject(False,
-        help="the set's pixels are normalised by the data set's mean and standard deviation (and not whitened)")
     store: str | None = _subject(None, choices=STORES,
         help="evaluate, or export as .safetensors, what is left of the set when its pixels are stored so: 8 or 4 bits "
              "(default: as its file holds them)")

@@ -19,7 +19,16 @@ import models
 from data import Dataset
 from utils.config import checks, configfile
 from utils.config.flags import make_parser
-from utils.config.options import ALL, FREE, NO_BASELINES, OF_THE_SET, CondenseOptions, Options, TrainOptions
+from utils.config.options import (
+    ALL,
+    FREE,
+    NO_BASELINES,
+    OF_ANOTHERS,
+    OF_THE_SET,
+    CondenseOptions,
+    Options,
+    TrainOptions,
+)
 from utils.config.presets import DATASET_SETTINGS, PUBLISHED, REAL_EPOCHS, REPRODUCE, exceptions, method_settings
 from utils.system.device import free_memory
 from utils.system.errors import UsageError, UserError
@@ -74,6 +83,9 @@ def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = Mappi
         origin.update(dict.fromkeys(layer, name))
     options = CondenseOptions(**values)
     checks.check_data(options)
+    for name in OF_ANOTHERS:
+        if name in given and options.resume_from is None:
+            raise UsageError(f"--{name}: is said of a set to begin from; name it with --resume_from, or leave it out")
     return Resolved(options, origin)
 
 
@@ -208,8 +220,7 @@ def train_options(
         epochs = {"epochs": REAL_EPOCHS} if given.get("real") else {}
         for layer in (DATASET_SETTINGS[values["dataset"]], exceptional, epochs):
             values.update({k: v for k, v in layer.items() if k in values})
-    if card is not None and not card.get("normalized", False) and given.get("normalized"):
-        raise UsageError("--normalized: the set's data.json says that it is not; leave the flag out")
+    checks.check_described(given, card)
     options = TrainOptions(**{**values, **given})
     checks.check_data(options)
     if NO_BASELINES in options.baselines and len(options.baselines) > 1:
@@ -225,7 +236,7 @@ def _settings_of(card: Mapping[str, Any], source: Path) -> dict[str, Any]:
     known = {**card["settings"], **{name: card.get(name) for name in OF_THE_SET}}
     # Where and how the set was computed has no influence on its evaluation. Nor have options that only train.py has,
     # such as the names of files to write: a set must not choose those.
-    names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, "precision"}
+    names = {field.name for field in dataclasses.fields(CondenseOptions)} - {*FREE, *OF_ANOTHERS, "precision"}
     words = []
     for field in dataclasses.fields(TrainOptions):
         value = known.get(field.name)

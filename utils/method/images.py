@@ -29,6 +29,10 @@ class Normalize:
         x = to_unit(x)
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
+    def inverse(self, y: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] from normalised ones, in their dtype."""
+        return y * self.std.to(y) + self.mean.to(y)
+
     def preconditioned(self, gradients: Tensor) -> Tensor:
         """Direction in pixels that equals a gradient step on normalised images; gradients: by pixels, (..., C, H, W).
 
@@ -74,6 +78,11 @@ class Whiten(Normalize):
         x = to_unit(x)
         x = (x - self.centre.to(x.dtype)) / self.std.to(x.dtype)
         return (x.flatten(1) @ self.matrix.to(x.dtype)).view(x.shape)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] from whitened ones, in their dtype."""
+        root = (self.matrix.double() @ self.square.double()).to(y)  # A^(-1/2) A = A^(1/2), with A = cov + eps I
+        return (y.flatten(1) @ root).view(y.shape) * self.std.to(y) + self.centre.to(y)
 
     def preconditioned(self, gradients: Tensor) -> Tensor:
         """Direction in pixels that equals a gradient step on whitened images: J^-1 J^-T is std (cov + eps I) std."""

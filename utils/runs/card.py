@@ -78,8 +78,8 @@ def snapshot_name(iteration: int) -> str:
 
 
 def snapshot_iteration(file: Path) -> int | None:
-    """The outer iteration in a snapshot's file name; None for other names."""
-    number = re.fullmatch(SNAPSHOTS.replace(".", r"\.").replace("*", "([0-9]{1,9})"), file.name)
+    """The outer iteration in a snapshot's file name, data_000040.pt or IDC's data40.pt; None for other names."""
+    number = re.fullmatch(r"data_?([0-9]{1,9})\.pt", file.name)
     return None if number is None else int(number[1])
 
 

@@ -20,6 +20,22 @@ def per_class(matrix: Tensor) -> list[float]:
     return (100 * matrix.diagonal().double() / matrix.sum(1)).tolist()
 
 
+def better_order(matrix: Tensor, *, least: float) -> tuple[list[int], float] | None:
+    """What a network shows of labels in the wrong order: the class that every label seems to mean, and the accuracy in
+    per cent if they mean that; None where that is no clear gain.
+
+    matrix: (classes, classes) counts, true by predicted. least: the accuracy that another order has to exceed.
+    """
+    from scipy.optimize import linear_sum_assignment  # comes with scikit-learn
+
+    total, right = max(int(matrix.sum()), 1), int(matrix.trace())
+    true, predicted = linear_sum_assignment(matrix.numpy(), maximize=True)
+    best = int(matrix[true, predicted].sum())
+    if 100 * best <= least * total or best < 1.5 * right:
+        return None
+    return [int(c) for _, c in sorted(zip(predicted, true, strict=True))], 100 * best / total
+
+
 def as_text(matrix: Tensor, names: Sequence[str]) -> str:
     """Accuracy by class, and the matrix if it has at most WIDEST classes: rows are classes, columns what they are taken
     for, in per cent of the row."""
