@@ -278,7 +278,10 @@ FEW = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def test_the_order_of_a_folder_s_classes_is_told_and_can_be_said(animals: Dataset, said: Said) -> None:
     assert torch.equal(read(FEW, animals, THREE).labels, THREE)
-    assert "label 0 for 'cat', 1 for 'cow', 2 for 'dog' (class order: alphabetical; --classes" in said(logging.INFO)[0]
+    assert (
+        "label 0 is taken for 'cat', 1 for 'cow', 2 for 'dog' (class order: alphabetical; --classes"
+        in said(logging.INFO)[0]
+    )
     for classes in (["dog,cat,cow"], ["dog", "cat", "cow"]):
         assert read(FEW, animals, THREE, classes=classes).labels.tolist() == [2, 2, 0, 0, 1, 1]
     logits = torch.eye(3)[THREE] * 5 - 1
