@@ -245,7 +245,7 @@ NO_STATES: dict[str, tuple[list[str], str, int]] = {  # flags, what is said, and
     ),
     "that do not exist": (["--resume_from", "no"], "--resume_from takes", 1),
     "in an empty folder": (["--resume_from", "photos"], "--resume_from takes", 1),
-    "in a set of another name": (["--resume_from", "{halfway}/data.pt"], "--resume_from takes", 1),
+    "in a set that is described": (["--resume_from", "{halfway}/data.pt", "--normalized"], "leave --normalized out", 2),
     "in a text": (["--resume_from", "data_000001.pt"], "--resume_from takes", 1),
 }  # fmt: skip
 

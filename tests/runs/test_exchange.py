@@ -45,7 +45,7 @@ class Real(Dataset):
 
     def __init__(self, class_names: Sequence[str] = ("cat", "dog", "cow"), channels: int = 1, side: int = 8) -> None:
         self.name, self.source, self._names = "animals", None, list(class_names)
-        self.classes, self.channels, self.side = len(class_names), channels, side
+        self.classes, self.channels, self.side, self.whiten = len(class_names), channels, side, "none"
         self.normalize = Normalize([0.5, 0.4, 0.3][:channels], [0.25, 0.2, 0.5][:channels])
         images, labels = torch.from_numpy(noise(60, channels, side, side)), torch.arange(60) % self.classes
         self.train = ImageSet(images, labels, classes=self.classes, normalize=self.normalize)
@@ -246,10 +246,10 @@ REFUSED: dict[str, tuple[SetFile, Real, bool, str]] = {  # the file, whether --n
     "NaN, normalised": (stored(with_pixel(torch.nan)), Real(), True, "NaN or infinity"),
     "above 1": (stored(with_pixel(1.5)), Real(), False, "to 1.5|--normalized"),
     "below 0": (stored(with_pixel(-0.5)), Real(), False, "from -0.5|--normalized"),
-    "0 to 255": (stored(255 * IMAGES), Real(), False, "0 to 255|divide them by 255|--normalized"),
+    "0 to 60": (stored(60 * IMAGES), Real(), False, "0 to 255|divide them by 255|--normalized"),
     "normalised bytes": (stored(BYTES), Real(), True, "0 to 255|--normalized"),
     "a card of other channels": (stored(IMAGES, card=OTHER_CHANNELS), Real(), False, "1 channels|3"),
-    "other channels": (stored(IMAGES), Real(channels=3), False, "(1, 8, 8)|(3, 8, 8)|-d|--size"),
+    "other channels": (stored(IMAGES), Real(channels=3), False, "(1, 8, 8)|(3, 8, 8)|-d|3 channels"),
     "another side": (stored(IMAGES), Real(side=9), False, "(1, 8, 8)|(1, 9, 9)|-d|--size"),
     "label -1": (stored(IMAGES, LABELS - 1), Real(), False, "label -1|animals has 3 classes|-d"),
     "label 3": (stored(IMAGES, LABELS + 1), Real(), False, "label 3|animals has 3 classes|-d"),

@@ -116,7 +116,8 @@ def looks_whitened(images: Tensor, dataset: Dataset, normalize: Normalize) -> Li
     """
     real = dataset.train.images
     beyond = overshoot(normalize.inverse(images))
-    if len(images) < 4 or images[0].numel() > WHITENED or images.shape[1:] != real.shape[1:] or beyond < OVERSHOOT / 2:
+    can_tell = len(images) >= 4 and images[0].numel() <= WHITENED and images.shape[1:] == real.shape[1:]
+    if not can_tell or images.min() >= 0 or beyond < OVERSHOOT / 2:
         return "no"
     _, covariance = moments(real[:: -(-len(real) // (2 * images[0].numel() + 1000))], real.device)
     std = normalize.std.to(covariance).expand(1, *real.shape[1:]).flatten()  # (D,)

@@ -272,9 +272,9 @@ def class_order(source: SetFile, dataset: Dataset, classes: Sequence[str] | None
     names = dataset.class_names
     if source.card is None:
         if names != [str(c) for c in range(len(names))]:
-            some = ", ".join(f"{c} for {name!r}" for c, name in enumerate(names[:3]))
-            order = f"class order: alphabetical; --classes {as_words(names[:3])}... names another"
-            log.info("%s: label %s%s (%s)", source.file, some, " ..." if len(names) > 3 else "", order)
+            others = "".join(f", {c} for {names[c]!r}" for c in range(1, min(3, len(names))))
+            shown = f"label 0 is taken for {names[0]!r}{others}{', ...' if len(names) > 3 else ''}"
+            log.info("%s: %s (class order: alphabetical; --classes A,B,... names another)", source.file, shown)
         return None
     of_card = source.card.get("class_names")
     known, numbers = _class_spellings(dataset), []
@@ -337,7 +337,8 @@ def order_warnings(
             assumed = "that of --classes" if classes else "alphabetical" if dataset.source else "the data set's"
             warnings.append(
                 f"{net}: the labels seem to be numbered in another class order than the assumed one ({assumed}): the "
-                f"same networks are right for {accuracy:.1f} % of the test images with --classes "
+                f"same networks are right for {accuracy:.1f} % of the test images in the order that fits best, where "
+                "classes that they confuse may be swapped: --classes "
                 f"{as_words([names[meant[c]] for c in order])}"
             )
     return warnings
