@@ -98,6 +98,8 @@ def resolved(words: Sequence[str]) -> CondenseOptions:
 class RandomImages:
     """In place of a Dataset."""
 
+    skipped = None
+
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.channels, self.side, self.classes, self.per_class = sizes
         self.base_side, self.device = self.side, device

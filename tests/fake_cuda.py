@@ -68,6 +68,7 @@ class FakeData:
     """Data set of such images: the part of data.Dataset that utils/config/build.py asks for."""
 
     flip = True
+    skipped = None
     device = DEVICE
 
     def __init__(self, counts: Sequence[int], channels: int, side: int) -> None:

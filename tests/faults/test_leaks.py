@@ -31,7 +31,6 @@ from utils.method import evaluation
 from utils.method.images import ImageSet
 from utils.method.selection import STRATEGIES
 from utils.numerics.compute import Compute
-from utils.runs import training_data
 from utils.system import process
 
 pytestmark = pytest.mark.faults
@@ -147,7 +146,7 @@ def seal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Dataset, "test", property(lambda dataset: Sealed(whole(dataset))))
     monkeypatch.setattr(evaluation, "confusion_matrix", unsealed(evaluation.confusion_matrix))
-    monkeypatch.setattr(training_data, "digest", unsealed(training_data.digest))
+    monkeypatch.setattr(data, "digest", unsealed(data.digest))
 
 
 def test_the_test_split_is_read_while_a_network_is_tested_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

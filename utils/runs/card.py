@@ -72,6 +72,11 @@ def unpacked(images: Tensor, card: Mapping[str, Any] | None, file: Path) -> Tens
     return unpack(images, shape)
 
 
+def store_of(card: Mapping[str, Any]) -> str:
+    """How a card says that pixels are stored: as float32 where it says nothing."""
+    return str(card.get("store", FLOAT32))
+
+
 def snapshot_name(iteration: int) -> str:
     """File name of the set after so many outer iterations."""
     return SNAPSHOTS.replace("*", f"{iteration:06}")
@@ -146,7 +151,7 @@ def how_to_use(card: Mapping[str, Any], side: int) -> str:
 
 def _reading(card: Mapping[str, Any]) -> str:
     """How the file's images become floats in [0, 1]."""
-    store, shape = card.get("store", FLOAT32), card.get("shape")
+    store, shape = store_of(card), card.get("shape")
     if store == UINT4 and isinstance(shape, list):
         unpacking = "torch.stack([images >> 4, images & 15], 2).flatten(1)"
         sizes = ", ".join(map(str, shape))

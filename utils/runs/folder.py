@@ -24,7 +24,6 @@ from utils.files import atomic, tensors
 from utils.files.imagefiles import grid_png
 from utils.files.lock import locked
 from utils.method.evaluation import BEST_OF_FOUR, Score
-from utils.method.images import FLOAT32
 from utils.runs import card as cards
 from utils.runs.board import FOLDER as BOARD
 from utils.runs.board import Board
@@ -189,7 +188,7 @@ class RunFolder:
         except UserError as error:
             self.flaws.append(f"{error.problem}; {remedy}")
             return True
-        if (store := content.get("store", FLOAT32)) != self.options.get("store", store):
+        if (store := cards.store_of(content)) != self.options.get("store", store):
             flaw = f"{self.path / cards.DATA}: holds pixels as {store}"
             self.flaws.append(f"{flaw}; made again from the checkpoint, as {self.options['store']}")
         if content.get(OF_METRICS) not in (None, atomic.checksum(self._read_metrics())):

@@ -15,7 +15,7 @@ from data import Dataset
 from models import NetSpec
 from utils.files.atomic import make_folder
 from utils.method.formation import Formation, training_images
-from utils.method.images import BITS, FLOAT32, ImageSet, digest, quantise, stored_bytes, to_unit
+from utils.method.images import BITS, FLOAT32, ImageSet, quantise, stored_bytes, to_unit
 from utils.method.selection import BASELINE, Context, coreset, repeats
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
@@ -200,8 +200,8 @@ class TrainingDataOf:
         return {
             "dataset": self.data.name,
             "side": self.data.side,
-            "training_images": digest(self.data.train),
-            "test_images": digest(self.data.test),
+            "training_images": self.data.digests["training"],
+            "test_images": self.data.digests["test"],
             "normalization": [[round(value, 4) for value in values] for values in self.data.statistics],
             **({} if self.data.whiten == "none" else {"whiten": self.data.whiten}),
         }
