@@ -96,8 +96,9 @@ def check(found: dict[str, list[dict[str, Any]]], table: dict[str, Limits]) -> N
 @pytest.mark.parametrize(
     "works",
     [
-        ("dream", "idc", "dc", "dsa"),
-        ("dm", "mtt", "dream+", "dream without Triton", "hard labels", "soft labels"),
+        ("dream", "hard labels"),
+        ("dm", "mtt", "soft labels"),
+        pytest.param(("idc", "dc", "dsa", "dream+", "dream without Triton"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

@@ -352,7 +352,7 @@ def test_trajectories_are_matched_by_ranks_together(server: Server, tmp_path: Pa
 def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tmp_path: Path) -> None:
     assert server.run(tiny(tmp_path)).status == 0
     run = tmp_path / FOLDER
-    flags = shlex.split("-n convnet --epochs 2 --repeat 3 --width 4 --device cpu --confusion --teacher all")
+    flags = shlex.split("-n convnet --epochs 1 --repeat 3 --width 4 --device cpu --confusion --teacher all")
     argv = [str(run), *flags, "--baselines", "random", "--results_dir", str(tmp_path), "--json"]
     one = server.run([*argv], program="train:main")
     assert one.status == 0, one
