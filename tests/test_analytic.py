@@ -280,7 +280,8 @@ def test_bfloat16_slopes_are_float32_up_to_their_own_rounding(norm: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("norm", "how"), [("instance", "CPU"), ("group", "CPU"), ("instance", "GPU"), ("group", "GPU")]
+    ("norm", "how"),
+    [("instance", "CPU"), ("group", "CPU"), pytest.param("instance", "GPU", marks=pytest.mark.slow), ("group", "GPU")],
 )
 def test_compiled_functions_give_the_same_derivatives(norm: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = (norm, how) == ("instance", "GPU")

@@ -106,6 +106,7 @@ def test_captured_functions_keep_to_the_rules_and_to_the_table(works: tuple[str,
     check(audited(*works), LIMITS)
 
 
+@pytest.mark.slow
 def test_selections_never_wait_for_the_device_and_embed_pieces_of_few_shapes() -> None:
     found = audited(*(work for work in LIMITS if work.startswith(("select ", "embed "))))
     shapes = {work: max(f["shapes"] for f in found[work]) for work in found if work.startswith("embed ")}

@@ -358,7 +358,7 @@ LONGER = ["--inner_loop", "8", "--snapshot_every", "2"]  # so that the fourth st
 @pytest.mark.parametrize(
     ("device", "flags"),
     [
-        ("cpu", "--compile off"),
+        pytest.param("cpu", "--compile off", marks=pytest.mark.slow),
         *(
             pytest.param("cuda", flags, marks=pytest.mark.gpu)
             for flags in ("--compile on", "--method dm --interval 2", "--method dc --interval 2 --net_epoch 1")

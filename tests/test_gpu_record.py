@@ -52,6 +52,7 @@ def results(archive: Path, part: str) -> dict[str, Any]:
 # --- Headline, methods ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_headline_run_that_is_cut_goes_on_from_its_archive_to_the_same_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

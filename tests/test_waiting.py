@@ -61,6 +61,7 @@ def measured(**environment: str) -> tuple[list[float], list[float], int]:
     return usual, during, watched
 
 
+@pytest.mark.slow
 def test_threads_sleep_while_processors_are_contended_and_results_stay() -> None:
     usual, during, watched = measured()
     assert watched == usual[1] + 1  # the one that watches
