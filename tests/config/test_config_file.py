@@ -70,7 +70,7 @@ def test_yaml_is_read_as_text_and_makes_nothing() -> None:
     assert (o.compile, o.lr_img, o.reproduce, o.tag, o.seed) == ("off", 1e-3, False, None, 10)
     file = written("baselines: [random, kmeans]\nrun: my.pt\nreal: yes", "t.yml")
     given = resolve.train_flags(["--config", file], "")
-    assert given == {"baselines": ["random", "kmeans"], "run": "my.pt", "real": True, "config": "t.yml"}
+    assert given == {"baselines": ["random", "kmeans"], "run": ["my.pt"], "real": True, "config": "t.yml"}
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
     for text, says in (
         (bomb + "ipc: *a9", "'a0' is no flag"),
@@ -215,3 +215,8 @@ def flag_lines() -> list[str]:
     """QUICK as a JSON file, a line for every flag."""
     pairs = {name.removeprefix("--"): value for name, value in zip(QUICK[::2], QUICK[1::2], strict=True)}
     return json.dumps(pairs, indent=0).splitlines()
+
+
+def test_a_run_may_be_several_files() -> None:
+    file = written('{"run": ["a.pt", "-b.pt"], "real": true}', "several.json")
+    assert resolve.train_flags(["--config", file], "")["run"] == ["a.pt", "-b.pt"]
