@@ -35,7 +35,6 @@ from utils.method.selection import select
 from utils.method.state import NotFinite
 from utils.method.training import update_network
 from utils.runs.folder import RunFolder
-from utils.runs.recorder import Recorder
 from utils.system import process
 from utils.system.device import backends
 from utils.system.distributed import process_group
@@ -52,15 +51,15 @@ def condense(run: Run) -> None:
     Under torchrun all ranks draw the same random numbers, and each works on the classes that it owns.
     """
     o, parts, state = run.o, run.parts, run.state
-    while state.it < o.niter:
+    while state.it < o.niter and not run.out_of_time:
         it, step = state.it, state.step
         if step == 0:
             run.before_iteration(it)
-            state.begin_iteration(parts.network(it))  # a fresh network; pixels back in [0, 1]
+            state.begin_iteration(parts.network(it), *parts.set_up(it))  # another network; pixels back in [0, 1]
             for epoch in range(o.pretrain):
                 state.trainer.all_images([parts.draws("pretrain", it, epoch)])
-        if parts.experts is None and state.selection_due(o.interval, o.inner_loop):
-            context = parts.context(state.net, parts.draws("select", it, step), per_cluster=o.per_cluster)
+        if parts.matches_images and state.selection_due(o.interval, o.inner_loop):
+            context = parts.selecting(state.net, it, step)
             state.set_picks(select(context, o.batch_real, strategy=o.select))  # (classes, batch_real)
 
         # Moves the pixels. Its distances (classes,) stay on the device: reading them at every step would stall a GPU.
@@ -81,13 +80,12 @@ class Run:
         Raises UserError when a checkpoint does not fit.
         """
         self.o, self.parts, self.folder, self.stopper = o, parts, folder, stopper
-        steps = {"niter": o.niter, "inner_loop": o.inner_loop, "interval": o.interval}
-        self.recorder = Recorder(folder, stopper, parts.group, **steps)
+        self.recorder = parts.recorder(folder, stopper)
         saved = folder.load_checkpoint()
         if o.tensorboard:
             folder.open_board(goes_on_after=None if saved is None else saved.get("it"))
         self.state = parts.state(saved)
-        self.recorder.start(self.state)
+        self.out_of_time = self.recorder.start(self.state)  # of --seconds
         if saved is None:
             self.save_pictures("initial")
             self.save()
@@ -98,7 +96,7 @@ class Run:
         self.recorder.book(self.state)
         content = self.state.state_dict()
         self.folder.save_checkpoint(content)
-        self.folder.save_set(content["pixels"], self.card(finished=False))
+        self.folder.save_set(content.get("average", content["pixels"]), self.card(finished=False))
         self.save_pictures("latest")
 
     def save_pictures(self, when: str) -> None:
@@ -108,11 +106,11 @@ class Run:
 
     def stored(self) -> Tensor:
         """Pixels as data.pt holds them, (classes, ipc, C, H, W) in [0, 1]: rounded, if --store says so."""
-        return to_unit(quantise(self.state.pixels, self.o.store))
+        return to_unit(quantise(self.state.result, self.o.store))
 
     def card(self, *, finished: bool) -> dict[str, Any]:
         """The content of data.json."""
-        return derived.run_card(self.o, *self.parts.problem, self.state, self.parts.experts, finished=finished)
+        return derived.run_card(self.o, *self.parts.problem, self.state, self.parts.expert_seconds, finished=finished)
 
     # --- Around the steps ---------------------------------------------------------------------------------------------
 
@@ -121,20 +119,23 @@ class Run:
         if self.o.eval_every and it % self.o.eval_every == 0:
             self.evaluate()
         if self.o.snapshot_every and it % self.o.snapshot_every == 0:
-            self.folder.save_snapshot(it, self.state.pixels)
+            self.folder.save_snapshot(it, self.state.result)
 
     def after_step(self) -> None:
-        """Report, and save every few minutes. Raises Stopped on request."""
-        if self.recorder.after_step(self.state):
+        """Report, save every few minutes, evaluate if --eval_seconds says so. Raises Stopped on request."""
+        due = self.recorder.after_step(self.state)
+        self.out_of_time = due.finish
+        if due.save:
             self.save()
+        if due.evaluation:
+            self.evaluate()
 
     def evaluate(self) -> Score:
         """Train networks on the set as it is, test them, and log the score. Raises Stopped on request."""
         self.recorder.report(self.state)
         it, began = self.state.it, time.monotonic()
         with self.recorder.interrupted():
-            training_set = self.parts.synthetic(self.stored())
-            sets = [training_set] * self.o.repeat
+            sets = [self.parts.synthetic(self.stored())] * self.o.repeat
             score = self.parts.evaluate(sets, f"evaluating iteration {it}", self.stopper)
         self.state.accuracy = score.mean
         times = {"seconds": self.recorder.seconds(self.state), "evaluation_seconds": time.monotonic() - began}
@@ -149,7 +150,7 @@ class Run:
         self.save()
         self.save_pictures("final")
         if self.o.snapshot_every:
-            self.folder.save_snapshot(self.state.it, self.state.pixels)
+            self.folder.save_snapshot(self.state.it, self.state.result)
         sets = [self.parts.random_real(r) for r in range(self.o.repeat)]
         random = self.parts.evaluate(sets, "evaluating random real images", self.stopper)
         scores = {"accuracy": self.evaluate().as_dict(), "random_real": random.as_dict()}

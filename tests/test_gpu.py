@@ -159,7 +159,8 @@ def test_a_captured_step_gives_the_same(names: str, norm: str, matched: Comparis
     for state in (captured, plain):
         for step in range(STEPS):
             if step == STEPS - 2:  # the replayed steps see the new network
-                state.begin_iteration(fresh_network(SPEC, Draws(device, 1)) if norm == "instance" else state.net)
+                net = fresh_network(SPEC, Draws(device, 1)) if norm == "instance" else state.net
+                state.begin_iteration(net, float(state.optimizer.lr))
             inner_step(state, device, step)
     if device == "cuda":
         assert captured_step(captured).graphs and captured.trainer.steps.graphs

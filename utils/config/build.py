@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ from utils.files.imagefiles import FULL
 from utils.method.augment import Augment
 from utils.method.evaluation import OnEpoch, Score, evaluate_networks
 from utils.method.formation import training_images
+from utils.method.frequencies import Frequencies
 from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
-from utils.method.selection import BASELINE, STRATEGIES, Context, cluster, coreset, initial_pixels
+from utils.method.pool import Pool, image_losses, lowest
+from utils.method.selection import BASELINE, STRATEGIES, Clusters, Context, cluster, coreset, initial_pixels
 from utils.method.state import State
 from utils.method.training import Together, Trainer, fresh_network
 from utils.method.trajectory import TrajectoryStep
@@ -35,6 +38,7 @@ from utils.runs.card import Card
 from utils.runs.checkpoint import Said, resumed_from
 from utils.runs.experts import Experts, other_images, portions, selected
 from utils.runs.folder import RunFolder
+from utils.runs.recorder import Recorder
 from utils.system import distributed
 from utils.system.device import be_deterministic, check_precision, pick_device, set_precision
 from utils.system.distributed import SINGLE, Group, Shard
@@ -122,27 +126,30 @@ CLUSTERING_OPTIONS = ("interval", "kmeans", "cluster_raw")
 
 
 def experts(o: CondenseOptions, problem: Problem, group: Group = SINGLE) -> Experts | None:
-    """Experts whose trajectories a run matches, trained or not; None for methods without experts.
+    """Experts whose trajectories a run matches, or which make its pool of networks, trained or not; None for neither.
 
     Raises UserError when their folder cannot be used.
     """
-    if o.match != TRAJECTORY:
+    trajectories = o.match == TRAJECTORY
+    if not trajectories and not derived.has_pool(o):
         return None
     spec, data, saved = problem.spec, problem.data, resolve.as_saved(o)
     given = [name for name in ("npz", "split") if saved[name] is not None]  # else the identity is as it always was
-    names = (*EXPERT_OPTIONS, *given, *(CLUSTERING_OPTIONS if o.select != "random" else ()))
-    recipe = derived.update_recipe(o)
+    recipe = derived.expert_recipe(o, flip=data.flip)
+    names = (*EXPERT_OPTIONS, *given, *(CLUSTERING_OPTIONS if trajectories and o.select != "random" else ()))
     identity = {
         **{name: saved[name] for name in names},
+        **({} if trajectories else {"batch_real": recipe.batch_size, "select": "random", "kept": "both ends"}),
         "network": dataclasses.asdict(spec),
-        "augmentation": derived.update_augmentation(o),
+        "augmentation": derived.expert_augmentation(o, flip=data.flip),
         **{name: getattr(recipe, name) for name in ("mixup", "lr", "momentum", "weight_decay")},
     }
-    name = f"experts_{spec.name}_{o.select}_{checksum(identity)[:8]}"
+    kind = f"experts_{spec.name}_{o.select}" if trajectories else f"pool_{spec.name}"
+    name = f"{kind}_{checksum(identity)[:8]}"
     folder = Path(o.results_dir) / o.dataset / name
     if other := group.broadcast(lambda: other_images(folder, data.files, data.training_digest)):
         folder = folder.with_name(f"{name}_{other[:8]}")
-    return Experts(folder, identity, count=o.experts, epochs=o.expert_epochs)
+    return Experts(folder, identity, count=o.experts, epochs=o.expert_epochs, ends_only=not trajectories)
 
 
 def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stopper: Stopper, group: Group) -> int | None:
@@ -153,8 +160,8 @@ def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stoppe
     if not group.alone:
         if missing := group.broadcast(experts.missing):
             raise UsageError(
-                f"--method mtt: {len(missing)} experts are missing in {experts.folder}; train them first, in one "
-                "process: the same flags and --experts_only, without torchrun"
+                f"{derived.needs_experts(o)}: {len(missing)} experts are missing in {experts.folder}; train them "
+                "first, in one process: the same flags and --experts_only, without torchrun"
             )
         return None
     try:
@@ -178,8 +185,9 @@ def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopp
     with compute.rounding(), Progress(total, "training experts", "epoch", done=done, keep=True) as progress:
         for k in experts.missing():
             net = fresh_network(spec, _expert_draws(o, device, "network", k))
-            trainer = Trainer([net], [real], derived.update_recipe(o), compute)
-            for e in experts.epochs_left(k, trainer, stopper.reason):
+            trainer = Trainer([net], [real], derived.expert_recipe(o, flip=problem.data.flip), compute)
+            judged = partial(image_losses, images=real, compute=compute) if experts.ends_only else None
+            for e in experts.epochs_left(k, trainer, stopper.reason, judged):
                 _train_epoch(trainer, o, real, k, e)
                 progress.advance()
             stopper.check()
@@ -187,7 +195,7 @@ def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopp
 
 def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
     """Train expert k for epoch e: on all real images, or on as many that --select chooses anew every few batches."""
-    if o.select == "random":
+    if o.select == "random" or o.match != TRAJECTORY:
         trainer.all_images([_expert_draws(o, real.device, k, e)])
         return
     for number, count in enumerate(portions(len(trainer), o.batch_real, o.interval)):
@@ -227,7 +235,12 @@ class Parts:
         """
         self.o, self.problem, self.group, self.experts = o, problem, group, experts
         self.data, self.spec = problem
-        self.device, self.counts = self.data.device, self.data.counts
+        self.device, self.counts = self.data.device, derived.kept_counts(o, self.data.counts)
+        self.matches_images = o.match != TRAJECTORY
+        self.pool: Pool | None = None
+        if experts is not None and self.matches_images:
+            self.pool = Pool(experts, self.spec, o.expert_epochs, o.networks)
+        self.clusters: dict[int, Clusters] = {}  # of --select members, by the pool's network
         self.shard: Shard = shard or group.shard(derived.class_work(o, self.counts))
         if len(self.shard.classes) < self.data.classes:
             self.data.shard(self.shard.classes, group.all_reduce_sum)
@@ -235,10 +248,13 @@ class Parts:
             raise UserError(f"{o.dataset}: has no test images")
         if group.broadcast(lambda: self.data.skipped) != self.data.skipped:
             raise UserError(f"--skip_broken: files of {o.image_folder} can be read by some ranks and not by others")
-        self.warnings = checks.check_sizes(o, self.counts, self.data.class_names, matches_images=experts is None)
+        self.warnings = checks.check_sizes(o, self.counts, self.data.class_names, matches_images=self.matches_images)
+        if o.seconds and (self.expert_seconds or 0) >= o.seconds:
+            taken = f"the experts alone have taken {self.expert_seconds:.0f} s"
+            self.warnings.append(f"--seconds {o.seconds:g}: {taken}, so nothing is distilled")
         if caveat := derived.caveat(o):
             self.warnings.append(caveat)
-        self.real = self.data.train
+        self.real = self._kept() if o.keep < 1 else self.data.train
         self.formation = derived.formation(o)
         self.shape = (o.ipc, self.data.channels, self.data.side, self.data.side)  # of a class's stored pixels
         stored = (self.data.classes, *self.shape)
@@ -254,15 +270,88 @@ class Parts:
         """Random numbers for one purpose at one position of the run."""
         return Draws(self.device, self.o.seed, purpose, *position)
 
-    def network(self, it: int) -> Network:
-        """Fresh network of outer iteration `it`."""
-        return fresh_network(self.spec, self.draws("network", it))
+    @cached_property
+    def expert_seconds(self) -> float | None:
+        """Seconds that training the experts has taken, whichever runs did it; None without experts."""
+        experts = self.experts
+        return None if experts is None else self.group.broadcast(lambda: experts.seconds)
 
-    def context(self, net: Network, draws: Draws, *, per_cluster: int = 1) -> Context:
-        """Context of a selection among the real images of this rank's classes, under a network."""
-        o = self.o
+    # --- Networks -----------------------------------------------------------------------------------------------------
+
+    def network(self, it: int) -> Network:
+        """Network of outer iteration `it`: a fresh one, or one of the pool. Raises UserError for a damaged pool."""
+        draws = self.draws("network", it)
+        return fresh_network(self.spec, draws) if self.pool is None else self.pool.network(self._member(it), draws)
+
+    def set_up(self, it: int) -> tuple[float, Tensor | None]:
+        """What `State.set_up` takes for outer iteration `it`."""
+        rate = derived.pixel_rate(self.o, side=self.data.side, base_side=self.data.base_side, it=it)
+        return rate, None if not self.o.calibrate else self._pool().final(self._member(it)).to(self.device)
+
+    def _member(self, it: int) -> int:
+        """Number of the pool's network that outer iteration `it` uses."""
+        return self.draws("pool", it).host.randrange(len(self._pool()))
+
+    def _pool(self) -> Pool:
+        assert self.pool is not None
+        return self.pool
+
+    def _kept(self) -> ImageSet:
+        """The real images of this rank's classes with the lowest loss under the pool, --keep of every class.
+
+        Raises UserError for a damaged pool.
+        """
+        trained, counts = self._pool().trained, self.data.counts
+        assert isinstance(trained, Experts)
+        mean = torch.stack([trained.losses(k) for k in range(trained.count)]).mean(0)
+        if len(mean) != sum(counts):
+            raise UserError(f"{trained.folder}: was trained on other images than there are now; delete it")
+        real, of_classes = self.data.train, mean.to(self.device).split(counts)
+        kept = [real.starts[c] + lowest(of_classes[c], self.counts[c]) for c in real.held]
+        return real.subset(torch.cat(kept))
+
+    # --- Selection ----------------------------------------------------------------------------------------------------
+
+    def context(
+        self,
+        net: Network,
+        draws: Draws,
+        *,
+        real: ImageSet | None = None,
+        per_cluster: int = 1,
+        clusters: Clusters | None = None,
+    ) -> Context:
+        """Context of a selection among the real images of this rank's classes, under a network.
+
+        real: in place of those that the run uses. clusters: those that were found before.
+        """
+        o, real = self.o, self.real if real is None else real
         cheapest, captured = self.compute.cheapest(), self.captured_kmeans
-        return Context(net, self.real, draws, cheapest, o.cluster_raw, o.kmeans, per_cluster, captured=captured)
+        return Context(
+            net, real, draws, cheapest, o.cluster_raw, o.kmeans, per_cluster, captured=captured, clusters=clusters
+        )
+
+    def selecting(self, net: Network, it: int, step: int) -> Context:
+        """Context of the selection before an inner step, under the network of this outer iteration.
+
+        With --select members and a pool, clusters are those of the pool's network as it was trained, found once.
+        """
+        draws, clusters = self.draws("select", it, step), None
+        if self.o.select == "members" and self.pool is not None:
+            k = self._member(it)
+            own = self.draws("clusters", k)
+            if k not in self.clusters:
+                net = self.pool.trained_network(k, own)
+            clusters = self.clusters.setdefault(k, Clusters(own))
+        return self.context(net, draws, per_cluster=self.o.per_cluster, clusters=clusters)
+
+    def recorder(self, folder: RunFolder, stopper: Stopper) -> Recorder:
+        """Clock, progress bar and metrics of the run."""
+        o = self.o
+        return Recorder(
+            folder, stopper, self.group, niter=o.niter, inner_loop=o.inner_loop, interval=o.interval,
+            spent=self.expert_seconds, budget=o.seconds, first_evaluation=o.eval_seconds,
+        )  # fmt: skip
 
     def describe(self) -> str:
         """Description for people: the work of the run, and how ranks share it."""
@@ -288,6 +377,7 @@ class Parts:
             except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 reason, path = first_line(error), resolve.run_folder(self.o)
                 raise UserError(f"{path}: the checkpoint does not fit this run ({reason}); --restart") from error
+            state.set_up(*self.set_up(state.it))
             steps = (state.it, state.step, self.o.inner_loop)
             log.info("going on after outer iteration %d, inner step %d of %d", *steps)
         elif (e := self.earlier) is not None:
@@ -308,7 +398,9 @@ class Parts:
             pixels.copy_(self._initial_pixels(trainer))
         rate = derived.pixel_rate(o, side=self.data.side, base_side=self.data.base_side)
         joint, count = self.real.normalize if o.pixel_step == "joint" else None, self.data.classes
-        optimizer = PixelSGD(pixels, lr=rate, momentum=o.mom_img, joint=joint, held=classes, classes=count)
+        optimizer = PixelSGD(
+            pixels, lr=rate, momentum=o.mom_img, joint=joint, held=classes, classes=count, average=o.average
+        )
         return State(
             optimizer=optimizer,
             trainer=trainer,
@@ -336,8 +428,15 @@ class Parts:
         o = self.o
         how = Comparison(objective=o.match, metric=o.metric, bias=o.bias, fc=o.fc)
         matcher = Matcher(how, self.formation, o.batch_syn_max, Augment(o.aug_type), self.compute)
-        if self.experts is None:
-            return MatchingStep(matcher, net, optimizer, self.real)
+        if self.matches_images:
+            frequencies, judge = None, None
+            if "cf" in how.parts:
+                size, begin = net.classifier.in_features, self.draws("frequencies")
+                frequencies = Frequencies(o.frequency_count, size, how=o.frequencies, draws=begin, group=self.group)
+            if o.calibrate:
+                judge = fresh_network(self.spec, self.draws("judge"))
+            return MatchingStep(matcher, net, optimizer, self.real, frequencies=frequencies, judge=judge)
+        assert self.experts is not None
         return TrajectoryStep(
             matcher, net, optimizer, self.real, self.experts, steps=o.student_steps, epochs=o.match_epochs,
             max_start=o.max_start, step_size=o.step_size, lr_step=o.lr_step, group=self.group,
@@ -380,6 +479,11 @@ class Parts:
                 f"--share_update on: {self.spec.name} has batch norm, which looks at whole batches; use --norm_type "
                 "instance, or --share_update off"
             )
+        if self.pool is not None and batch_norm:
+            raise UsageError(
+                f"{derived.needs_experts(o)}: {self.spec.name} has batch norm, whose statistics a pool does not keep; "
+                "use --norm_type instance"
+            )
         if self.experts is not None and batch_norm and not group.alone:
             raise UsageError(f"--method mtt: {self.spec.name} has batch norm; use --norm_type instance, or no torchrun")
         if group.alone or batch_norm or not derived.has_update(o):
@@ -411,7 +515,7 @@ class Parts:
     def random_real(self, r: int) -> ImageSet:
         """Baseline for training number r: as many random real images per class as the set stores."""
         draws = self.draws(BASELINE, r)
-        context = self.context(fresh_network(self.spec, draws), draws)
+        context = self.context(fresh_network(self.spec, draws), draws, real=self.data.train)
         return coreset(context, "random", ipc=self.o.ipc, all_gather=self.shard.all_gather)
 
     def evaluate(self, sets: list[ImageSet], title: str, stopper: Stopper, on_epoch: OnEpoch | None = None) -> Score:

@@ -124,8 +124,14 @@ def check_method(o: CondenseOptions, spec: models.NetSpec) -> None:
             f"--expert_epochs {o.expert_epochs}: students that start before epoch --max_start {o.max_start} "
             f"match --match_epochs {o.match_epochs} later, so experts need {last} epochs"
         )
-    if o.experts_only and o.match != TRAJECTORY:
-        raise UsageError(f"--experts_only: --match {o.match} has no experts; use --method mtt")
+    of_pool = [f"--networks {o.networks}"] * (o.networks != "fresh") + [f"--keep {o.keep:g}"] * (o.keep < 1)
+    of_pool += ["--calibrate"] * o.calibrate
+    if o.experts_only and o.match != TRAJECTORY and not of_pool:
+        raise UsageError("--experts_only: this run has no experts; use --networks early or middle, or --method mtt")
+    if o.match == TRAJECTORY and of_pool:
+        raise UsageError(f"{of_pool[0]}: --match {TRAJECTORY} follows experts; use another method, or leave it out")
+    if "cf" not in o.match.split("+") and o.frequencies != "random":
+        raise UsageError(f"--frequencies {o.frequencies}: only for --match cf, not {o.match}")
     # Some layers, such as hardsigmoid, have no second derivative in PyTorch.
     if ("grad" in o.match.split("+") or o.match == TRAJECTORY) and (problem := models.second_derivative_error(spec)):
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,49 @@ def formation(o: CondenseOptions | TrainOptions) -> Formation:
     return Formation(o.factor or 1, o.decode_type or "single")
 
 
-def pixel_rate(o: CondenseOptions, *, side: int, base_side: int) -> float:
-    """Pixel learning rate of a run: --lr_img itself for --pixel_step joint; scaled by ipc and area for sweep.
+def pixel_rate(o: CondenseOptions, *, side: int, base_side: int, it: int = 0) -> float:
+    """Pixel learning rate of outer iteration `it`: --lr_img itself for --pixel_step joint; scaled by ipc and area for
+    sweep. Gradients of a mean over images fall with ipc, those of a pixel with the area.
 
-    Gradients of a mean over images fall with ipc, those of a pixel with the area.
+    With --lr_img_end it falls along half a cosine.
     """
-    return o.lr_img * (o.ipc / 10) * (side / base_side) ** 2 if o.pixel_step == "sweep" else o.lr_img
+    rate = o.lr_img * (o.ipc / 10) * (side / base_side) ** 2 if o.pixel_step == "sweep" else o.lr_img
+    if o.lr_img_end == 1:
+        return rate
+    return rate * (o.lr_img_end + (1 - o.lr_img_end) * (1 + math.cos(math.pi * it / o.niter)) / 2)
+
+
+# --- Networks trained on real images ----------------------------------------------------------------------------------
+
+
+def has_pool(o: CondenseOptions) -> bool:
+    """Whether a run needs a pool of networks that were trained on real images."""
+    return o.networks != "fresh" or o.keep < 1 or o.calibrate
+
+
+def needs_experts(o: CondenseOptions) -> str:
+    """The flag for which a run needs experts, in words for a message."""
+    if o.match == TRAJECTORY:
+        return f"--match {TRAJECTORY}"
+    if o.networks != "fresh":
+        return f"--networks {o.networks}"
+    return f"--keep {o.keep:g}" if o.keep < 1 else "--calibrate"
+
+
+def expert_recipe(o: CondenseOptions, *, flip: bool) -> Recipe:
+    """Recipe of experts: that of network updates for trajectories; for a pool that of evaluation trainings, at a
+    constant rate, so that runs of all methods can share it."""
+    return update_recipe(o) if o.match == TRAJECTORY else evaluation_recipe(o, flip=flip, epochs=1)
+
+
+def expert_augmentation(o: CondenseOptions, *, flip: bool) -> str:
+    """Augmentation of experts, see `expert_recipe`."""
+    return update_augmentation(o) if o.match == TRAJECTORY else evaluation_augmentation(o, flip=flip)
+
+
+def kept_counts(o: CondenseOptions, counts: Sequence[int]) -> list[int]:
+    """Real images of every class that a run uses, by --keep; counts: those that there are."""
+    return [math.ceil(o.keep * count) for count in counts]
 
 
 def update_augmentation(options: CondenseOptions) -> str:
@@ -98,8 +136,11 @@ def class_work(o: CondenseOptions, counts: Sequence[int]) -> list[float]:
     if o.match == TRAJECTORY:
         return [10.0 * o.student_steps * synthetic] * len(counts)
     first, second = (3, 7) if "grad" in o.match.split("+") else (1, 3)
-    matched = first * o.batch_real + second * synthetic
-    return [matched + (count / o.interval if o.select != "random" else 0) for count in counts]
+    matched = first * o.batch_real + second * synthetic + (3 * synthetic if o.calibrate else 0)
+    every = o.interval
+    if o.select == "members" and has_pool(o):  # each of the pool's networks embeds images once
+        every = max(every, o.niter * o.inner_loop // o.experts)
+    return [matched + (count / every if o.select != "random" else 0) for count in counts]
 
 
 def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
@@ -115,7 +156,8 @@ def run_flop(o: CondenseOptions, spec: NetSpec, counts: Sequence[int]) -> float:
 def experts_flop(o: CondenseOptions, spec: NetSpec, real: int) -> float:
     """Floating-point operations of training all experts on `real` images."""
     batches = -(-real // o.batch_real)
-    selected = -(-batches // o.interval) * real if o.select != "random" else 0
+    selects = o.match == TRAJECTORY and o.select != "random"
+    selected = -(-batches // o.interval) * real if selects else 0
     return forward_flop(spec) * o.experts * o.expert_epochs * (3 * real + selected)
 
 
@@ -173,20 +215,19 @@ def set_card(o: CondenseOptions | TrainOptions, data: Dataset, *, ipc: int, sett
 
 
 def run_card(
-    o: CondenseOptions, data: Dataset, spec: NetSpec, state: State, experts: Experts | None, *, finished: bool
+    o: CondenseOptions, data: Dataset, spec: NetSpec, state: State, expert_seconds: float | None, *, finished: bool
 ) -> Card:
     """The content of data.json: how to use a run's set, how it was made, and how far the run has come."""
     card = set_card(o, data, ipc=o.ipc, settings=resolve.saved_settings(o))
-    expert_seconds = None if experts is None else state.shard.group.broadcast(lambda: round(experts.seconds, 1))
     return {
         "about": f"{DATA} holds a list of two tensors, images and labels. {how_to_use(card, data.side)}.",
         **card,
         "network": dataclasses.asdict(spec),
-        "learned": {name: value[0].item() for name, value in state.matching_step.learned.items()},
+        "learned": {name: x[0].item() for name, x in state.matching_step.learned.items() if x.dim() == 1},
         "outer_iterations": state.it,
         "seconds": round(state.seconds, 1),  # of distilling, without evaluations
         "finished": finished,
-        **({} if expert_seconds is None else {"expert_seconds": expert_seconds}),
+        **({} if expert_seconds is None else {"expert_seconds": round(expert_seconds, 1)}),
     }
 
 

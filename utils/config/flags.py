@@ -36,17 +36,20 @@ def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
-def number(minimum: float = 0.0, *, below: float = math.inf, open_end: bool = False) -> Callable[[str], float]:
-    """Parser of flags whose value is a number, minimum <= value < below; with open_end, minimum < value."""
+def number(
+    minimum: float = 0.0, *, below: float = math.inf, most: float = math.inf, open_end: bool = False
+) -> Callable[[str], float]:
+    """Parser of flags whose value is a number, minimum <= value < below, and at most `most`; with open_end, minimum <
+    value."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (minimum < value if open_end else minimum <= value) or not value < below:
+        if not (minimum < value if open_end else minimum <= value) or not value < below or value > most:
             low = f"above {minimum:g}" if open_end else f"of {minimum:g} or more"
-            high = "" if below == math.inf else f" and below {below:g}"
+            high = f" and below {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {low}{high}")
         return value
 

@@ -25,7 +25,9 @@ from utils.config.flags import (
 )
 from utils.config.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, METHODS, REAL_EPOCHS, TRAJECTORY
 from utils.method import formation, objectives, pixels, selection, training
+from utils.method.frequencies import FREQUENCIES
 from utils.method.images import FLOAT32, STORES
+from utils.method.pool import NETWORKS
 from utils.numerics.compute import PRECISIONS
 from utils.runs.normalisation import OF_DATA
 
@@ -52,6 +54,7 @@ _budget = partial(flag, group="budget")
 _selection = partial(flag, group="selection")
 _method = partial(flag, group="method")
 _matching = partial(flag, group="matching")
+_pool = partial(flag, group="networks trained on real images (--networks, --keep, --method mtt)")
 _trajectories = partial(flag, group="trajectories (--method mtt)")
 _network = partial(flag, group="network")
 _training = partial(flag, group="network training")
@@ -186,12 +189,16 @@ class CondenseOptions(Options):
         help="append this to the run folder's name, to keep several runs apart")
     niter: int = _budget(200, parse=integer(1), metavar="N", help="outer iterations, each with a fresh network")
     inner_loop: int = _budget(100, parse=integer(1), metavar="STEPS", help="inner steps per outer iteration")
+    seconds: float | None = _budget(None, parse=number(open_end=True), metavar="S",
+        help="finish when distilling, experts included, has taken so long, whatever --niter: for comparisons at equal "
+             "cost")
     max_minutes: float | None = _budget(None, parse=number(open_end=True), metavar="MIN",
         help="save and stop after this time (an evaluation that has begun is finished); the same command goes on later")
     select: str = _selection("kmeans", choices=tuple(selection.STRATEGIES),
         help="real images to match: k-means representatives (DREAM), random images, those nearest the class mean "
-             "(central), those with the smallest margin to another class under the current network (boundary), or "
-             "herding")
+             "(central), those with the smallest margin to another class under the current network (boundary), "
+             "herding, or a random member of every k-means cluster (members; with a pool, clusters are found once "
+             "per network)")
     kmeans: str = _selection("batched", choices=tuple(selection.KMEANS),
         help="k-means of all classes at once on the device, or scikit-learn's KMeans to convergence, for reference")
     interval: int = _selection(10, parse=integer(1), metavar="STEPS",
@@ -213,6 +220,13 @@ class CondenseOptions(Options):
         help="augmentation while matching: flip, color and cutout, as far as they are named, and one of the others "
              "named (crop, scale, rotate, translate); with one_ before the names, one of all of them (DSA). The "
              "network update uses it without cutout under CutMix")
+    frequencies: str = _matching("random", choices=FREQUENCIES,
+        help="where --match cf compares characteristic functions: at random frequencies, or at those of a small "
+             "network that learns where they differ most (NCFM)")
+    frequency_count: int = _matching(1024, parse=integer(1), metavar="N", help="frequencies of a step")
+    calibrate: bool = _matching(False,
+        help="after every matching step, a step on the cross-entropy of the synthetic images under a trained network "
+             "of the pool (DANCE)")
     precision: str = _matching("fp32", choices=PRECISIONS,
         help="arithmetic of matching and network updates; evaluations stay in fp32")
     batch_syn_max: int = _matching(128, parse=integer(1), metavar="IMAGES",
@@ -220,6 +234,10 @@ class CondenseOptions(Options):
     lr_img: float = _matching(5e-3, parse=number(open_end=True), metavar="RATE",
         help="pixel learning rate, see --pixel_step")
     mom_img: float = _matching(0.5, parse=number(below=1), metavar="M", help="momentum of the pixels")
+    lr_img_end: float = _matching(1.0, parse=number(open_end=True, most=1), metavar="F",
+        help="the pixel learning rate falls to this fraction of itself, along half a cosine over the outer iterations")
+    average: float = _matching(0.0, parse=number(below=1), metavar="D",
+        help="the set is the moving average of the pixels over the inner steps, with this decay; 0: the last pixels")
     pixel_step: str = _matching("sweep", choices=pixels.STEPS,
         help="sweep: class after class with one momentum, as in IDC and DREAM; --lr_img is the rate at ipc 10 and the "
              "data set's own side, and is scaled by ipc / 10 and (side / own side)^2. joint: all classes in one step, "
@@ -237,12 +255,17 @@ class CondenseOptions(Options):
         help="weight decay of networks while distilling (default: --weight_decay)")
     mixup_net: str = _training("cut", choices=training.MIXUPS,
         help="network updates use CutMix in half of the batches (cut) or not at all (vanilla)")
-    experts: int = _trajectories(10, parse=integer(1), metavar="N",
-        help="networks that are trained on real images first, once for all runs with the same settings; --select "
-             "chooses the images of their mini-batches, anew after every --interval mini-batches")
-    expert_epochs: int = _trajectories(50, parse=integer(1), metavar="N", help="epochs of every expert")
-    expert_seed: int = _trajectories(0, parse=integer(0), metavar="N", help="seed of the experts, in place of --seed")
-    experts_only: bool = _trajectories(False, help="train the experts that are missing, then stop")
+    networks: str = _pool("fresh", choices=NETWORKS,
+        help="networks of the outer iterations: freshly initialised ones, or of a pool of --experts: perturbed ones "
+             "(early, Acc-DD) or mixtures of their initial and final weights (middle, DANCE)")
+    keep: float = _pool(1.0, parse=number(open_end=True, most=1), metavar="F",
+        help="use this fraction of every class's real images only, those with the lowest loss under the pool")
+    experts: int = _pool(10, parse=integer(1), metavar="N",
+        help="networks that are trained on real images first, once for all runs with the same settings; for mtt, "
+             "--select chooses the images of their mini-batches, anew after every --interval mini-batches")
+    expert_epochs: int = _pool(50, parse=integer(1), metavar="N", help="epochs of every expert")
+    expert_seed: int = _pool(0, parse=integer(0), metavar="N", help="seed of the experts, in place of --seed")
+    experts_only: bool = _pool(False, help="train the experts that are missing, then stop")
     student_steps: int = _trajectories(20, parse=integer(1), metavar="N",
         help="steps that a student takes on synthetic images")
     match_epochs: int = _trajectories(3, parse=integer(1), metavar="M",
@@ -258,6 +281,8 @@ class CondenseOptions(Options):
              "(off); auto: on where mini-batches are so large that sending gradients pays")
     eval_every: int = _evaluation(0, parse=integer(0), metavar="N",
         help="outer iterations between evaluations, of which the first is at the start; 0: only at the end")
+    eval_seconds: float | None = _evaluation(None, parse=number(open_end=True), metavar="S",
+        help="evaluate when distilling, experts included, has taken S seconds, and whenever that time has doubled")
     snapshot_every: int = _run(0, parse=integer(0), metavar="N",
         help="outer iterations between copies of the set (data_<iteration>.pt), the first at the start; 0: none")
     resume_from: str | None = _run(None, metavar="PATH",

@@ -118,6 +118,15 @@ def noise_init(asked: Asked) -> str:
     return "kmeans" if asked.select == "kmeans" else "normal"
 
 
+# What --networks adds: the published pools, and without --reproduce smaller ones.
+POOLS: dict[str, dict[str, Any]] = {
+    "fresh": {},
+    "early": dict(experts=5, expert_epochs=2),
+    "middle": dict(experts=5, expert_epochs=20),
+}
+PUBLISHED_POOLS: dict[str, dict[str, Any]] = {**POOLS, "middle": dict(experts=20, expert_epochs=60)}
+
+
 DREAM = dict(interval=selection_interval)
 JOINT = dict(pixel_step="joint", mom_img=0.5, batch_real=256, interval=selection_interval)
 NO_MOMENTUM = dict(mom_net=0.0, wd_net=0.0, mixup_net="vanilla")
@@ -134,6 +143,15 @@ DM = dict(
 MTT = dict(
     JOINT, **NO_MOMENTUM, select="random", match=TRAJECTORY, aug_type=siamese, lr_img=1e3, init=real_init,
     n_data=0, inner_loop=1, niter=500, experts=10,
+)  # fmt: skip
+# Zhang et al. (IJCAI 2024) and Wang et al. (CVPR 2025): networks of a pool, and no training between two steps.
+DANCE = dict(
+    DREAM, select="random", init=real_init, match="embed", metric="mse", networks="middle", calibrate=True, n_data=0,
+    inner_loop=1, lr_img=0.1, niter=1000,
+)  # fmt: skip
+NCFM = dict(
+    DREAM, select="random", init=real_init, match="cf", frequencies="learned", networks="middle", n_data=0,
+    inner_loop=1, lr_img=10.0, niter=2000,
 )  # fmt: skip
 
 METHODS = {
@@ -158,16 +176,33 @@ METHODS = {
         dict(batch_real=32, lr_img=30.0, niter=150, experts=4),
         "one set of settings for every --ipc; the paper has steps, epochs, start, rate and ZCA of each",
     ),
+    "dance": Method(
+        "mean embeddings under networks in the middle of their training, and cross-entropy at its end",
+        DANCE,
+        dict(niter=10000),
+        dict(batch_real=32, niter=400),
+    ),
+    "ncfm": Method(
+        "characteristic functions of embeddings under networks in the middle of their training",
+        NCFM,
+        dict(niter=20000),
+        dict(batch_real=32, niter=400),
+        "the learned frequencies and the pixels' learning rate are ours",
+    ),
     "dream+": Method("gradients and mean embeddings", dict(DREAM, match="grad+embed", pretrain=1)),
 }
 
 
-def method_settings(method: str, dataset: str, *, ipc: int, select: str | None, reproduce: bool) -> dict[str, Any]:
-    """Settings of a method, by name, for these flags; select: None where the flag is absent.
+def method_settings(
+    method: str, dataset: str, *, ipc: int, select: str | None, networks: str | None, reproduce: bool
+) -> dict[str, Any]:
+    """Settings of a method, by name, for these flags; select, networks: None where the flag is absent.
 
     reproduce: with the published budget.
     """
     row = METHODS[method]
+    pools = PUBLISHED_POOLS if reproduce else POOLS
     asked = Asked(dataset, ipc, str(select or row.settings.get("select", "kmeans")))
-    layers = [row.settings, row.published if reproduce else {}, row.digits if dataset == "digits" else {}]
+    pool = pools.get(str(networks or row.settings.get("networks", "fresh")), {})
+    layers = [pool, row.settings, row.published if reproduce else {}, row.digits if dataset == "digits" else {}]
     return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}

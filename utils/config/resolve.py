@@ -70,7 +70,8 @@ def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = Mappi
     ipc = given.get("ipc", defaults["ipc"])
     exceptional = exceptions(dataset, given.get("factor", defaults["factor"]), ipc)
     method, select = given.get("method", defaults["method"]), given.get("select")
-    of_method = method_settings(method, dataset, ipc=ipc, select=select, reproduce=bool(given.get("reproduce")))
+    reproduce, networks = bool(given.get("reproduce")), given.get("networks")
+    of_method = method_settings(method, dataset, ipc=ipc, select=select, networks=networks, reproduce=reproduce)
     layers += [("data set", exceptional), ("method", of_method)]
     if "net_type" in given:
         layers[1:] = [(name, concerning(layer, given["net_type"])) for name, layer in layers[1:]]
@@ -129,7 +130,9 @@ def how_to_go_on(options: CondenseOptions) -> str:
 # --- Files of --config ------------------------------------------------------------------------------------------------
 
 # What presets follow from. A run's file counts as these flags, and those for whatever they do not explain of that run.
-DECIDING = ("dataset", "image_folder", "npz", "method", "select", "factor", "ipc", "net_type", "reproduce")
+DECIDING = (
+    "dataset", "image_folder", "npz", "method", "select", "networks", "factor", "ipc", "net_type", "reproduce",
+)  # fmt: skip
 OF_THE_FOLDER = ("image_folder", "npz", "split", "size", "skip_broken")
 
 

@@ -4,7 +4,7 @@ by class, and the gradient of that distance with respect to the pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch import Tensor
 from models import Network
 from utils.method.augment import Augment
 from utils.method.formation import Formation
+from utils.method.frequencies import Frequencies, Made
 from utils.method.images import ImageSet
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
 from utils.numerics import derivatives
 from utils.numerics.compute import Captured, Compute
+from utils.numerics.derivatives import load
 from utils.system.draws import Draws
 
 
@@ -77,26 +79,79 @@ class Matcher:
 
 
 class MatchingStep:
-    """One step of a run's pixels against one network; a GPU captures it as a whole, so network and pixels must stay at
-    their addresses."""
+    """One step of a run's pixels against one network; a GPU captures it as a whole, so networks and pixels must stay at
+    their addresses.
 
-    def __init__(self, matcher: Matcher, net: Network, pixels: PixelSGD, real: ImageSet) -> None:
-        """real: images of the classes that the pixels are of; they may be some of all classes."""
+    `learned` is what is learned besides the pixels: frequencies, if a small network makes them. A checkpoint saves it,
+    and copies into it in place.
+    """
+
+    def __init__(
+        self,
+        matcher: Matcher,
+        net: Network,
+        pixels: PixelSGD,
+        real: ImageSet,
+        *,
+        frequencies: Frequencies | None = None,
+        judge: Network | None = None,
+    ) -> None:
+        """real: images of the classes that the pixels are of; they may be some of all classes.
+
+        frequencies: those of the objective cf. judge: a network for the parameters of `judge_by`, under which the
+        cross-entropy of the synthetic images is lowered in a step of its own (the calibration of DANCE).
+        """
         self.matcher, self.net, self.pixels, self.real = matcher, net, pixels, real
-        self.learned: dict[str, Tensor] = {}  # nothing besides the pixels; see TrajectoryStep
+        self.frequencies, self.judge = frequencies, judge
+        self.calibrator = replace(matcher, how=Comparison("ce"))
+        self.learned: dict[str, Tensor] = {} if frequencies is None else frequencies.learned
         self.held = torch.tensor(real.held, device=real.device)
-        self._captured = Captured(self._step, matcher.compute.device)
+        # No CUDA graph where ranks learn frequencies together: they wait for each other.
+        replay = frequencies is None or not frequencies.together
+        self._captured = Captured(self._step, matcher.compute.device, replay=replay)
+        self._captured_calibration = Captured(self._calibrate, matcher.compute.device)
+
+    def judge_by(self, theta: Tensor) -> None:
+        """Calibrate under a network with the parameters (P,) from now on."""
+        assert self.judge is not None
+        load(self.judge, theta)
 
     def __call__(self, picks: Tensor, draws: Draws) -> Tensor:
         """Move the pixels; return the distances, (classes,), which the next call overwrites."""
+        drawn = self._draw(draws)
+        z = None if self.frequencies is None else self.frequencies.draw(draws)
+        distances: Tensor = self._captured(picks, *drawn) if z is None else self._captured(picks, z, *drawn)
+        if self.judge is not None:
+            self._captured_calibration(picks[:, :1], *self._draw(draws))
+        return distances
+
+    def _draw(self, draws: Draws) -> list[Tensor]:
         # For all classes, held here or not: what a class gets does not depend on how classes are shared out.
         drawn = self.matcher.draw(self.real.classes, self.pixels.pixels.shape[1], draws)
-        return self._captured(picks, *(d[self.held] for d in drawn))
+        return [d[self.held] for d in drawn]
 
     def _step(self, picks: Tensor, *drawn: Tensor) -> Tensor:
         ahead = self.pixels.lookahead()
-        distances, gradients = self.matcher.compute.retry(
-            lambda: self.matcher(self.net, ahead, self.real, picks, *drawn)
-        )
+        if self.frequencies is None:
+            distances, gradients = self.matcher.compute.retry(
+                lambda: self.matcher(self.net, ahead, self.real, picks, *drawn)
+            )
+        else:
+            distances, gradients, made = self.matcher.compute.retry(lambda: self._at_frequencies(ahead, picks, *drawn))
+            self.frequencies.ascend(made)
         self.pixels.step(gradients)
         return distances
+
+    def _at_frequencies(self, pixels: Tensor, picks: Tensor, z: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor, Made]:
+        """Distances and gradients of the pixels, at the frequencies of this step, whose gradient is in their leaf."""
+        assert self.frequencies is not None
+        made = self.frequencies(z)
+        matcher = replace(self.matcher, how=replace(self.matcher.how, frequencies=made.leaf))
+        return *matcher(self.net, pixels, self.real, picks, *drawn), made
+
+    def _calibrate(self, picks: Tensor, *drawn: Tensor) -> None:
+        """Step down the cross-entropy under the judge; picks: an image per class, which says what class it is."""
+        assert self.judge is not None
+        judge, ahead = self.judge, self.pixels.lookahead()
+        _, gradients = self.matcher.compute.retry(lambda: self.calibrator(judge, ahead, self.real, picks, *drawn))
+        self.pixels.step(gradients)

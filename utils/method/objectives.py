@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -41,13 +41,15 @@ class Comparison:
     """How one class's real and synthetic images are compared; for bias and fc see `matched_parameters`.
 
     DC (Zhao et al., ICLR 2021) compares gradients by cos, with fc; DM (Zhao and Bilen, WACV 2023) embeddings by mse;
-    DREAM+ (Liu et al., arXiv 2310.15052) both at once, grad+embed.
+    DREAM+ (Liu et al., arXiv 2310.15052) both at once, grad+embed; NCFM (Wang et al., CVPR 2025) characteristic
+    functions of embeddings, cf.
     """
 
     objective: str = "grad"  # one of OBJECTIVES, or several joined by +
     metric: str = "mse"
     bias: bool = False  # gradients of biases and of norms' parameters as well
     fc: bool = False  # gradients of the classifier as well
+    frequencies: Tensor | None = field(default=None, compare=False)  # (M, D) of cf; see utils/method/frequencies.py
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -58,13 +60,15 @@ class Comparison:
     def distance(self) -> Distance:
         """The distance as a function and, where its derivatives are written out in utils/numerics, a description of it.
 
-        Those of gradients of weights and of mean embeddings are written out. All else (biases, norms, features,
-        objectives of your own) goes through autograd.
+        Those of gradients of weights and of mean embeddings are written out, and those of EMBEDDED, whatever they
+        compare of embeddings. All else (biases, norms, features, objectives of your own) goes through autograd.
         """
         gradients, embedding = "grad" in self.parts, "embed" in self.parts
         fast = {*self.parts} <= {"grad", "embed"} and not (gradients and self.bias)
         compared = Compared(gradients, gradients and self.fc, embedding) if fast else None
-        return Distance(partial(distance, how=self), compared, partial(total, self.metric))
+        of_embeddings = partial(embedded_distance, how=self) if {*self.parts} <= EMBEDDED.keys() else None
+        learned = () if self.frequencies is None or not self.frequencies.requires_grad else (self.frequencies,)
+        return Distance(partial(distance, how=self), compared, partial(total, self.metric), of_embeddings, learned)
 
 
 LAST = slice(-1, None)  # of the blocks
@@ -90,10 +94,50 @@ def feature_distance(
     return total(how.metric, wanted, given)
 
 
-def embedding_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
-    """Distance between the mean embeddings, (). real, syn: (N, C, H, W) augmented, one class."""
-    wanted, given = (net.embed(images).to(images.dtype).mean(0) for images in (real, syn))
-    return total(how.metric, [wanted.detach()], [given])
+# --- Objectives of embeddings: real (B, D), detached, and syn (S, D), of one class ------------------------------------
+
+
+def mean_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
+    """Distance between the mean embeddings, ()."""
+    return total(how.metric, [real.mean(0)], [syn.mean(0)])
+
+
+def characteristic_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
+    """Distance between the characteristic functions E exp(i <t, x>) of the embeddings x, a mean over frequencies t, ().
+
+    Embeddings are centred at the mean of the real ones and divided by their root mean square distance from it, so that
+    normal random frequencies see the whole spread of a class.
+    """
+    assert how.frequencies is not None
+    t, centre = how.frequencies.to(real.dtype), real.mean(0)
+    spread = (real - centre).square().sum(1).mean().sqrt().clamp(min=1e-6)
+    wanted, given = ((x - centre) / spread @ t.mT for x in (real, syn))  # (B, M), (S, M)
+    cosine, sine = (f(wanted).mean(0) - f(given).mean(0) for f in (torch.cos, torch.sin))
+    # The root has no derivative at zero.
+    return (cosine.square() + sine.square() + 1e-12).sqrt().mean()
+
+
+def cross_entropy(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
+    """Mean cross-entropy of the synthetic images under the network, (); real images do not take part."""
+    return F.cross_entropy(net.classifier(syn), label.expand(len(syn)))
+
+
+EMBEDDED: dict[str, Callable[[Network, Tensor, Tensor, Tensor, Comparison], Tensor]] = {
+    "embed": mean_distance,
+    "cf": characteristic_distance,
+    "ce": cross_entropy,
+}
+
+
+def embedded_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison) -> Tensor:
+    """The sum of the distances that `how` names, all of EMBEDDED, ()."""
+    return torch.stack([EMBEDDED[part](net, real, syn, label, how) for part in how.parts]).sum()
+
+
+def embedding_distance(net: Network, real: Tensor, syn: Tensor, label: Tensor, how: Comparison, *, part: str) -> Tensor:
+    """One of EMBEDDED as an objective of images, (). real, syn: (N, C, H, W) augmented, one class."""
+    wanted, given = (net.embed(images).to(images.dtype) for images in (real, syn))
+    return EMBEDDED[part](net, wanted.detach(), given, label, how)
 
 
 # Objectives by name, which has no "+". Each gives a scalar that is differentiable with respect to the synthetic images;
@@ -103,7 +147,7 @@ OBJECTIVES: dict[str, Callable[[Network, Tensor, Tensor, Tensor, Comparison], Te
     "grad": gradient_distance,
     "feat": feature_distance,  # of the last block, as in IDC
     "blocks": partial(feature_distance, blocks=slice(None)),  # of every block
-    "embed": embedding_distance,
+    **{part: partial(embedding_distance, part=part) for part in EMBEDDED},
 }
 
 

@@ -37,16 +37,19 @@ class PixelSGD:
         joint: Normalize | None = None,
         held: Sequence[int] | None = None,
         classes: int | None = None,
+        average: float = 0.0,
     ) -> None:
         """Begin with zero velocity.
 
         joint: the normalisation of images for steps of all classes together; None for the published sweep over the
         classes. held: the numbers of the classes in `pixels`; classes: how many there are in all. None for both:
-        `pixels` holds every class.
+        `pixels` holds every class. average: decay of a moving average of the pixels over steps; 0: there is none.
         """
         self.pixels = pixels
         self.velocity = torch.zeros_like(pixels)
-        self.lr = lr
+        self.decay, self.average = average, pixels.clone() if average else None
+        # A CUDA graph reads the rate from memory: a number would stay as captured.
+        self.lr: float | Tensor = torch.tensor(lr, device=pixels.device) if pixels.device.type == "cuda" else lr
         self.momentum = momentum
         self.joint = joint
         turns = [0] * len(pixels) if joint else held or range(len(pixels))
@@ -63,6 +66,10 @@ class PixelSGD:
         self._decay = per_class([momentum ** (self.visits - 1 - c) for c in turns])  # mu^(C-1-c)
         self._sweep = sums[self.visits]  # S(C)
 
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate; on a GPU in place, where CUDA graphs read it."""
+        self.lr = self.lr.fill_(lr) if isinstance(self.lr, Tensor) else lr
+
     def lookahead(self) -> Tensor:
         """Pixels q at which the next gradients have to be taken, (classes, ipc, C, H, W)."""
         return self.pixels - self.lr * self.momentum * self._before * self.velocity
@@ -74,6 +81,8 @@ class PixelSGD:
             gradients = self.joint.preconditioned(gradients)
         self.pixels -= self.lr * (self.momentum * self._sweep * self.velocity + self._after * gradients)
         self.velocity.mul_(self.momentum**self.visits).add_(self._decay * gradients)
+        if self.average is not None:
+            self.average.lerp_(self.pixels, 1 - self.decay)
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -24,6 +24,14 @@ EMBEDDING_BYTES = 2**28  # embeddings of the classes that are embedded, and then
 
 
 @dataclass(frozen=True)
+class Clusters:
+    """The clusters of a network's embeddings, kept for many selections: the cluster of every image of a class, (N,)."""
+
+    draws: Draws  # from which they follow, whenever they are found
+    of_class: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Context:
     """Input of a selection strategy, whose random numbers all come from `draws`."""
 
@@ -35,6 +43,7 @@ class Context:
     kmeans: str = "batched"
     per_cluster: int = 1  # representatives of every cluster, those nearest its centroid
     captured: Captured | None = field(default=None, kw_only=True)  # `cluster`, kept by a run that selects repeatedly
+    clusters: Clusters | None = field(default=None, kw_only=True)  # of `member_images`, found once for many selections
     embeddings: dict[int, Tensor] = field(default_factory=dict, init=False)  # of one group of classes at a time
 
     @cached_property
@@ -122,6 +131,32 @@ def kmeans_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
     return [picks[c] for c in context.real.held]
 
 
+def member_images(context: Context, counts: Sequence[int]) -> list[Tensor]:
+    """A random member of every k-means cluster: a stratified draw from the whole class, other images each time.
+
+    Clusters are found where the context has none of a class yet; from then on images are neither embedded nor clustered
+    again.
+    """
+    real, wanted = context.real, dict(zip(context.real.held, counts, strict=True))
+    clusters = context.clusters or Clusters(Draws(context.draws.device, *context.draws.key, "clusters"))
+    picks = {c: torch.arange(k, device=real.device) for c, k in wanted.items() if k == real.counts[c]}
+    for group in context.groups:
+        if not (todo := [c for c in group if c not in picks]):
+            continue
+        k = wanted[todo[0]]
+        if missing := [c for c in todo if c not in clusters.of_class]:
+            points, is_real = padded([context.embedded(c) for c in missing])
+            chance, _ = padded([clusters.draws.of_class(c).uniform(real.counts[c]) for c in missing])
+            _, nearest, _ = lloyd(points, is_real, k, chance)
+            for c, row in zip(missing, nearest, strict=True):
+                clusters.of_class[c] = row[: real.counts[c]].clone()
+        keys, is_real = padded([context.draws.of_class(c).uniform(real.counts[c]) for c in todo])
+        nearest, _ = padded([clusters.of_class[c] for c in todo])
+        # With random numbers in place of distances, the member nearest a centroid is a random one.
+        picks.update(zip(todo, representatives(is_real, nearest, keys, k), strict=True))
+    return [picks[c] for c in context.real.held]
+
+
 def class_by_class(
     choose: Callable[[Context, int, int], Tensor], context: Context, counts: Sequence[int]
 ) -> list[Tensor]:
@@ -174,6 +209,7 @@ def herded_images(context: Context, c: int, k: int) -> Tensor:
 # Random numbers for class c are those of context.draws.of_class(c), so that classes do not depend on each other.
 STRATEGIES: dict[str, Callable[[Context, Sequence[int]], list[Tensor]]] = {
     "kmeans": kmeans_images,
+    "members": member_images,
     "random": partial(class_by_class, random_images),
     "central": partial(class_by_class, central_images),
     "boundary": partial(class_by_class, boundary_images),

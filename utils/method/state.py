@@ -67,13 +67,30 @@ class State:
         """Stored images of all classes as they are now, (classes, ipc, C, H, W)."""
         return self.shard.all_gather(self.optimizer.pixels)
 
+    @property
+    def result(self) -> Tensor:
+        """The distilled set as it is now, like `pixels`: their moving average, if there is one."""
+        average = self.optimizer.average
+        return self.pixels if average is None else self.shard.all_gather(average)
+
     # --- The steps of Algorithm 1 -------------------------------------------------------------------------------------
 
-    def begin_iteration(self, net: Network) -> None:
-        """Begin an outer iteration: a fresh network, pixels clamped to [0, 1]. Their velocity stays, as published."""
+    def begin_iteration(self, net: Network, pixel_rate: float, judge: Tensor | None = None) -> None:
+        """Begin an outer iteration: another network, pixels clamped to [0, 1]. Their velocity stays, as published.
+
+        pixel_rate, judge: see `set_up`.
+        """
         self.trainer.restart(net)
+        self.set_up(pixel_rate, judge)
         self.optimizer.clamp()
         self.losses.zero_()
+
+    def set_up(self, pixel_rate: float, judge: Tensor | None = None) -> None:
+        """Set what holds for an outer iteration: the pixels' learning rate, and parameters (P,) to calibrate under."""
+        self.optimizer.set_lr(pixel_rate)
+        if judge is not None:
+            assert isinstance(self.matching_step, MatchingStep)
+            self.matching_step.judge_by(judge)
 
     def selection_due(self, interval: int, inner_loop: int) -> bool:
         """Whether real images are to be selected before the next inner step (Sec. 3.3).
@@ -133,6 +150,7 @@ class State:
         }
         return {
             **{name: self.shard.all_gather(rows[name]) for name in PER_CLASS},
+            **({} if self.optimizer.average is None else {"average": self.result}),
             "learned": self.matching_step.learned,
             "net": dict(self.net.state_dict()),  # plain, so that nothing but tensors is in the file
             "momentum": self.trainer.momentum,
@@ -150,6 +168,8 @@ class State:
         """
         rows = {name: self.shard.local(saved[name]) for name in PER_CLASS}
         self.begin_from(saved["pixels"], saved["velocity"], saved["learned"], it=saved["it"], seconds=saved["seconds"])
+        if self.optimizer.average is not None:
+            self.optimizer.average.copy_(self.shard.local(saved["average"]))
         self.net.load_state_dict(saved["net"])
         for buffer, value in zip(self.trainer.momentum, saved["momentum"], strict=True):
             buffer.copy_(value)
@@ -168,6 +188,8 @@ class State:
         with torch.no_grad():
             self.optimizer.pixels.copy_(self.shard.local(pixels))
             self.optimizer.velocity.copy_(self.shard.local(velocity))
+            if self.optimizer.average is not None:
+                self.optimizer.average.copy_(self.optimizer.pixels)
             for name in self.matching_step.learned.keys() & learned.keys():
                 self.matching_step.learned[name].copy_(learned[name])
         self.it, self.seconds = it, seconds

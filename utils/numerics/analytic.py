@@ -141,6 +141,40 @@ class Analytic:
             result[span] = passes.pull_back(self.net, kept, directions.of(span[0]), syn.shape[1])
         return losses.detach(), result
 
+    @torch.no_grad()
+    def distances_of_embeddings(
+        self,
+        real: Tensor,
+        syn: Tensor,
+        labels: Tensor,
+        distance: Callable[[Tensor, Tensor, Tensor], Tensor],
+        learned: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Distances of K classes that are functions of all embeddings, (K,), and their derivatives, like syn.
+
+        real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,). distance: (B, D), (S, D), () -> (), run by
+        autograd under vmap. learned: leaves that it uses, whose gradients are added to their `grad`.
+        """
+        wanted, given = (x.new_empty(*x.shape[:2], self.net.classifier.shape[2]) for x in (real, syn))
+        for span in self._spans(real):
+            wanted[span] = passes.features(self.net, real[span]).to(self.dtype)
+        traces = []
+        for span in self._spans(syn):
+            given[span], kept = passes.traced_features(self.net, syn[span])
+            traces.append((span, kept))
+        with torch.enable_grad():
+            given.requires_grad_()
+            if len(real) == 1:
+                losses = distance(wanted[0], given[0], labels[0])[None]
+            else:
+                losses = torch.func.vmap(distance)(wanted, given, labels)
+            losses.sum().backward(inputs=[given, *learned])
+        assert given.grad is not None
+        result = torch.empty_like(syn)
+        for span, kept in traces:
+            result[span] = passes.backward(self.net, kept, given.grad[span])
+        return losses.detach(), result
+
     def _directions(self, slopes: list[Tensor], compared: Compared, count: int) -> Directions:
         """The derivatives of the distances, in the order of `effect`, as directions; an embedding's for each of
         `count` images."""

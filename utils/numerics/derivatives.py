@@ -23,17 +23,21 @@ from utils.numerics.passes import Compared, Slope
 
 
 class Distance(NamedTuple):
-    """How far the effect of synthetic images on a network is from that of real ones, in two equivalent descriptions.
+    """How far the effect of synthetic images on a network is from that of real ones, in equivalent descriptions.
 
     between: (net, real, syn, label) -> (), for images (N, C, H, W) of one class, differentiable by autograd with
     respect to syn. It runs under vmap for all classes at once, so it never looks at a value from Python.
     compared, metric: the same number as the metric of what is compared. compared is None for what `Compared` cannot
-    express; such a distance is left to autograd.
+    express. of_embeddings: the same number from the embeddings of the images, like `between`; None for what is no
+    function of them. A distance with neither is left to autograd.
+    learned: leaves that `between` and `of_embeddings` use, whose gradients are added to their `grad`.
     """
 
     between: Callable[[Network, Tensor, Tensor, Tensor], Tensor]
     compared: Compared | None
     metric: Metric
+    of_embeddings: Callable[[Network, Tensor, Tensor, Tensor], Tensor] | None = None
+    learned: Sequence[Tensor] = ()
 
 
 @torch.no_grad()
@@ -83,8 +87,13 @@ def distances(
 
     real: (K, B, C, H, W), syn: (K, S, C, H, W), augmented; labels: (K,).
     """
-    if analytic.is_supported(net) and distance.compared is not None:
-        return Analytic([net], compute, syn.dtype).distances(real, syn, labels, distance.compared, distance.metric)
+    if analytic.is_supported(net):
+        written_out = Analytic([net], compute, syn.dtype)
+        if distance.compared is not None:
+            return written_out.distances(real, syn, labels, distance.compared, distance.metric)
+        if distance.of_embeddings is not None:
+            of_embeddings = partial(distance.of_embeddings, net)
+            return written_out.distances_of_embeddings(real, syn, labels, of_embeddings, distance.learned)
     return distances_by_autograd(net, real, syn, labels, distance, compute)
 
 
@@ -101,7 +110,9 @@ def distances_by_autograd(
             losses = torch.stack([of_class(*each) for each in zip(real, syn, labels, strict=True)])
         else:
             losses = vmap(of_class)(real, syn, labels)
-    return losses.detach(), torch.autograd.grad(losses.sum(), syn)[0]
+    losses.sum().backward(inputs=[syn, *distance.learned])
+    assert syn.grad is not None
+    return losses.detach(), syn.grad
 
 
 # --- The slope of a cross-entropy in a direction, and its gradients: what a step of training hands back ---------------

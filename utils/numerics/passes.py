@@ -171,6 +171,12 @@ def features(net: Weights, x: Tensor) -> Tensor:
     return in_rows(forward(net, x)[0].flatten(1), x)
 
 
+def traced_features(net: Weights, x: Tensor) -> tuple[Tensor, Forward]:
+    """The last features, (k, n, D) in the precision of images, and what `backward` needs."""
+    h, _, norms = forward(net, x)
+    return in_rows(h.flatten(1), x).to(x.dtype), Forward(h, norms)
+
+
 def effect(net: Weights, x: Tensor, target: Tensor, count: int, compared: Compared) -> list[Tensor]:
     """What is compared of the images, summed over n and divided by `count`.
 
@@ -185,8 +191,8 @@ def traced_effect(
 ) -> tuple[list[Tensor], FirstOrder | Forward]:
     """The result of `effect`, and what `pull_back` needs. keep: False allows the traces' a to be overwritten."""
     if not compared.gradients:  # the forward pass is enough
-        h, _, norms = forward(net, x)
-        return [in_rows(h.flatten(1), x).to(x.dtype).sum(1) / count], Forward(h, norms)
+        last, forwarded = traced_features(net, x)
+        return [last.sum(1) / count], forwarded
     found, kept = first_order(net, x, target, count, keep)
     if compared.classifier:
         found.append(kept.dz.to(kept.last.dtype).mT @ kept.last)
@@ -202,7 +208,8 @@ def pull_back(net: Weights, kept: FirstOrder | Forward, along: Directions, count
     takes a tangent pass and its adjoint; that with an embedding takes a backward pass only.
     """
     if isinstance(kept, Forward):
-        return backward(net, kept, along)
+        assert along.embedding is not None
+        return backward(net, kept, along.embedding)
     p, last = kept.p, kept.last
     steps, h_dot = tangents(net, kept, along)
     z_dot = (in_rows(h_dot.flatten(1), p) @ net.classifier.mT).to(p.dtype)
@@ -256,14 +263,13 @@ def forward(net: Weights, x: Tensor) -> tuple[Tensor, list[Tensor], list[Norm]]:
     return h, inputs, norms
 
 
-def backward(net: Weights, kept: Forward, along: Directions) -> Tensor:
-    """The gradient with respect to the images of the product of features and `along.embedding`.
+def backward(net: Weights, kept: Forward, embedding: Tensor) -> Tensor:
+    """The gradient with respect to the images of the product of features and `embedding`, (k, n or 1, D).
 
     It is the last pass over a piece, so the norms' a may be overwritten.
     """
-    assert along.embedding is not None
-    k = len(along.embedding)
-    dh = like_features(along.embedding.expand(-1, len(kept.h) // k, -1), kept.h)
+    k = len(embedding)
+    dh = like_features(embedding.expand(-1, len(kept.h) // k, -1), kept.h)
     for block, norm in zip(net.blocks[::-1], kept.norms[::-1], strict=True):
         da, _ = net.functions.backward(norm, dh, keep=False)
         dh = transposed(da, block.weights, block.padding)

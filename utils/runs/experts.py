@@ -1,5 +1,6 @@
 """Experts: networks trained on real images. Their parameters after every epoch are the trajectories that --method mtt
-matches (utils/method/trajectory.py). They are trained once, kept in a folder, and shared by all runs that need them.
+matches (utils/method/trajectory.py); those before and after all epochs make a pool of networks (utils/method/pool.py).
+They are trained once, kept in a folder, and shared by all runs that need them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models import Network
 from utils.files import atomic, tensors
 from utils.files.lock import locked
 from utils.files.tensors import is_plain
@@ -38,9 +40,13 @@ AGAIN = "run the same command again, which trains this expert again"
 class Experts:
     """The trajectories in a folder. Nothing is written before `held`."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, count: int, epochs: int) -> None:
-        """identity: everything that trajectories depend on. Raises UserError when the folder has other experts."""
-        self.folder, self.count, self.epochs = folder, count, epochs
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], *, count: int, epochs: int, ends_only: bool = False
+    ) -> None:
+        """identity: everything that trajectories depend on. ends_only: of a trajectory keep its two ends, and what the
+        network at its end makes of the training images. Raises UserError when the folder has other experts.
+        """
+        self.folder, self.count, self.epochs, self.ends_only = folder, count, epochs, ends_only
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._at_hand: dict[int, Tensor] = {}  # the last used one at the end
         self._damaged: set[int] = set()
@@ -90,12 +96,26 @@ class Experts:
         return sum(float(self._read(k)["seconds"]) for k in range(self.count))
 
     def pair(self, expert: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """An expert's parameters after so many epochs, (P,) each, on the CPU. Raises UserError for a damaged file."""
+        """An expert's parameters after so many epochs, (P,) each, on the CPU; of ends only, after none and all.
+
+        Raises UserError for a damaged file.
+        """
         trajectory = self._at_hand.pop(expert, None)
         if trajectory is None:
             trajectory = self._read(expert)["trajectory"]
         self._keep(expert, trajectory)
-        return trajectory[start], trajectory[end]
+        last = len(trajectory) - 1
+        return (trajectory[min(start, last)], trajectory[min(end, last)])
+
+    def losses(self, k: int) -> Tensor:
+        """Cross-entropy of every training image under expert k at its end, (N,), of ends only.
+
+        Raises UserError for a damaged file.
+        """
+        found = self._read(k).get("losses")
+        if found is None or not is_plain(found) or found.dim() != 1:
+            raise UserError(f"{self._file(k)}: holds no losses of the training images; {AGAIN}")
+        return found
 
     def _file(self, k: int) -> Path:
         return self.folder / f"expert_{k:03}.pt"
@@ -114,8 +134,11 @@ class Experts:
             raise UserError(f"{self._file(k)}: is of another expert; {AGAIN}")
         rows = content.get("trajectory")
         plain = is_plain(rows) and rows.dtype == torch.get_default_dtype() and rows.dim() == 2
-        if rows is None or not plain or not 1 <= len(rows) <= self.epochs + 1 or not rows.isfinite().all():
+        most = 2 if self.ends_only else self.epochs + 1
+        if rows is None or not plain or not 1 <= len(rows) <= most or not rows.isfinite().all():
             raise UserError(f"{self._file(k)}: holds no trajectory of {self.epochs} epochs; {AGAIN}")
+        if self.ends_only and (type(content.get("epochs")) is not int or not 0 <= content["epochs"] <= self.epochs):
+            raise UserError(f"{self._file(k)}: does not say after how many epochs it was written; {AGAIN}")
         if not isinstance(content.get("seconds"), float):
             raise UserError(f"{self._file(k)}: does not say how long its training took; {AGAIN}")
         return content
@@ -141,9 +164,13 @@ class Experts:
         file = self._read_if_whole(k)
         if file is None:
             return 0
-        if (done := len(file["trajectory"]) - 1) == self.epochs:
+        if (done := self._epochs_of(file)) == self.epochs:
             self._keep(k, file["trajectory"])
         return done
+
+    def _epochs_of(self, content: dict[str, Any]) -> int:
+        """Epochs that the content of an expert's file has behind it."""
+        return int(content["epochs"]) if self.ends_only else len(content["trajectory"]) - 1
 
     def _keep(self, k: int, trajectory: Tensor) -> None:
         """Keep a finished expert's trajectory in memory, in place of those that were not used for longest."""
@@ -153,32 +180,40 @@ class Experts:
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
-    def epochs_left(self, k: int, trainer: Trainer, stopping: Callable[[], object]) -> Iterator[int]:
+    def epochs_left(
+        self,
+        k: int,
+        trainer: Trainer,
+        stopping: Callable[[], object],
+        judged: Callable[[Network], Tensor] | None = None,
+    ) -> Iterator[int]:
         """Numbers of the epochs that expert k lacks: the caller trains each before it asks for the next.
 
             for e in experts.epochs_left(k, trainer, stopper.reason):
                 trainer.all_images([draws(k, e)])
 
         Saves the trajectory every few minutes, at the end, and when `stopping` is true, which ends the iteration early.
-        trainer: of one network, as initialised for this expert; it is brought to where the training goes on. The folder
-        must be `held`. Raises UserError for parameters that are NaN or infinite, OSError naming the file.
+        trainer: of one network, as initialised for this expert; it is brought to where the training goes on. judged:
+        gives the loss of every training image under the network, (N,), for `losses`. The folder must be `held`. Raises
+        UserError for parameters that are NaN or infinite, OSError naming the file.
         """
-        rows, spent = self._resumed(k, trainer)
+        rows, first, spent = self._resumed(k, trainer)
         began = saved = time.monotonic()
-        for e in range(len(rows) - 1, self.epochs):
+        for e in range(first, self.epochs):
             yield e
-            rows.append(flattened(trainer.nets[0].parameters()).cpu())
+            rows[1 if self.ends_only else e + 1 :] = [flattened(trainer.nets[0].parameters()).cpu()]
             if not rows[-1].isfinite().all():
                 raise UserError(f"expert {k}: parameters are NaN or infinite after epoch {e + 1}; use a lower --lr")
             now, stop = time.monotonic(), stopping()
             if stop or e + 1 == self.epochs or now - saved >= CHECKPOINT_SECONDS:
-                self._save(k, rows, trainer, spent + now - began)
+                losses = judged(trainer.nets[0]).cpu() if judged and e + 1 == self.epochs else None
+                self._save(k, rows, e + 1, trainer, losses, spent + time.monotonic() - began)
                 saved = now
             if stop:
                 return
 
-    def _resumed(self, k: int, trainer: Trainer) -> tuple[list[Tensor], float]:
-        """The trajectory so far and the seconds that it took; the trainer is where it ends."""
+    def _resumed(self, k: int, trainer: Trainer) -> tuple[list[Tensor], int, float]:
+        """The trajectory so far, its epochs, and the seconds that it took; the trainer is where it ends."""
         file = self._read_if_whole(k)
         if file is not None:
             initial = {name: x.clone() for name, x in trainer.nets[0].state_dict().items()}
@@ -186,16 +221,22 @@ class Experts:
                 restore(trainer, file)
                 if not torch.equal(flattened(trainer.nets[0].parameters()).cpu(), file["trajectory"][-1]):
                     raise ValueError("the trajectory ends elsewhere")
-                return list(file["trajectory"]), file["seconds"]
+                return list(file["trajectory"]), self._epochs_of(file), file["seconds"]
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 self._warn(k, UserError(f"{self._file(k)}: does not fit ({first_line(error)})"))
                 restore(trainer, {"net": initial, "momentum": [torch.zeros_like(v) for v in trainer.momentum]})
-        return [flattened(trainer.nets[0].parameters()).cpu()], 0.0
+        return [flattened(trainer.nets[0].parameters()).cpu()], 0, 0.0
 
-    def _save(self, k: int, rows: list[Tensor], trainer: Trainer, seconds: float) -> None:
+    def _save(
+        self, k: int, rows: list[Tensor], epochs: int, trainer: Trainer, losses: Tensor | None, seconds: float
+    ) -> None:
         """Write an expert's file; a finished one leaves out what its training would need to go on."""
         content: dict[str, Any] = {"of": self._owner(k), "trajectory": torch.stack(rows), "seconds": seconds}
-        if len(rows) <= self.epochs:
+        if self.ends_only:
+            content["epochs"] = epochs
+        if losses is not None:
+            content["losses"] = losses
+        if epochs < self.epochs:
             content["net"] = {name: x.cpu() for name, x in trainer.nets[0].state_dict().items()}
             content["momentum"] = [velocity.cpu() for velocity in trainer.momentum]
         tensors.write_tensors(self._file(k), content)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -23,13 +24,36 @@ REPORT_SECONDS = {"cpu": 0.0, "cuda": 1.0}  # from one look at the losses to the
 METRIC_LINES = 10_000  # losses in metrics.jsonl at most; longer runs record every n-th outer iteration only
 
 
+class Due(NamedTuple):
+    """What is to be done after an inner step: save a checkpoint, evaluate the set, finish since the time is spent."""
+
+    save: bool
+    evaluation: bool
+    finish: bool
+
+
 class Recorder:
     """The clock, the progress bar and metrics.jsonl of a run."""
 
     def __init__(
-        self, folder: RunFolder, stopper: Stopper, group: Group, *, niter: int, inner_loop: int, interval: int
+        self,
+        folder: RunFolder,
+        stopper: Stopper,
+        group: Group,
+        *,
+        niter: int,
+        inner_loop: int,
+        interval: int,
+        spent: float | None = None,
+        budget: float | None = None,
+        first_evaluation: float | None = None,
     ) -> None:
-        """interval: inner steps, of niter * inner_loop, between two selections."""
+        """interval: inner steps, of niter * inner_loop, between two selections.
+
+        spent: seconds that experts took before the run. budget: seconds, these included, after which the run is
+        finished. first_evaluation: seconds, likewise, after which an evaluation is due, as at every doubling of them.
+        """
+        self.spent, self.budget, self.first_evaluation = spent or 0.0, budget or math.inf, first_evaluation or math.inf
         self.folder, self.stopper, self.group = folder, stopper, group
         self.niter, self.inner_loop, self.interval = niter, inner_loop, interval
         self.steps_here = 0
@@ -38,15 +62,21 @@ class Recorder:
         self._estimated = False
         self._first_step = self._started = self._reported = time.monotonic()
 
-    def start(self, state: State) -> None:
-        """Begin to record at the position of the state."""
+    def start(self, state: State) -> bool:
+        """Begin to record at the position of the state. Returns whether the budget of seconds is spent already."""
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
+        self._timed = self.total(state)
         done = state.it * self.inner_loop + state.step
         self.progress = Progress(self.niter * self.inner_loop, "distilling", "step", done=done, keep=True)
+        return self._timed >= self.budget
 
     def seconds(self, state: State) -> float:
         """Seconds of distilling so far, in all sessions; evaluations don't count."""
         return state.seconds + time.monotonic() - self._started
+
+    def total(self, state: State) -> float:
+        """Seconds of distilling so far, those of the experts included."""
+        return self.spent + self.seconds(state)
 
     def book(self, state: State) -> None:
         """Add the seconds since the last call to state.seconds; to be called before every save."""
@@ -64,8 +94,8 @@ class Recorder:
             self._started += elapsed
             self._first_step += elapsed
 
-    def after_step(self, state: State) -> bool:
-        """Report progress, and return whether a checkpoint is due on any rank. Raises Stopped on request."""
+    def after_step(self, state: State) -> Due:
+        """Report progress, and return what is due on any rank. Raises Stopped on request."""
         self.progress.advance()
         self.steps_here += 1
         if state.step == 0 and (state.it % math.ceil(self.niter / METRIC_LINES) == 0 or state.it == self.niter):
@@ -73,10 +103,12 @@ class Recorder:
         if self.steps_here == 1 or (self._late and (self._unread or self.steps_here % self.interval == 0)):
             self.report(state)
         late = time.monotonic() - self._reported >= REPORT_SECONDS[state.losses.device.type]
-        asked = (self.stopper.reason(), self.folder.checkpoint_due(), late)
-        reason, due, self._late = self.group.all_reduce_max(*asked)
+        now, evaluation = self.total(state), next_doubling(self.first_evaluation, self._timed)
+        asked = (self.stopper.reason(), self.folder.checkpoint_due(), late, now >= evaluation, now >= self.budget)
+        reason, save, self._late, evaluate, finish = self.group.all_reduce_max(*asked)
+        self._timed = max(now, evaluation) if evaluate else now
         self.stopper.obey(reason)
-        return bool(due)
+        return Due(bool(save), bool(evaluate) and not finish, bool(finish))
 
     def report(self, state: State) -> None:
         """Record the losses of the outer iterations that are finished, and show the present one's.
@@ -115,3 +147,10 @@ class Recorder:
             return memory
         sent = f"{self.group.sent / 1e6:.3g} MB to others in {self.steps_here} inner steps"
         return f"{memory}, of the rank that took most; the first one has given {sent}"
+
+
+def next_doubling(first: float, after: float) -> float:
+    """The first of `first`, twice, four times as much, and so on, that is more than `after`."""
+    while first <= after:
+        first *= 2
+    return first
