@@ -68,6 +68,7 @@ class Asked:
     dataset: str
     ipc: int
     select: str
+    networks: str
 
 
 TRAJECTORY = "trajectory"  # value of --match: students follow experts, and no two sets of images are compared
@@ -104,18 +105,21 @@ def siamese(asked: Asked) -> str:
 
 
 def selection_interval(asked: Asked) -> int:
-    """Inner steps between two selections: ten, and one for random images, which IDC draws anew at every step."""
-    return 1 if asked.select == "random" else 10
+    """Inner steps between two selections: ten, and one for images that are drawn without embedding any.
+
+    Those are random images, which IDC draws anew at every step, and members of a pool's clusters.
+    """
+    return 1 if asked.select == "random" or (asked.select == "members" and asked.networks != "fresh") else 10
 
 
 def real_init(asked: Asked) -> str:
-    """Value of --init: real images by k-means if --select is k-means, random ones otherwise."""
-    return "kmeans" if asked.select == "kmeans" else "random"
+    """Value of --init: real images by k-means if --select has its clusters, random ones otherwise."""
+    return "kmeans" if asked.select in ("kmeans", "members") else "random"
 
 
 def noise_init(asked: Asked) -> str:
     """Value of --init: as `real_init` if --select is k-means, noise otherwise."""
-    return "kmeans" if asked.select == "kmeans" else "normal"
+    return "normal" if real_init(asked) == "random" else "kmeans"
 
 
 # What --networks adds: the published pools, and without --reproduce smaller ones.
@@ -201,8 +205,8 @@ def method_settings(
     reproduce: with the published budget.
     """
     row = METHODS[method]
-    pools = PUBLISHED_POOLS if reproduce else POOLS
-    asked = Asked(dataset, ipc, str(select or row.settings.get("select", "kmeans")))
-    pool = pools.get(str(networks or row.settings.get("networks", "fresh")), {})
+    networks = str(networks or row.settings.get("networks", "fresh"))
+    asked = Asked(dataset, ipc, str(select or row.settings.get("select", "kmeans")), networks)
+    pool = (PUBLISHED_POOLS if reproduce else POOLS).get(networks, {})  # a wrong name is refused later
     layers = [pool, row.settings, row.published if reproduce else {}, row.digits if dataset == "digits" else {}]
     return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}

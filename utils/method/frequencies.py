@@ -14,7 +14,7 @@ from utils.system.draws import Draws
 
 FREQUENCIES = ("random", "learned")
 HIDDEN = 64  # units of the small network
-RATE, MOMENTUM = 0.05, 0.9  # of its steps, each along a gradient of length one
+RATE, MOMENTUM = 0.002, 0.9  # of its steps, each along a gradient of length one
 
 
 class Made(NamedTuple):
