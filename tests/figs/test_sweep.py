@@ -103,10 +103,10 @@ def test_flags_behind_a_value_are_set_together_with_it() -> None:
     assert [(r.options.method, r.options.niter, r.options.ipc) for r in runs] == [
         ("dream+", 10, 1), ("dream+", 10, 2), ("dm", 7, 1), ("dm", 7, 2),
     ]  # fmt: skip
-    assert (runs[2].options.lr_img, runs[2].title) == (2.0, "method=dm, ipc=1")
+    assert (runs[2].options.lr_img, runs[2].title) == (2.0, "method=dm, niter=7, lr_img=2, ipc=1")
     assert [r.folder.path.name for r in runs[1:3]] == [
         "convnet2_f1_ipc2_dream+_ipc-2_seed0",
-        "convnet2_f1_ipc1_dm_ipc-1_seed0",
+        "convnet2_f1_ipc1_dm_niter-7_lr_img-2_ipc-1_seed0",
     ]
     with pytest.raises(UsageError, match="dm:niter"):
         sweep.plan(["method=dm:niter"], 1, [])
