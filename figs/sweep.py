@@ -35,7 +35,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from data import Dataset
-from figs.common import OF_IMAGES, ending, write
+from figs import pace
+from figs.common import OF_IMAGES, ending, style, write
 from utils.config import build, resolve
 from utils.config.options import FREE, CondenseOptions
 from utils.method.evaluation import Score
@@ -267,6 +268,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--table", type=ending(".md"), metavar="FILE", help="write the table as Markdown, FILE.md")
     parser.add_argument(
+        "--figure", type=ending(".png", ".pdf"), metavar="FILE", help="draw accuracy over seconds, and print its table"
+    )
+    parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, with one thread each if several (default: 1)"
     )
     parser.add_argument("more", nargs="*", metavar="FLAGS", help="flags of condense.py, after --")
@@ -282,6 +286,9 @@ def main(argv: Sequence[str]) -> int:
     print(table(runs))
     if given.table is not None:
         write(given.table, markdown(runs).encode(), flag="--table")
+    if given.figure is not None:
+        with messages(), style():
+            pace.report(pace.measured([one.folder.path for one in runs]), given.figure)
     return 0
 
 
