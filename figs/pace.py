@@ -56,7 +56,7 @@ class Panel(NamedTuple):
 
 @dataclass(frozen=True)
 class Timed:
-    """A run's evaluations. Raises ValueError for content that is none."""
+    """A run's evaluations. Raises KeyError, TypeError or ValueError for content that is none."""
 
     dataset: str
     ipc: int
@@ -74,15 +74,15 @@ class Timed:
             raise ValueError("a value is no number of 0 or more")
         if not self.seconds or len(self.seconds) != len(self.accuracies) or sorted(self.seconds) != self.seconds:
             raise ValueError("seconds do not belong to accuracies")
-        if not {"method", "select"} <= self.parts.keys():
-            raise ValueError("a run without a method")
+        if not all(isinstance(x, str) for x in (self.dataset, self.parts["method"], self.parts["select"])):
+            raise ValueError("a name is none")
 
     @property
     def name(self) -> str:
         """The method, and what distinguishes the run besides its selection, where that is not the default."""
         rest = {name: value for name, value in self.parts.items() if value != common.DEFAULTS.get(name)}
         words = common.in_words({name: value for name, value in rest.items() if name not in ("method", "select")})
-        return printable(str(self.parts["method"])) + (f", {words}" if words else "")
+        return printable(self.parts["method"]) + (f", {words}" if words else "")
 
     @property
     def label(self) -> str:
