@@ -20,8 +20,7 @@ from matplotlib.lines import Line2D
 from figs import common
 from figs.common import Group, Run
 from utils.config.flags import number
-from utils.runs.card import CARD, load_card
-from utils.system.errors import UsageError, UserError
+from utils.system.errors import UsageError
 from utils.system.process import run_main
 from utils.system.report import messages
 
@@ -92,7 +91,7 @@ def bars(groups: Sequence[Group], flag: str) -> list[Bar]:
     """A bar for every value: numbers in their order, others as given. Raises UserError for a run without evaluation."""
     drawn = []
     for group in groups:
-        random = [value for run in group.runs if (value := random_real(run)) is not None]
+        random = [value for run in group.runs if (value := run.random_real) is not None]
         drawn.append(Bar(group.runs[0].options[flag], [final_accuracy(run) for run in group.runs], random))
     if all(type(bar.value) in (int, float) for bar in drawn):
         drawn.sort(key=lambda bar: float(bar.value))
@@ -101,17 +100,8 @@ def bars(groups: Sequence[Group], flag: str) -> list[Bar]:
 
 def final_accuracy(run: Run) -> float:
     """Test accuracy of a run's last evaluation, in per cent."""
-    values = run.scores().values
-    if not values:
-        raise UserError(f"{run}: holds no evaluation yet; let condense.py finish it")
-    return values[-1]
-
-
-def random_real(run: Run) -> float | None:
-    """Accuracy, in per cent, of as many random real images; None in a run that is not finished."""
-    file = run.path / CARD
-    score = load_card(file).get("random_real") if file.exists() else None
-    return float(score["accuracy_mean"]) if isinstance(score, dict) and "accuracy_mean" in score else None
+    common.check_evaluated([run])
+    return run.scores().values[-1]
 
 
 def draw(drawn: Sequence[Bar], flag: str, *, random_real: bool, ymin: float) -> Figure:

@@ -7,7 +7,8 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from utils.config.options import FREE, CondenseOptions
 from utils.files.atomic import read_json, write_atomically
 from utils.files.classnames import spellings
 from utils.method.formation import Formation
-from utils.runs.card import CARD, Card
+from utils.runs.card import CARD, Card, load_card
 from utils.runs.folder import METRICS, OPTIONS, images_in
 from utils.runs.sets import load_distilled
 from utils.system.errors import UsageError, UserError, printable
@@ -242,11 +243,11 @@ OF_IMAGES = [
     if field.metadata["group"] == "data" and field.name not in FREE
 ]
 # Options that do not distinguish what is distilled: which repeat it is, where it lies, how it is watched.
-UNLABELLED = {*FREE, "seed", "tag", "eval_every"} - {"store"}
+UNLABELLED = {*FREE, "seed", "tag", "eval_every", "eval_seconds"} - {"store"}
 
 
 class Series(NamedTuple):
-    """What a run reported at some of its outer iterations, in their order. seconds: spent distilling until then."""
+    """What a run reported, in the order of time. seconds: of distilling until then, experts included."""
 
     iterations: list[int]
     seconds: list[float]
@@ -291,19 +292,46 @@ class Run:
             events.append(event)
         return events
 
+    @cached_property
+    def card(self) -> Card:
+        """The content of data.json, empty before there is one. Raises UserError, naming the file."""
+        file = self.path / CARD
+        return load_card(file) if file.exists() else {}
+
+    @property
+    def expert_seconds(self) -> float:
+        """Seconds that training the run's experts took, whichever run did it; 0 without experts."""
+        return self._number(self.card.get("expert_seconds", 0.0), "expert_seconds")
+
+    @property
+    def random_real(self) -> float | None:
+        """Accuracy, in per cent, of as many random real images; None in a run that is not finished."""
+        score = self.card.get("random_real")
+        found = score.get("accuracy_mean") if isinstance(score, dict) else None
+        return None if found is None else self._number(found, "random_real")
+
+    def _number(self, value: object, name: str) -> float:
+        if isinstance(value, (int, float)) and 0 <= value < math.inf:
+            return value
+        raise UserError(f"{self.path / CARD}: its {name} is no number of 0 or more; name another run folder")
+
     def losses(self) -> Series:
         """The mean matching loss of every outer iteration."""
-        return self._series("loss")
+        return self._series("loss", "iteration")
 
-    def scores(self, *, best: bool = False) -> Series:
-        """The mean test accuracy of every evaluation, in per cent; best: of the best of four tests of each training."""
-        return self._series("accuracy_mean", "best_of_four" if best else None)
+    def scores(self, *, best: bool = False, every: bool = False) -> Series:
+        """The mean test accuracy of evaluations, in per cent; best: of the best of four tests of each training.
 
-    def _series(self, name: str, within: str | None = None) -> Series:
+        every: of several evaluations within one outer iteration all, as --eval_seconds makes them; else the last one.
+        """
+        return self._series("accuracy_mean", "seconds" if every else "iteration", "best_of_four" if best else None)
+
+    def _series(self, name: str, at: str, within: str | None = None) -> Series:
+        """The events that hold `name`, the last one at every `at`: iteration or seconds."""
         found = [(event, event.get(within, {}) if within else event) for event in self.events]
-        by_iteration = {e["iteration"]: (e["seconds"], values[name]) for e, values in found if name in values}
-        at = sorted(by_iteration)
-        return Series(at, [by_iteration[it][0] for it in at], [by_iteration[it][1] for it in at])
+        last = {e[at]: (e["iteration"], e["seconds"], values[name]) for e, values in found if name in values}
+        iterations, seconds, values = ([last[key][i] for key in sorted(last)] for i in range(3))
+        return Series(iterations, [self.expert_seconds + s for s in seconds], values)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -329,11 +357,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def check_evaluated(runs: Sequence[Run]) -> None:
+    """Raises UserError for a run without an evaluation."""
+    for run in runs:
+        if not run.scores().values:
+            raise UserError(f"{run}: holds no evaluation yet; let condense.py finish it, or run it with --eval_every N")
+
+
 def warn_of_unfinished(runs: Sequence[Run]) -> None:
-    """Log a warning for every run that has not reached its --niter."""
+    """Log a warning for every run that has reached neither its --niter nor its --seconds."""
     for run in runs:
         done, budget = max((e["iteration"] for e in run.events), default=0), run.options["niter"]
-        if done < budget:
+        if done < budget and not (run.options["seconds"] and run.card.get("finished") is True):
             log.warning("%s: is unfinished, after %d of %d outer iterations", run, done, budget)
 
 
@@ -341,13 +376,20 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """Names of the options that distinguish runs, but not repeats; without those that follow from others of them."""
     names = dict.fromkeys(name for run in runs for name in run.options if name not in UNLABELLED)
     differ = [name for name in names if not _same(runs, name)]
-    # What may follow: a method's settings from the method, --select and --ipc; the interval from --select.
+    # What may follow: a method's settings from the method, --select, --ipc, and --networks; the interval from --select.
     implying, following = (("method", "select", "ipc"), differ) if "method" in differ else (("select",), ["interval"])
+    if "networks" in differ and "networks" not in _implied(runs, implying, differ):
+        implying, following = (*implying, "networks"), [*following, "experts", "expert_epochs"]
+    follow = _implied(runs, implying, following)
+    return [name for name in differ if name in implying or name not in follow]
+
+
+def _implied(runs: Sequence[Run], implying: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Those of the options in which runs do not differ that share the `implying` ones."""
     kinds: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         kinds.setdefault(tuple(run.options.get(name) for name in implying), []).append(run)
-    follow = {name for name in following if all(_same(kind, name) for kind in kinds.values())}
-    return [name for name in differ if name in implying or name not in follow]
+    return {name for name in names if all(_same(kind, name) for kind in kinds.values())}
 
 
 def _same(runs: Sequence[Run], name: str) -> bool:
@@ -370,10 +412,15 @@ def label(run: Run, names: Sequence[str]) -> str:
     if not names:
         o = run.options
         return f"{o['dataset']}, ipc={o['ipc']}, factor={o['factor']}"
-    shown: dict[str, Any] = {name: run.options.get(name) for name in names}
+    return in_words({name: run.options.get(name) for name in names})
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """Options as in `select=kmeans, interval=10`; of an image folder or file, its name alone."""
+    shown = dict(options)
     for name in ("image_folder", "npz"):
         if shown.get(name):
-            shown[name] = Path(shown[name]).name
+            shown[name] = Path(str(shown[name])).name
     return printable(", ".join(f"{name}={value}" for name, value in shown.items()))
 
 

@@ -5,14 +5,15 @@
 
 Runs that differ in nothing but their seed are repeats: a line is their mean, the band +- their standard deviation. For
 every pair of groups, or those with --baseline, a star marks where one first reaches the other's final accuracy: at an
-evaluation, without interpolation, so run condense.py with a small --eval_every. Time is that spent distilling, without
-evaluations. Losses are comparable within one strategy only: other real images are other targets, and a lower distance
-to easier ones says nothing. --show_best draws the statistic of published curves, which is chosen on the test set.
+evaluation, without interpolation, so run condense.py with a small --eval_every. Time is that spent distilling, experts
+included, without evaluations; figs.pace compares runs by time alone. Losses are comparable within one strategy only:
+other real images are other targets, and a lower distance to easier ones says nothing. --show_best draws the statistic
+of published curves, which is chosen on the test set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from utils.system.process import run_main
 from utils.system.report import drawable, messages
 
 Values = npt.NDArray[np.float64]
+Track = tuple[Sequence[float], Sequence[float]]  # iterations or seconds of a run's evaluations, and its accuracies
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,12 @@ class Reached:
         if len(self.by_seed) < 2:
             return ""
         words = [{0: "never", np.inf: "at once"}.get(factor, f"{factor:.1f}") for factor in self.by_seed]
-        spread = f", {Score(tuple(self.by_seed))}" if all(0 < factor < np.inf for factor in self.by_seed) else ""
-        return f"; by seed: {', '.join(words)}{spread}"
+        return f"; by seed: {', '.join([*words, *spread(self.by_seed)])}"
+
+
+def spread(factors: Sequence[float]) -> list[str]:
+    """Mean and standard deviation of factors in words, `1.8 +- 0.2 (n=3)`; nothing where one is never or at once."""
+    return [str(Score(tuple(factors)))] if factors and all(0 < factor < np.inf for factor in factors) else []
 
 
 def times(here: float, there: float, less: str, more: str, same: str) -> str:
@@ -108,11 +114,8 @@ def main(argv: Sequence[str]) -> int:
     given = common.parse(parser, argv)
     with messages(), common.style():
         runs = common.read_runs(given.runs)
+        common.check_evaluated(runs)
         for run in runs:
-            if not run.scores().values:
-                raise UserError(
-                    f"{run}: holds no evaluation yet; let condense.py finish it, or run it with --eval_every N"
-                )
             if given.show_best and not run.scores(best=True).values:
                 raise UserError(f"{run}: is of a version that did not record four tests; leave out --show_best")
         common.warn_of_unfinished(runs)
@@ -158,6 +161,10 @@ def reaching(groups: Sequence[Group], baseline: str | None = None, *, best: bool
     if baseline is not None and baseline not in labels:
         raise UsageError(f"--baseline {baseline}: no such group; choose one of {'; '.join(labels)}")
     curves = [accuracy(group, best=best) for group in groups]
+    tracks = {}
+    for group in groups:
+        scores = {run.options["seed"]: run.scores(best=best) for run in group.runs}
+        tracks[group.label] = {seed: (series.iterations, series.values) for seed, series in scores.items()}
     comparisons = []
     for group, curve in zip(groups, curves, strict=True):
         for target, goal in zip(groups, curves, strict=True):
@@ -165,20 +172,20 @@ def reaching(groups: Sequence[Group], baseline: str | None = None, *, best: bool
                 # Means of equal numbers may differ in their last bit.
                 enough = np.flatnonzero(curve.mean >= goal.mean[-1] - 1e-9)
                 at = int(enough[0]) if len(enough) else None
-                comparisons.append(Reached(group, target, curve, goal, at, by_seed(group, target, best=best)))
+                factors = by_seed(tracks[group.label], tracks[target.label])
+                comparisons.append(Reached(group, target, curve, goal, at, factors))
     return comparisons
 
 
-def by_seed(group: Group, target: Group, *, best: bool) -> list[float]:
-    """How many times fewer iterations the runs of a group need than those of another; see `Reached`."""
-    others = {run.options["seed"]: run for run in target.runs}
+def by_seed(tracks: Mapping[int, Track], targets: Mapping[int, Track]) -> list[float]:
+    """How many times less runs need than those of the same seed among the targets need in all, to reach their final
+    accuracy; see `Reached`."""
     factors = []
-    for run in group.runs:
-        if run.options["seed"] in others:
-            own, other = run.scores(best=best), others[run.options["seed"]].scores(best=best)
-            reached = (it for it, value in zip(own.iterations, own.values, strict=True) if value >= other.values[-1])
-            here = next(reached, None)
-            factors.append(0.0 if here is None else other.iterations[-1] / here if here else np.inf)
+    for seed, (at, values) in tracks.items():
+        if seed in targets:
+            there, goals = targets[seed]
+            here = next((x for x, value in zip(at, values, strict=True) if value >= goals[-1]), None)
+            factors.append(0.0 if here is None else there[-1] / here if here else np.inf)
     return factors
 
 
@@ -204,7 +211,7 @@ def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool,
     for line in panels:
         line[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     for line in panels[1:] if time else panels:  # columns share an axis
-        for axes, what in zip(line, ("outer iteration", "minutes of distilling"), strict=False):
+        for axes, what in zip(line, ("outer iteration", "minutes of distilling, experts included"), strict=False):
             axes.set_xlabel(what)
     mark(panels[0], groups, comparisons)
     handles = [Line2D([], [], color=common.colour(i), marker="o", ms=4) for i in range(len(groups))]
@@ -216,9 +223,10 @@ def draw(groups: Sequence[Group], comparisons: Sequence[Reached], *, time: bool,
     return figure
 
 
-def plot(axes: Axes, x: Values, curve: Curve, colour: str) -> None:
+def plot(axes: Axes, x: Values, curve: Curve, colour: str, dashes: str = "-") -> None:
     """Draw a mean line with its band; few points are marked, many would hide the line."""
-    axes.plot(x, curve.mean, color=colour, marker="o" if len(x) <= 30 else None, ms=4, lw=1.6 if len(x) < 300 else 0.8)
+    marker, width = "o" if len(x) <= 30 else None, 1.6 if len(x) < 300 else 0.8
+    axes.plot(x, curve.mean, dashes, color=colour, marker=marker, ms=4, lw=width)
     if curve.std is not None:
         axes.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=colour, alpha=0.2, lw=0)
 

@@ -5,11 +5,15 @@ $ python3 -m figs.sweep --vary interval=1,10 --vary batch_real=16,64 --seeds 3 -
 
 $ python3 -m figs.sweep --vary method=dc,dm:niter=400 --vary select=random,kmeans --table frameworks.md -- -d digits
 
+$ python3 -m figs.sweep --vary method=dream,dream:networks=early,dance --figure pace.png -- -d digits --seconds 60 \\
+      --eval_seconds 1
+
 Flags behind a value, as in dm:niter=400, are set together with it. What follows `--` goes to condense.py as it is.
 Every run is a command of its own, printed before it starts, in a folder of its own (--tag). Stop with Ctrl-C at any
 time: the same command goes on. Ends with a table, mean +- std over seeds of the runs' accuracies and the mean of their
 seconds of distilling, and the run folders, which figs.curves and figs.ablation draw; --table writes the table with the
-first flag downwards and the others across.
+first flag downwards and the others across; --figure draws accuracy over seconds, as figs.pace does. With --jobs N, N
+runs at a time share the machine, each with one thread: their seconds are comparable with each other only.
 """
 
 from __future__ import annotations
@@ -17,19 +21,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import Dataset
-from figs.common import OF_IMAGES, ending, write
+from figs import pace
+from figs.common import OF_IMAGES, ending, style, write
 from utils.config import build, resolve
 from utils.config.options import FREE, CondenseOptions
 from utils.method.evaluation import Score
@@ -48,10 +55,26 @@ class Value(NamedTuple):
 
     name: str
     value: str
-    words: tuple[str, ...]  # for the command line: the flag, and those that are set together with it
+    more: tuple[tuple[str, str], ...]  # names and values of the flags that are set together with it
+
+    @property
+    def words(self) -> list[str]:
+        """The flags for the command line."""
+        return [part for name, value in ((self.name, self.value), *self.more) for part in (f"--{name}", value)]
+
+    @property
+    def tag(self) -> str:
+        """The value in a folder's name, which has the method anyway."""
+        own = [] if self.name == "method" else [(self.name, self.value)]
+        return "_".join(f"{name}-{value}" for name, value in (*own, *self.more))
+
+    @property
+    def label(self) -> str:
+        """The value without its flag's name: `dream`, or `dream, networks=early`."""
+        return ", ".join([self.value, *(f"{name}={value}" for name, value in self.more)])
 
     def __str__(self) -> str:
-        return f"{self.name}={self.value}"
+        return f"{self.name}={self.label}"
 
 
 class Planned:
@@ -61,8 +84,7 @@ class Planned:
         """setting: one value of every varied flag. Raises UsageError for flags that condense.py refuses."""
         self.setting = setting
         self.title = title(setting)
-        in_tag = [one for one in setting if one.name != "method"]  # the folder's name has the method anyway
-        tag = "_".join([*(f"{one.name}-{one.value}" for one in in_tag), f"seed{seed}"])
+        tag = "_".join([*(one.tag for one in setting if one.tag), f"seed{seed}"])
         varied = [word for one in setting for word in one.words]
         self.words = [*more, *varied, "--seed", str(seed), "--tag", tag]
         self.options = resolve.condense(self.words, "").options
@@ -128,8 +150,7 @@ def axis(text: str) -> list[Value]:
         together = [other.partition("=") for other in more]
         if not all(left and right for left, _, right in together):
             raise UsageError(f"--vary {text}: expected VALUE:FLAG=VALUE, not {word!r}")
-        others = [part for left, _, right in together for part in (f"--{left}", right)]
-        parsed.append(Value(name, value, (f"--{name}", value, *others)))
+        parsed.append(Value(name, value, tuple((left.replace("-", "_"), right) for left, _, right in together)))
     return parsed
 
 
@@ -144,11 +165,17 @@ def plan(vary: Sequence[str], seeds: int, more: Sequence[str]) -> list[Planned]:
     return [Planned(setting, seed, more) for seed in range(seeds) for setting in itertools.product(*axes)]
 
 
-def run(planned: Planned) -> None:
-    """Run condense.py in a process of its own. Raises UserError when it fails or is stopped."""
+def run(planned: Planned, *, beside_others: bool = False) -> None:
+    """Run condense.py in a process of its own. Raises UserError when it fails or is stopped.
+
+    beside_others: with one thread, and silently: its messages are in its folder's log.txt.
+    """
     command = [sys.executable, str(SCRIPT), *planned.words]
     log.info("python3 condense.py %s", shlex.join(planned.words))
-    with subprocess.Popen(command) as process:
+    more: dict[str, Any] = {}
+    if beside_others:
+        more = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    with subprocess.Popen(command, **more) as process:
         status = None
         while status is None:
             try:
@@ -161,6 +188,42 @@ def run(planned: Planned) -> None:
         raise UserError(f"this run ended with status {status}; the same command goes on after what it said is mended")
     if not planned.finished:
         raise UserError("stopped before the run was finished; the same command goes on")
+
+
+def run_all(runs: Sequence[Planned], jobs: int) -> None:
+    """Run those that are not finished yet, `jobs` at a time. Raises UserError when one fails or is stopped."""
+    todo = [one for one in runs if not one.up_to_date]
+    before, began, ended = len(runs) - len(todo), time.monotonic(), 0
+    if before:
+        log.info("sweep: %d of %d runs are finished already", before, len(runs))
+
+    def run_one(number: int, one: Planned) -> None:
+        nonlocal ended
+        # Lines and no bar: the run draws one itself.
+        left = (time.monotonic() - began) / max(ended, 1) * (len(todo) - ended)
+        words = f"about {span(left)} left" if ended else "time left unknown"
+        log.info("sweep: run %d of %d (%s, seed %d), %s", number, len(runs), one.title, one.options.seed, words)
+        run(one, beside_others=True) if jobs > 1 else run(one)
+        ended += 1
+        if jobs > 1:
+            log.info("sweep: run %d is finished: test accuracy %% %s", number, result([one]))
+
+    numbered = list(enumerate(todo, before + 1))
+    if jobs == 1:
+        for number, one in numbered:
+            run_one(number, one)
+        return
+    with ThreadPoolExecutor(jobs) as pool:  # of threads that wait for processes
+        futures = [pool.submit(run_one, number, one) for number, one in numbered]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except (KeyboardInterrupt, UserError) as error:
+            # Those that run have received Ctrl-C too, and save; leaving the block waits for them.
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise UserError("stopped; the same command goes on") from None
+            raise
 
 
 def result(runs: Sequence[Planned]) -> str:
@@ -183,13 +246,13 @@ def table(runs: Sequence[Planned]) -> str:
 
 def markdown(runs: Sequence[Planned]) -> str:
     """The table in Markdown: values of the first flag as rows, combinations of the others as columns."""
-    rows = list(dict.fromkeys(one.setting[0].value for one in runs))
+    rows = list(dict.fromkeys(one.setting[0].label for one in runs))
     columns = list(dict.fromkeys(title(one.setting[1:]) for one in runs))
     name = runs[0].setting[0].name
     lines = [f"| {name} | " + " | ".join(column or "test accuracy %" for column in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for row in rows:
-        cells = [[r for r in runs if (r.setting[0].value, title(r.setting[1:])) == (row, c)] for c in columns]
+        cells = [[r for r in runs if (r.setting[0].label, title(r.setting[1:])) == (row, c)] for c in columns]
         lines.append(f"| {row} | " + " | ".join(map(result, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -204,27 +267,28 @@ def main(argv: Sequence[str]) -> int:
         "--seeds", type=int, default=3, help="runs of every setting, with --seed 0, 1, ... (default: 3)"
     )
     parser.add_argument("--table", type=ending(".md"), metavar="FILE", help="write the table as Markdown, FILE.md")
+    parser.add_argument(
+        "--figure", type=ending(".png", ".pdf"), metavar="FILE", help="draw accuracy over seconds, and print its table"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, with one thread each if several (default: 1)"
+    )
     parser.add_argument("more", nargs="*", metavar="FLAGS", help="flags of condense.py, after --")
     given = parser.parse_args(argv)
     if given.seeds < 1:
         raise UsageError(f"--seeds {given.seeds}: is not 1 or more")
+    if given.jobs < 1:
+        raise UsageError(f"--jobs {given.jobs}: is not 1 or more")
     runs = plan(given.vary, given.seeds, given.more)
     with messages():
-        todo = [one for one in runs if not one.up_to_date]
-        before = len(runs) - len(todo)
-        if before:
-            log.info("sweep: %d of %d runs are finished already", before, len(runs))
-        began = time.monotonic()
-        for done, one in enumerate(todo):
-            # Lines and no bar: the run draws one itself.
-            pace = (time.monotonic() - began) / max(done, 1)
-            left = f"about {span(pace * (len(todo) - done))} left" if done else "time left unknown"
-            log.info("sweep: run %d of %d (%s), %s", before + done + 1, len(runs), one.title, left)
-            run(one)
+        run_all(runs, given.jobs)
     print("\n".join(printable(str(one.folder.path)) for one in runs))
     print(table(runs))
     if given.table is not None:
         write(given.table, markdown(runs).encode(), flag="--table")
+    if given.figure is not None:
+        with messages(), style():
+            pace.report(pace.measured([one.folder.path for one in runs]), given.figure)
     return 0
 
 

@@ -170,6 +170,14 @@ def test_an_unfinished_run_is_drawn_with_a_warning(tmp_path: Path, capsys: pytes
     assert f"warning: {word}: is unfinished, after 4 of 10 outer iterations" in capsys.readouterr().out
 
 
+def test_times_include_those_of_the_experts(tmp_path: Path) -> None:
+    folder = Path(run(tmp_path, "a", {0: (0, 10), 10: (60, 20)}, {10: (60, 0.5)}))
+    (folder / "data.json").write_text(json.dumps({"expert_seconds": 30.0}))
+    (group,) = common.group_runs(common.read_runs([folder]))
+    assert group.runs[0].scores().seconds == [30, 90] and group.runs[0].losses() == ([10], [90], [0.5])
+    assert curves.accuracy(group).minutes.tolist() == [0.5, 1.5]
+
+
 def test_bars_are_the_final_accuracies_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         run(tmp_path, "c", {0: (0, 90), 10: (1, 60)}, interval=10),
@@ -230,3 +238,7 @@ def test_runs_of_different_methods_are_named_by_method_and_not_by_what_follows_f
     assert sorted(common.differing(common.read_runs(paths))) == ["method", "select"]
     other = made("e", method="dm", select="random", metric="l1", interval=1, seed=2)
     assert sorted(common.differing(common.read_runs([*paths, other]))) == ["method", "metric", "select"]
+    paths += [made("f", method="dance", networks="middle", experts=5, seed=0)]
+    assert sorted(common.differing(common.read_runs(paths))) == ["method", "select"]
+    paths += [made("g", method="dm", networks="early", experts=5, metric="mse", select="random", interval=1, seed=0)]
+    assert sorted(common.differing(common.read_runs(paths))) == ["method", "networks", "select"]

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,12 +53,14 @@ def test_words_that_make_no_sense_are_refused_first(vary: str, more: list[str], 
 
 
 def test_a_sweep_runs_once_and_tabulates(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = ["--vary", "select=central", "--seeds", "1", "--", *QUICK, "--results_dir", str(tmp_path)]
+    more = [*QUICK, "--niter", "1000000", "--seconds", "0.1", "--results_dir", str(tmp_path)]
+    figure = tmp_path / "pace.png"
+    argv = ["--vary", "select=central", "--seeds", "1", "--figure", str(figure), "--", *more]
     assert sweep.main(argv) == 0
     out = capfd.readouterr().out
     commands = [line for line in out.splitlines() if line.startswith("python3 condense.py ")]
     assert len(commands) == 1 and shlex.split(commands[0])[2:] == [
-        *QUICK, "--results_dir", str(tmp_path), "--select", "central", "--seed", "0", "--tag", "select-central_seed0",
+        *more, "--select", "central", "--seed", "0", "--tag", "select-central_seed0",
     ]  # fmt: skip
     folders = sorted((tmp_path / "digits").iterdir())
     assert len(folders) == 1
@@ -65,6 +68,7 @@ def test_a_sweep_runs_once_and_tabulates(tmp_path: Path, capfd: pytest.CaptureFi
     assert sweep.main(argv) == 0
     out = capfd.readouterr().out
     assert "1 of 1 runs are finished already" in out and "python3 condense.py" not in out
+    assert "unfinished" not in out and "dream, select=central" in out and f"wrote {figure}" in out
     assert [(folder / "data.pt").stat().st_mtime_ns for folder in folders] == written
     accuracy = json.loads((folders[0] / "data.json").read_text())["accuracy"]["accuracy_mean"]
     assert f"select=central   {accuracy:.1f} (n=1)" in out
@@ -79,23 +83,48 @@ def test_a_run_that_fails_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFi
     assert "--ipc 2000" in capfd.readouterr().err
 
 
+def test_runs_go_side_by_side_and_the_first_failure_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, begun = threading.Barrier(2), []
+
+    def run(planned: sweep.Planned, *, beside_others: bool) -> None:
+        begun.append(planned.title)
+        assert beside_others
+        both.wait(10)  # for the other one
+        raise UserError("this run ended")
+
+    monkeypatch.setattr(sweep, "run", run)
+    argv = ["--vary", "interval=1,2,3,4,5,6", "--jobs", "2", "--", *QUICK, "--results_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="this run ended"):
+        sweep.main(argv)
+    assert 2 <= len(begun) < 18
+    with pytest.raises(UsageError, match="--jobs 0"):
+        sweep.main(["--jobs=0", "--vary", "interval=1"])
+
+
 @pytest.mark.slow
-def test_ctrl_c_lets_the_run_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    more = [*QUICK, "--niter", "2000", "--results_dir", str(tmp_path)]
-    words = ["-m", "figs.sweep", "--vary", "select=random", "--seeds", "1", "--", *more]
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_lets_the_runs_save_and_the_same_command_goes_on(jobs: int, tmp_path: Path) -> None:
+    more = [*QUICK, "--niter", "100000", "--results_dir", str(tmp_path)]
+    words = ["-m", "figs.sweep", "--vary", "select=random", "--seeds", "3", "--jobs", str(jobs), "--", *more]
     process = subprocess.Popen(
         [sys.executable, *words], cwd=sweep.SCRIPT.parent, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    folder = tmp_path / "digits" / "convnet2_f1_ipc1_select-random_seed0"
+    folders = [tmp_path / "digits" / f"convnet2_f1_ipc1_select-random_seed{seed}" for seed in range(3)]
     deadline = time.monotonic() + 60
-    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not all((folder / "metrics.jsonl").exists() for folder in folders[:jobs]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the sweep and its run
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the sweep and its runs
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "stopped; the same command goes on" in err, err
-    assert "stopped (SIGINT) and saved" in out
-    assert (folder / "checkpoint.pt").exists()
+    assert all("stopped (SIGINT) and saved" in (folder / "log.txt").read_text() for folder in folders[:jobs]), out
+    assert [folder.exists() for folder in folders] == [number < jobs for number in range(3)]
+    for folder in folders[:jobs]:
+        assert (folder / "checkpoint.pt").exists()
+        (session,) = json.loads((folder / "options.json").read_text())["sessions"]
+        assert jobs == 1 or session["threads"] == 1
 
 
 def test_flags_behind_a_value_are_set_together_with_it() -> None:
@@ -103,11 +132,14 @@ def test_flags_behind_a_value_are_set_together_with_it() -> None:
     assert [(r.options.method, r.options.niter, r.options.ipc) for r in runs] == [
         ("dream+", 10, 1), ("dream+", 10, 2), ("dm", 7, 1), ("dm", 7, 2),
     ]  # fmt: skip
-    assert (runs[2].options.lr_img, runs[2].title) == (2.0, "method=dm, ipc=1")
+    assert (runs[2].options.lr_img, runs[2].title) == (2.0, "method=dm, niter=7, lr_img=2, ipc=1")
     assert [r.folder.path.name for r in runs[1:3]] == [
         "convnet2_f1_ipc2_dream+_ipc-2_seed0",
-        "convnet2_f1_ipc1_dm_ipc-1_seed0",
+        "convnet2_f1_ipc1_dm_niter-7_lr_img-2_ipc-1_seed0",
     ]
+    early = sweep.plan(["method=dream,dream:networks=early"], 1, [])
+    assert [r.folder.path.name for r in early] == ["convnet2_f1_ipc1_seed0", "convnet2_f1_ipc1_networks-early_seed0"]
+    assert [r.setting[0].label for r in early] == ["dream", "dream, networks=early"]
     with pytest.raises(UsageError, match="dm:niter"):
         sweep.plan(["method=dm:niter"], 1, [])
 
