@@ -130,6 +130,11 @@ def check_method(o: CondenseOptions, spec: models.NetSpec) -> None:
         raise UsageError("--experts_only: this run has no experts; use --networks early or middle, or --method mtt")
     if o.match == TRAJECTORY and of_pool:
         raise UsageError(f"{of_pool[0]}: --match {TRAJECTORY} follows experts; use another method, or leave it out")
+    if of_pool and models.has_batch_norm(spec):
+        raise UsageError(
+            f"{of_pool[0]}: {spec.name} has batch norm, whose statistics a pool does not keep"
+            + ("; use --norm_type instance" if spec.norm else "; use another network")
+        )
     if "cf" not in o.match.split("+") and o.frequencies != "random":
         raise UsageError(f"--frequencies {o.frequencies}: only for --match cf, not {o.match}")
     # Some layers, such as hardsigmoid, have no second derivative in PyTorch.
