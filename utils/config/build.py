@@ -113,8 +113,10 @@ def run_folder(o: CondenseOptions, group: Group = SINGLE, data: Dataset | None =
     """Folder of a run; nothing is read or written yet. data: the images that it has to be of; None: any."""
     restart = o.restart and not distributed.restart_count()  # a process that torchrun restarts goes on instead
     saved = resolve.as_saved(o)
-    path = resolve.run_folder(o)
-    return RunFolder(path, saved, free=FREE, resumable=RESUMABLE, restart=restart, group=group, data=data)
+    return RunFolder(
+        resolve.run_folder(o), saved, free=FREE, resumable=RESUMABLE, defaults=resolve.default_options(),
+        restart=restart, group=group, data=data,
+    )  # fmt: skip
 
 
 # --- Experts ----------------------------------------------------------------------------------------------------------
