@@ -140,9 +140,6 @@ MISTAKES = {
         )
         for flag in ("--networks middle", "--keep 0.5", "--calibrate")
     },
-    "batch norm that cannot be left out": Mistake(
-        "condense --networks early -n mobilenet_v3_small", "--networks early|batch norm|another network"
-    ),
     "a coreset without ipc": Mistake("train --coreset random", "--coreset|--ipc"),
     "real images and a coreset": Mistake("train --real --coreset random --ipc 1", "--real|--coreset"),
     "a coreset and a run": Mistake(f"train {RUN} --coreset random --ipc 1", f"--coreset|{RUN}|--baselines"),
