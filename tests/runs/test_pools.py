@@ -60,24 +60,23 @@ def distil(results: Path, flags: str, *more: str, stops: tuple[int, ...] = ()) -
 # --- One pool for all -------------------------------------------------------------------------------------------------
 
 
-def needed(results: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> str:
+def needed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Name of the folder of experts that --dry_run shows."""
-    assert condense.main(quick(results, *shlex.split(flags), "--dry_run")) == 0
+    assert condense.main([*words, "--dry_run"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("experts  ") and "/" in line)
     return Path(line.split()[1]).name
 
 
-def test_a_pool_is_shared_by_runs_that_train_it_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = " ".join(POOL)
+def test_a_pool_is_shared_by_runs_that_train_it_alike(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared = {
-        needed(tmp_path, f"{flags} {given}", capsys)
+        needed(argv(results, flags), capsys)
         for flags in (
             "--networks early", "--method dance --seed 3", "--keep 0.5 --batch_real 16 --select random --ipc 3",
             "--method ncfm -f 2 --experts 7 --epochs 9 --n_data 4",
         )
     }  # fmt: skip
     others = {
-        needed(tmp_path, f"--networks early {given} {flags}", capsys)
+        needed(argv(results, f"--networks early {flags}"), capsys)
         for flags in (
             "--lr 0.02",
             "--expert_epochs 3",
@@ -88,12 +87,14 @@ def test_a_pool_is_shared_by_runs_that_train_it_alike(tmp_path: Path, capsys: py
         )
     }
     assert len(shared) == 1 and len(others) == 6 and not shared & others
-    assert all(name.startswith("pool_convnet2_") for name in shared) and not tree(tmp_path)
+    assert all(name.startswith("pool_convnet2_") for name in shared) and not results.exists()
 
 
 def test_experts_of_trajectories_are_where_they_always_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert needed(tmp_path, "--method mtt", capsys) == "experts_convnet2_random_c9cb83e3"
-    assert needed(tmp_path, "--method mtt --select kmeans", capsys) == "experts_convnet2_kmeans_0a1bd27e"
+    assert needed(quick(tmp_path, "--method", "mtt"), capsys) == "experts_convnet2_random_c9cb83e3"
+    assert (
+        needed(quick(tmp_path, "--method", "mtt", "--select", "kmeans"), capsys) == "experts_convnet2_kmeans_0a1bd27e"
+    )
 
 
 # --- Resuming ---------------------------------------------------------------------------------------------------------
