@@ -31,6 +31,7 @@ __all__ = [
     "Network",
     "build",
     "forward_flop",
+    "has_batch_norm",
     "outline",
     "resolve",
     "second_derivative_error",
@@ -198,6 +199,11 @@ def forward_flop(spec: NetSpec) -> int:
 def an_image(net: Network, spec: NetSpec) -> torch.Tensor:
     """Batch of one empty image, (1, C, H, W), on the network's device."""
     return torch.zeros(1, spec.channels, spec.side, spec.side, device=net.classifier.weight.device)
+
+
+def has_batch_norm(spec: NetSpec) -> bool:
+    """Whether a network has batch norm, whose statistics are no parameters."""
+    return any(isinstance(module, torch.nn.BatchNorm2d) for module in outline(spec).modules())
 
 
 def smallest_batch(spec: NetSpec) -> int:

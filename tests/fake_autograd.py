@@ -53,6 +53,12 @@ def grad(
     return tuple(g for g in found if g is not None)
 
 
+def backward(output: Tensor, *, inputs: Sequence[Tensor]) -> None:
+    """Add the gradients of an output by leaves to their `grad`, as Tensor.backward does."""
+    for x, gradient in zip(inputs, grad(output, inputs), strict=True):
+        x.grad = gradient if x.grad is None else x.grad + gradient
+
+
 def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 

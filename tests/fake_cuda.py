@@ -96,6 +96,7 @@ SMALL_FLAGS: Flags = dict(
     **SMALL_NETWORK, dataset="cifar10", ipc=2, factor=2, batch_real=16, batch_syn_max=5, n_data=40, batch_size=8,
     student_steps=2,
 )  # fmt: skip
+EARLY: Flags = dict(networks="early", select="members", average=0.9, lr_img_end=0.1)
 HEADLINE_FLAGS: Flags = dict(dataset="cifar10", ipc=10, factor=2, reproduce=True)
 ITERATIONS, INNER_LOOP = 2, 2  # two networks
 RESTORED = 1  # the outer iteration before which a checkpoint is restored
@@ -104,7 +105,7 @@ RESTORED = 1  # the outer iteration before which a checkpoint is restored
 class FakeExperts:
     """Trajectories on the CPU, where condense.py keeps them."""
 
-    count = 2
+    count, seconds = 2, 0.0
 
     def __init__(self, spec: NetSpec) -> None:
         self.size = sum(p.numel() for p in models.build(spec).parameters())
@@ -115,6 +116,8 @@ class FakeExperts:
 
 class FakeRun:
     """The part of condense.Run that its loop asks for."""
+
+    out_of_time = False
 
     def __init__(self, o: CondenseOptions, parts: Parts, state: State, recorder: Recorder) -> None:
         self.o, self.parts, self.state, self.recorder = o, parts, state, recorder
@@ -148,7 +151,8 @@ def parts_of(flags: Flags, data: Shape) -> tuple[CondenseOptions, FakeParts]:
     given = {**flags, "inner_loop": INNER_LOOP, "niter": ITERATIONS}
     o, fake = resolve.condense_options(given).options, FakeData(*data)
     spec = resolve.network(o, o.net_type, cast(Dataset, fake))
-    experts = cast(Experts, FakeExperts(spec)) if o.match == TRAJECTORY else None
+    needed = o.match == TRAJECTORY or derived.has_pool(o)
+    experts = cast(Experts, FakeExperts(spec)) if needed else None
     return o, FakeParts(o, Problem(cast(Dataset, fake), spec), experts=experts)
 
 
@@ -196,6 +200,7 @@ SELECTIONS: dict[str, Shape] = {  # the data sets that images are selected from
 Work = Callable[[Recorder, Flags], None]  # takes --precision and --compile
 WORKS: dict[str, Work] = {
     **{name: partial(distil, flags={**SMALL_FLAGS, "method": name}, data=SMALL) for name in METHODS},
+    "early": partial(distil, flags={**SMALL_FLAGS, **EARLY}, data=SMALL),
     "dream without Triton": partial(distil, flags={**SMALL_FLAGS, "compile": "off"}, data=SMALL),
     "hard labels": partial(evaluate, soft=False),
     "soft labels": partial(evaluate, soft=True),

@@ -294,6 +294,7 @@ def fake_cuda() -> Iterator[Recorder]:
     replacements: list[tuple[Any, str, Any]] = [
         (torch, "Generator", lambda device: generator()),  # nothing is drawn from it
         (torch.autograd, "grad", fake_autograd.grad),
+        (Tensor, "backward", fake_autograd.backward),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         # A module of fake tensors cannot move, so it is made where it will be.
         (models, "build", build_on_device),

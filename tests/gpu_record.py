@@ -5,11 +5,12 @@
     $ python3 tests/gpu_record.py headline --out record --image_folder data/cifar10_jpg  # beside the published curve
     $ python3 tests/gpu_record.py arms --out record --image_folder data/cifar10_jpg   # what k-means is worth where
     $ python3 tests/gpu_record.py methods --out record --image_folder data/cifar10_jpg   # dc, dsa, dm, idc
+    $ python3 tests/gpu_record.py faster --out record --image_folder data/cifar10_jpg    # accuracy against time, pools
 
 For machines that are lent for minutes and keep nothing. A part stops within --minutes, prints a table that grows line
 by line, and packs results, runs, logs and compiled kernels into one file, DIR/gpu_record.tar.gz, again and again.
 `--continue_from FILE`, with a copy of that file, goes on from there. Take only your own: it holds compiled kernels, and
-these are run. What follows `--` goes to condense.py (headline, arms, methods) or pytest (check) as it is.
+these are run. What follows `--` goes to condense.py (headline, arms, methods, faster) or pytest (check) as it is.
 """
 
 from __future__ import annotations
@@ -174,6 +175,7 @@ RECORDED = {
     "headline": recorded_runs.headline,
     "arms": recorded_runs.arms,
     "methods": recorded_runs.methods,
+    "faster": recorded_runs.faster,
 }
 
 
@@ -189,9 +191,9 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
     parser.add_argument(
         "--evaluation_precision", choices=PRECISIONS, default="fp32", help="of evaluations (default: fp32)"
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="of arms and methods (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="of arms, methods and faster (default: 1)")
     parser.add_argument(
-        "--runs", nargs="+", default=[""], metavar="NAME", help="only runs whose names begin so (arms, methods)"
+        "--runs", nargs="+", default=[""], metavar="NAME", help="only runs whose names begin so (arms, methods, faster)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="at the size of a test, to try the script itself")

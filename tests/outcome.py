@@ -32,7 +32,8 @@ class Outcome:
 def outcome(folder: Path) -> Outcome:
     events, card = metrics(folder), json.loads((folder / "data.json").read_text())
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state = {name: saved[name] for name in ("pixels", "velocity", "net", "momentum", "picks", "losses", "it", "step")}
+    names = ("pixels", "velocity", "net", "momentum", "picks", "losses", "it", "step", "learned", "average")
+    state = {name: saved.get(name) for name in names}
     final = {name: card.get(name) for name in ("accuracy", "random_real")}
     return Outcome(
         {p.name: digest(p.read_bytes()) for pattern in ("data*.pt", "*.png") for p in folder.glob(pattern)},

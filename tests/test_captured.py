@@ -18,6 +18,7 @@ from torch import Tensor
 import models
 from utils.method.augment import Augment
 from utils.method.formation import Formation
+from utils.method.frequencies import Frequencies
 from utils.method.images import ImageSet, Normalize
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
@@ -268,9 +269,10 @@ def step(kind: type[Any]) -> Any:
     if kind is Trainer:
         return Trainer([net], [real], Recipe(4, Augment("none"), "vanilla"), compute)
     pixels = PixelSGD(torch.zeros(2, 1, 1, 8, 8), lr=0.1, momentum=0.5)
-    matcher = Matcher(Comparison(), Formation(1), 4, Augment("none"), compute)
+    matcher = Matcher(Comparison("cf"), Formation(1), 4, Augment("none"), compute)
     if kind is MatchingStep:
-        return MatchingStep(matcher, net, pixels, real)
+        frequencies = Frequencies(4, net.classifier.in_features, how="learned", draws=Draws("cpu", 1))
+        return MatchingStep(matcher, net, pixels, real, frequencies=frequencies, judge=net)
 
     no_experts: Any = SimpleNamespace(count=0)  # they are not asked for any
     return TrajectoryStep(

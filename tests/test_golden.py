@@ -25,6 +25,7 @@ TINY = shlex.split(
     "--device cpu --compile off --tag x"
 )
 TRAJECTORIES = "--inner_loop 1 --experts 1 --expert_epochs 3 --max_start 2 --match_epochs 2 --student_steps 3"
+POOL = "--experts 1 --expert_epochs 1"
 CASES = {
     "dream": "",
     "idc": "--method idc",
@@ -33,6 +34,9 @@ CASES = {
     "dm": "--method dm --select kmeans",
     "mtt": f"--method mtt {TRAJECTORIES} --lr_img 30",
     "dream+": "--method dream+",
+    "dance": f"{POOL} --method dance --networks middle --lr_img 0.1",
+    "ncfm": "--method ncfm --networks fresh --frequency_count 16 --lr_img 1",
+    "early": f"{POOL} --networks early --keep 0.5 --select members --average 0.9 --lr_img_end 0.1",
     "autograd": "--norm_type batch --metric cos --fc --bias",
     "features": "--match blocks --decode_type multi --init noise",
     "last features": "--match feat --metric l1_mean --pack nearest",
@@ -46,6 +50,9 @@ DIGESTS = {
     "dm": "a6ecd00253c93778",
     "mtt": "0b4b0fca51ca32e3",
     "dream+": "1295678d9ae12a20",
+    "dance": "90a0a8b22053a5aa",
+    "ncfm": "970d92d45b21e4f4",
+    "early": "df99e15b9824015f",
     "autograd": "ba732ada86429e7b",
     "features": "c8eca81d099620bd",
     "last features": "7069b2c85bf02ac6",

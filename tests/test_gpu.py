@@ -22,6 +22,7 @@ from tests.oracle import trained_networks
 from utils.method import evaluation
 from utils.method.augment import COLUMNS, Augment
 from utils.method.formation import Formation
+from utils.method.frequencies import Frequencies
 from utils.method.images import ImageSet, Normalize, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
@@ -63,6 +64,7 @@ def real_set(device: str) -> ImageSet:
 
 
 MATCHED = (Comparison(), Comparison("embed"), Comparison("grad+embed"), Comparison("grad", "cos", fc=True))
+LEARNED = Comparison("cf")  # at learned frequencies, and with a calibration after every step
 
 
 def new_state(
@@ -79,10 +81,15 @@ def new_state(
     spec = models.resolve("convnet", channels=3, classes=3, side=16, depth=2, width=16, norm=norm)
     net = fresh_network(spec, Draws(device, 0))
     pixels = PixelSGD(start_of_pixels(device), lr=1e-3, momentum=0.5, joint=real.normalize if joint else None)
+    more: dict[str, Any] = {}
+    if matched is LEARNED:
+        more["frequencies"] = Frequencies(16, net.classifier.in_features, how="learned", draws=Draws(device, "z"))
+        more["judge"] = fresh_network(spec, Draws(device, 2))
+    matcher = Matcher(matched, Formation(2), 5, Augment(names), how)
     return State(
         optimizer=pixels,
         trainer=Trainer([net], [real], UPDATE, how),
-        matching_step=MatchingStep(Matcher(matched, Formation(2), 5, Augment(names), how), net, pixels, real),
+        matching_step=MatchingStep(matcher, net, pixels, real, **more),
         picks=torch.zeros(3, 8, dtype=torch.int64, device=device),
         losses=torch.zeros(3, device=device),
         shard=SINGLE.shard([1.0] * 3),
@@ -99,6 +106,11 @@ def captured_step(state: State) -> Captured:
     return state.matching_step._captured
 
 
+def captured_calibration(state: State) -> Captured:
+    assert isinstance(state.matching_step, MatchingStep)
+    return state.matching_step._captured_calibration
+
+
 def inner_step(state: State, device: str, step: int, strategy: str = "random") -> None:
     context = Context(state.net, real_set(device), Draws(device, "select", step), compute(device).cheapest())
     state.picks.copy_(select(context, 8, strategy=strategy))
@@ -107,7 +119,8 @@ def inner_step(state: State, device: str, step: int, strategy: str = "random") -
 
 
 def everything(state: State) -> list[Tensor]:
-    return [state.optimizer.pixels, state.optimizer.velocity, state.losses, *state.net.state_dict().values()]
+    learned = state.matching_step.learned.values()
+    return [state.optimizer.pixels, state.optimizer.velocity, state.losses, *learned, *state.net.state_dict().values()]
 
 
 @contextmanager
@@ -150,21 +163,23 @@ def test_an_inner_step_never_waits_for_the_device(strategy: str, captured: bool,
             for names in ("color_crop_cutout", "flip_scale_rotate")
             for norm in ("instance", "batch")
         ),
-        *(("color_crop_cutout", "instance", matched, True) for matched in MATCHED[1:]),
+        *(("color_crop_cutout", "instance", matched, True) for matched in (*MATCHED[1:], LEARNED)),
     ],
 )
 def test_a_captured_step_gives_the_same(names: str, norm: str, matched: Comparison, joint: bool, device: str) -> None:
     captured, plain = (new_state(device, names=names, norm=norm, matched=matched, joint=joint) for _ in range(2))
-    captured_step(plain).off = plain.trainer.steps.off = True
+    captured_step(plain).off = captured_calibration(plain).off = plain.trainer.steps.off = True
     for state in (captured, plain):
         for step in range(STEPS):
-            if step == STEPS - 2:  # the replayed steps see the new network
+            if step == STEPS - 2:  # the replayed steps see the new networks and the new rate
                 net = fresh_network(SPEC, Draws(device, 1)) if norm == "instance" else state.net
-                state.begin_iteration(net, float(state.optimizer.lr))
+                judge = flattened(fresh_network(SPEC, Draws(device, 3)).parameters())
+                state.begin_iteration(net, 5e-4, judge if matched is LEARNED else None)
             inner_step(state, device, step)
     if device == "cuda":
         assert captured_step(captured).graphs and captured.trainer.steps.graphs
         assert not captured_step(captured).off and not captured.trainer.steps.off
+        assert bool(captured_calibration(captured).graphs) == (matched is LEARNED)
     for ours, expected in zip(everything(captured), everything(plain), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=5e-5)  # grid_sample adds in any order
 

@@ -154,6 +154,22 @@ def test_arms_are_picked_by_name_and_evaluated_on_the_way(tmp_path: Path) -> Non
     assert not [name for name in content(made) if "data_0" in name]
 
 
+@pytest.mark.slow
+def test_pools_are_trained_first_and_go_on_from_the_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["faster", "--runs", "dance, ipc 1, random", "dance, ipc 10, kmeans", *SHORT]
+    with signals(1):
+        cut = archive(tmp_path / "cut", *argv)
+    assert record.RESULTS not in content(cut) and "faster: not complete" in capsys.readouterr().out
+    whole = archive(tmp_path / "whole", *argv, goes_on_from=cut)
+    assert capsys.readouterr().out.count("epochs of experts to train") == 0
+    pools = [name for name in content(cut) if "/pool_convnet2_" in name and name.endswith(".pt")]
+    assert len(pools) == 2 and all(content(whole)[name] == content(cut)[name] for name in pools)
+    rows = results(whole, "faster")
+    assert [name for name in rows if name.startswith("dance")] == [
+        "dance, ipc 10, kmeans, seed 0, iteration 2", "dance, ipc 1, random, seed 0, iteration 2",
+    ]  # fmt: skip
+
+
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,20 @@ MISTAKES = {
     "classes of another data set": Mistake(
         "condense -d cifar10 --image_folder photos", "--image_folder photos|2 classes|10|-d folder", prepare=photos()
     ),
+    "experts that no run needs": Mistake("condense --experts_only", "--experts_only|--networks|mtt"),
+    **{
+        f"mtt with {flag}": Mistake(f"condense --method mtt {flag}", f"{flag}|trajectory|leave it out")
+        for flag in ("--networks early", "--keep 0.5", "--calibrate")
+    },
+    "nothing kept": Mistake("condense --keep 0", "--keep|number above 0|at most 1"),
+    "more than all kept": Mistake("condense --keep 1.5", "--keep|number above 0|at most 1"),
+    "frequencies without cf": Mistake("condense --frequencies learned", "--frequencies learned|--match cf|grad"),
+    **{
+        f"batch norm and {flag}": Mistake(
+            f"condense {flag} --norm_type batch --experts_only", f"{flag}|batch norm|--norm_type instance"
+        )
+        for flag in ("--networks middle", "--keep 0.5", "--calibrate")
+    },
     "a coreset without ipc": Mistake("train --coreset random", "--coreset|--ipc"),
     "real images and a coreset": Mistake("train --real --coreset random --ipc 1", "--real|--coreset"),
     "a coreset and a run": Mistake(f"train {RUN} --coreset random --ipc 1", f"--coreset|{RUN}|--baselines"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor
 
 import models
+from tests.outcome import flat
 from utils.files import atomic, tensors
 from utils.method.augment import Augment
 from utils.method.images import ImageSet, Normalize
+from utils.method.pool import image_losses
 from utils.method.selection import Context
 from utils.method.training import Recipe, Trainer, batches, fresh_network
 from utils.numerics.compute import Compute
@@ -64,8 +68,10 @@ class StopAfter(Stopper):
         self.obey(super().reason(signals_only=signals_only))
 
 
-def found_in(folder: Path, identity: dict[str, Any] = IDENTITY) -> Experts:
-    return Experts(folder, identity, count=COUNT, epochs=EPOCHS)
+def found_in(folder: Path, identity: dict[str, Any] = IDENTITY, *, pool: bool = False) -> Experts:
+    return Experts(
+        folder, identity, count=COUNT, epochs=EPOCHS, ends_only=pool, images=CLASSES * PER_CLASS if pool else None
+    )
 
 
 def train(
@@ -81,15 +87,18 @@ def train(
     with found.held():
         for k in found.missing():
             trainer = make(k)
-            for e in found.epochs_left(k, trainer, stopper.reason):
+            judged = partial(image_losses, images=real_set(), compute=CPU) if found.ends_only else None
+            for e in found.epochs_left(k, trainer, stopper.reason, judged):
                 epoch(trainer, k, e)
                 if told is not None:
                     told.append(1)
             stopper.check()
 
 
-def trained(folder: Path, stopper: Stopper | None = None, told: list[int] | None = None) -> Experts:
-    found = found_in(folder)
+def trained(
+    folder: Path, stopper: Stopper | None = None, told: list[int] | None = None, *, pool: bool = False
+) -> Experts:
+    found = found_in(folder, pool=pool)
     train(found, stopper, told)
     return found
 
@@ -179,6 +188,79 @@ def test_a_damaged_file_that_is_read_while_distilling_names_the_remedy(tmp_path:
     (tmp_path / "expert_001.pt").write_bytes(b"PK\3\4")
     with pytest.raises(UserError, match=r"expert_001.pt: .*; run the same command again"):
         found_in(tmp_path).pair(1, 0, 1)
+
+
+# --- Of a pool, the two ends alone ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_pool(tmp_path_factory: pytest.TempPathFactory) -> Experts:
+    """What nothing has interrupted."""
+    return trained(tmp_path_factory.mktemp("whole") / "pool", pool=True)
+
+
+def contents(of: Experts) -> list[dict[str, str]]:
+    """Digests of all that the files hold but times."""
+    files = (tensors.read_tensors(file, "") for file in sorted(of.folder.glob("*.pt")))
+    return [flat("", {k: v for k, v in content.items() if k != "seconds"}) for content in files]
+
+
+def test_a_pool_holds_the_ends_of_the_trajectories_and_the_losses_under_the_last_network(
+    whole: Experts, whole_pool: Experts
+) -> None:
+    for k in range(COUNT):
+        initial, final = whole_pool.pair(k, 0, EPOCHS)
+        assert torch.equal(initial, whole.pair(k, 0, 0)[0]) and torch.equal(final, whole.pair(k, EPOCHS, EPOCHS)[0])
+        assert tensors.read_tensors(whole_pool.folder / f"expert_{k:03}.pt", "")["trajectory"].shape[0] == 2
+        trainer = make(k)
+        for e in range(EPOCHS):
+            epoch(trainer, k, e)
+        assert torch.equal(whole_pool.losses(k), image_losses(trainer.nets[0], real_set(), CPU))
+    assert whole_pool.missing() == [] and whole_pool.seconds > 0
+
+
+@pytest.mark.parametrize("asked", [1, EPOCHS - 1, EPOCHS, EPOCHS + 2])
+def test_a_pool_that_is_stopped_and_goes_on_is_that_never_stopped(
+    tmp_path: Path, whole_pool: Experts, asked: int
+) -> None:
+    told: list[int] = []
+    with pytest.raises(Stopped):
+        trained(tmp_path, StopAfter(asked), told, pool=True)
+    assert found_in(tmp_path, pool=True).done() == sum(told) == asked
+    again = trained(tmp_path, told=told, pool=True)
+    assert sum(told) == COUNT * EPOCHS and contents(again) == contents(whole_pool)
+
+
+DAMAGE_OF_POOLS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no epochs": lambda content: {k: v for k, v in content.items() if k != "epochs"},
+    "epochs in words": lambda content: {**content, "epochs": "4"},
+    "too many epochs": lambda content: {**content, "epochs": EPOCHS + 1},
+    "no epoch yet": lambda content: {**content, "epochs": 0},
+    "one end": lambda content: {**content, "trajectory": content["trajectory"][:1].clone()},
+    "a whole trajectory": lambda content: {**content, "trajectory": content["trajectory"].repeat(2, 1)},
+    "cut losses": lambda content: {**content, "losses": torch.zeros(CLASSES)},
+    "spoilt losses": lambda content: {**content, "losses": torch.full((CLASSES * PER_CLASS,), torch.nan)},
+    "losses in words": lambda content: {**content, "losses": "low"},
+    "no losses": lambda content: {k: v for k, v in content.items() if k != "losses"},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE_OF_POOLS)
+def test_a_damaged_file_of_a_pool_is_reported_once_and_trained_again(
+    tmp_path: Path, whole_pool: Experts, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    shutil.copytree(whole_pool.folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "expert_000.pt"
+    tensors.write_tensors(file, DAMAGE_OF_POOLS[damage](tensors.read_tensors(file, "")))
+    with pytest.raises(UserError, match=r"expert_000.pt: .*; run the same command again"):
+        found_in(tmp_path, pool=True).losses(0)
+    with caplog.at_level(logging.WARNING, "dream"):
+        assert contents(trained(tmp_path, pool=True)) == contents(whole_pool)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"{file}: ") and warning.endswith("; trained again")
+
+
+# --- Whose they are ---------------------------------------------------------------------------------------------------
 
 
 def test_other_experts_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

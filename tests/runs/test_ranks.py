@@ -349,6 +349,34 @@ def test_trajectories_are_matched_by_ranks_together(server: Server, tmp_path: Pa
     assert not torch.equal(one["velocity"], torch.zeros_like(one["velocity"]))
 
 
+def test_ranks_use_a_pool_and_learn_frequencies_together(server: Server, tmp_path: Path) -> None:
+    """Up to the order of summation; the pool has to be there, and the seconds are spent for all ranks at once."""
+    flags = shlex.split(
+        "--method dance --match embed+cf --frequencies learned --frequency_count 8 --keep 0.5 --select members "
+        "--experts 2 --expert_epochs 1 --n_data 16 --niter 3 --inner_loop 2 --interval 2 --snapshot_every 0 "
+        "--average 0.5 --eval_every 0 --eval_seconds 1e-4"
+    )
+    folder = image_folder(tmp_path / "images", UNEVEN, dict.fromkeys(UNEVEN, 1))
+    argv = tiny(tmp_path / "results", *flags, *REPEATED, "--image_folder", str(folder), "--depth", "2")
+    ended = run_group(server, 2, argv)
+    assert [e.status for e in ended] == [2, 2], ended
+    said = "".join(e.err for e in ended)
+    assert said.count("--networks middle: 2 experts are missing") == 1 and "--experts_only" in said
+    assert server.run(argv).status == 0
+    ended_well(run_group(server, 2, [*argv, "--tag", "two"]))
+    one, two = (
+        torch.load(next((tmp_path / "results/folder").glob(f"convnet*{end}")) / "checkpoint.pt", weights_only=True)
+        for end in ("dance", "dance_two")
+    )
+    assert torch.equal(two["picks"], one["picks"])
+    for name in ("pixels", "average", "velocity"):
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+    torch.testing.assert_close(two["learned"], one["learned"], rtol=0, atol=1e-5)
+    assert one["learned"]["frequencies"][1].count_nonzero() > 0
+    spent = [*argv, "--tag", "spent", "--niter", "1000", "--seconds", "0.5"]
+    ended_well(run_group(server, 2, spent))  # by clocks that differ
+
+
 def test_an_evaluation_is_spread_over_ranks_and_recorded_once(server: Server, tmp_path: Path) -> None:
     assert server.run(tiny(tmp_path)).status == 0
     run = tmp_path / FOLDER

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import models
 from data import Dataset
 from models import NetSpec, Network, forward_flop
 from utils.config import checks, derived, resolve
@@ -112,8 +113,10 @@ def run_folder(o: CondenseOptions, group: Group = SINGLE, data: Dataset | None =
     """Folder of a run; nothing is read or written yet. data: the images that it has to be of; None: any."""
     restart = o.restart and not distributed.restart_count()  # a process that torchrun restarts goes on instead
     saved = resolve.as_saved(o)
-    path = resolve.run_folder(o)
-    return RunFolder(path, saved, free=FREE, resumable=RESUMABLE, restart=restart, group=group, data=data)
+    return RunFolder(
+        resolve.run_folder(o), saved, free=FREE, resumable=RESUMABLE, defaults=resolve.default_options(),
+        restart=restart, group=group, data=data,
+    )  # fmt: skip
 
 
 # --- Experts ----------------------------------------------------------------------------------------------------------
@@ -149,7 +152,8 @@ def experts(o: CondenseOptions, problem: Problem, group: Group = SINGLE) -> Expe
     folder = Path(o.results_dir) / o.dataset / name
     if other := group.broadcast(lambda: other_images(folder, data.files, data.training_digest)):
         folder = folder.with_name(f"{name}_{other[:8]}")
-    return Experts(folder, identity, count=o.experts, epochs=o.expert_epochs, ends_only=not trajectories)
+    kept: dict[str, Any] = {} if trajectories else {"ends_only": True, "images": sum(data.counts)}
+    return Experts(folder, identity, count=o.experts, epochs=o.expert_epochs, **kept)
 
 
 def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stopper: Stopper, group: Group) -> int | None:
@@ -239,7 +243,7 @@ class Parts:
         self.matches_images = o.match != TRAJECTORY
         self.pool: Pool | None = None
         if experts is not None and self.matches_images:
-            self.pool = Pool(experts, self.spec, o.expert_epochs, o.networks)
+            self.pool = Pool(experts, self.spec, o.expert_epochs, o.networks, group)
         self.clusters: dict[int, Clusters] = {}  # of --select members, by the pool's network
         self.shard: Shard = shard or group.shard(derived.class_work(o, self.counts))
         if len(self.shard.classes) < self.data.classes:
@@ -286,7 +290,9 @@ class Parts:
     def set_up(self, it: int) -> tuple[float, Tensor | None]:
         """What `State.set_up` takes for outer iteration `it`."""
         rate = derived.pixel_rate(self.o, side=self.data.side, base_side=self.data.base_side, it=it)
-        return rate, None if not self.o.calibrate else self._pool().final(self._member(it)).to(self.device)
+        if not self.o.calibrate:
+            return rate, None
+        return rate, self._pool().final(self._member(it)).to(self.device, non_blocking=True)
 
     def _member(self, it: int) -> int:
         """Number of the pool's network that outer iteration `it` uses."""
@@ -301,12 +307,10 @@ class Parts:
 
         Raises UserError for a damaged pool.
         """
-        trained, counts = self._pool().trained, self.data.counts
-        assert isinstance(trained, Experts)
-        mean = torch.stack([trained.losses(k) for k in range(trained.count)]).mean(0)
-        if len(mean) != sum(counts):
-            raise UserError(f"{trained.folder}: was trained on other images than there are now; delete it")
-        real, of_classes = self.data.train, mean.to(self.device).split(counts)
+        trained = self.experts
+        assert trained is not None
+        mean = self.group.broadcast(lambda: torch.stack([trained.losses(k) for k in range(trained.count)]).mean(0))
+        real, of_classes = self.data.train, mean.to(self.device).split(self.data.counts)
         kept = [real.starts[c] + lowest(of_classes[c], self.counts[c]) for c in real.held]
         return real.subset(torch.cat(kept))
 
@@ -382,7 +386,9 @@ class Parts:
             log.info("going on after outer iteration %d, inner step %d of %d", *steps)
         elif (e := self.earlier) is not None:
             state = self._state(empty=True)
-            state.begin_from(e.pixels, e.velocity, e.learned, it=e.it, seconds=e.seconds)
+            ours = state.matching_step.learned
+            learned = {k: x for k, x in e.learned.items() if k in ours and x.shape == ours[k].shape}
+            state.begin_from(e.pixels, e.velocity, learned, it=e.it, seconds=e.seconds)
             log.info("beginning with the pixels of %s, after its outer iteration %d", e.source, e.it)
         else:
             state = self._state(empty=False)
@@ -473,16 +479,11 @@ class Parts:
         Raises UsageError for batch norm where updates would have to be shared.
         """
         o, group = self.o, self.group
-        batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.network(0).modules())
+        batch_norm = models.has_batch_norm(self.spec)
         if batch_norm and o.share_update == "on":
             raise UsageError(
                 f"--share_update on: {self.spec.name} has batch norm, which looks at whole batches; use --norm_type "
                 "instance, or --share_update off"
-            )
-        if self.pool is not None and batch_norm:
-            raise UsageError(
-                f"{derived.needs_experts(o)}: {self.spec.name} has batch norm, whose statistics a pool does not keep; "
-                "use --norm_type instance"
             )
         if self.experts is not None and batch_norm and not group.alone:
             raise UsageError(f"--method mtt: {self.spec.name} has batch norm; use --norm_type instance, or no torchrun")

@@ -118,18 +118,23 @@ def check_method(o: CondenseOptions, spec: models.NetSpec) -> None:
         )
     if o.pretrain and o.train_on != "real":
         raise UsageError("--pretrain: is on real images, so use --train_on real, or --pretrain 0")
+    of_pool = [f"--networks {o.networks}"] * (o.networks != "fresh") + [f"--keep {o.keep:g}"] * (o.keep < 1)
+    of_pool += ["--calibrate"] * o.calibrate
+    if o.match == TRAJECTORY and of_pool:
+        raise UsageError(f"{of_pool[0]}: --match {TRAJECTORY} follows experts; use another method, or leave it out")
     last = o.max_start - 1 + o.match_epochs
     if o.match == TRAJECTORY and last > o.expert_epochs:
         raise UsageError(
             f"--expert_epochs {o.expert_epochs}: students that start before epoch --max_start {o.max_start} "
             f"match --match_epochs {o.match_epochs} later, so experts need {last} epochs"
         )
-    of_pool = [f"--networks {o.networks}"] * (o.networks != "fresh") + [f"--keep {o.keep:g}"] * (o.keep < 1)
-    of_pool += ["--calibrate"] * o.calibrate
     if o.experts_only and o.match != TRAJECTORY and not of_pool:
         raise UsageError("--experts_only: this run has no experts; use --networks early or middle, or --method mtt")
-    if o.match == TRAJECTORY and of_pool:
-        raise UsageError(f"{of_pool[0]}: --match {TRAJECTORY} follows experts; use another method, or leave it out")
+    if of_pool and models.has_batch_norm(spec):
+        raise UsageError(
+            f"{of_pool[0]}: {spec.name} has batch norm, whose statistics a pool does not keep"
+            + ("; use --norm_type instance" if spec.norm else "; use another network")
+        )
     if "cf" not in o.match.split("+") and o.frequencies != "random":
         raise UsageError(f"--frequencies {o.frequencies}: only for --match cf, not {o.match}")
     # Some layers, such as hardsigmoid, have no second derivative in PyTorch.

@@ -23,11 +23,10 @@ from utils.config.flags import (
     table_file,
     tag,
 )
-from utils.config.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, METHODS, REAL_EPOCHS, TRAJECTORY
+from utils.config.presets import DATASET_SETTINGS, EVALUATION_AUGMENTATION, METHODS, POOLS, REAL_EPOCHS, TRAJECTORY
 from utils.method import formation, objectives, pixels, selection, training
 from utils.method.frequencies import FREQUENCIES
 from utils.method.images import FLOAT32, STORES
-from utils.method.pool import NETWORKS
 from utils.numerics.compute import PRECISIONS
 from utils.runs.normalisation import OF_DATA
 
@@ -255,7 +254,7 @@ class CondenseOptions(Options):
         help="weight decay of networks while distilling (default: --weight_decay)")
     mixup_net: str = _training("cut", choices=training.MIXUPS,
         help="network updates use CutMix in half of the batches (cut) or not at all (vanilla)")
-    networks: str = _pool("fresh", choices=NETWORKS,
+    networks: str = _pool("fresh", choices=tuple(POOLS),
         help="networks of the outer iterations: freshly initialised ones, or of a pool of --experts: perturbed ones "
              "(early, Acc-DD) or mixtures of their initial and final weights (middle, DANCE)")
     keep: float = _pool(1.0, parse=number(open_end=True, most=1), metavar="F",

@@ -60,7 +60,7 @@ def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = Mappi
     Raises UsageError for wrong combinations.
     """
     given = {**config, **flags}
-    defaults = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
+    defaults = default_options()
     defaults["dataset"] = dataset = _dataset(given)
     layers: list[tuple[str, Mapping[str, Any]]] = [("default", defaults), ("data set", DATASET_SETTINGS[dataset])]
     if given.get("reproduce"):
@@ -94,6 +94,11 @@ def _dataset(given: Mapping[str, Any]) -> str:
     """The data set that the flags name: by -d, else that of one's own images if there are any."""
     own = "folder" if "image_folder" in given else "npz" if "npz" in given else Options.dataset
     return str(given.get("dataset", own))
+
+
+def default_options() -> dict[str, Any]:
+    """Options of condense.py by name, before any preset or flag."""
+    return {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
 
 
 def as_saved(options: CondenseOptions) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def _of_experiment(run: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
     What presets explain is left to them, so that they follow when a flag names another data set, method or ipc.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(CondenseOptions)}
+    defaults = default_options()
     run = {k: v for k, v in run.items() if v is not None or defaults[k] is None}
     chosen = {name: run[name] for name in DECIDING if run.get(name)}
     try:

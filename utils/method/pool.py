@@ -12,6 +12,7 @@ from utils.method.training import fresh_network, predict
 from utils.method.trajectory import Trajectories
 from utils.numerics.compute import Compute
 from utils.numerics.derivatives import load
+from utils.system.distributed import SINGLE, Group
 from utils.system.draws import Draws
 
 NETWORKS = ("fresh", "early", "middle")
@@ -26,21 +27,26 @@ class Pool:
     only judges images.
     """
 
-    def __init__(self, trained: Trajectories, spec: NetSpec, epochs: int, how: str) -> None:
-        """epochs: of training, after which weights are final. how: one of NETWORKS."""
-        self.trained, self.spec, self.epochs, self.how = trained, spec, epochs, how
+    def __init__(self, trained: Trajectories, spec: NetSpec, epochs: int, how: str, group: Group = SINGLE) -> None:
+        """epochs: of training, after which weights are final. how: one of NETWORKS. group: the ranks; the first alone
+        reads `trained`."""
+        self.trained, self.spec, self.epochs, self.how, self.group = trained, spec, epochs, how, group
 
     def __len__(self) -> int:
         return self.trained.count
 
     def final(self, k: int) -> Tensor:
         """Final parameters of network k, (P,), on the CPU. Raises UserError for a damaged file."""
-        return self.trained.pair(k, 0, self.epochs)[1]
+        return self._ends(k)[1]
+
+    def _ends(self, k: int) -> list[Tensor]:
+        """Initial and final parameters of network k, on the CPU; the same on all ranks."""
+        return self.group.broadcast(lambda: [theta.clone() for theta in self.trained.pair(k, 0, self.epochs)])
 
     def trained_network(self, k: int, draws: Draws) -> Network:
         """Network k as it was trained, on the device of `draws`."""
         net = fresh_network(self.spec, draws)
-        load(net, self.final(k).to(draws.device))
+        load(net, self.final(k).to(draws.device, non_blocking=True))
         return net
 
     def network(self, k: int, draws: Draws) -> Network:
@@ -48,7 +54,8 @@ class Pool:
         net = fresh_network(self.spec, draws)
         if self.how == "fresh":
             return net
-        initial, final = (theta.to(draws.device) for theta in self.trained.pair(k, 0, self.epochs))
+        # Otherwise the host would wait until the device has done all that it was given so far.
+        initial, final = (theta.to(draws.device, non_blocking=True) for theta in self._ends(k))
         if self.how == "middle":
             share = draws.host.random()
             load(net, share * initial + (1 - share) * final)

@@ -33,7 +33,7 @@ class Earlier(NamedTuple):
     source: str  # path, for messages
     pixels: Tensor  # (classes, ipc, C, H, W)
     velocity: Tensor  # like pixels; zero from a snapshot, which does not hold it
-    learned: dict[str, Tensor]  # what --method mtt learns besides pixels; empty from a snapshot
+    learned: dict[str, Tensor]  # what a method learns besides pixels; empty from a snapshot
     it: int  # number of finished outer iterations
     seconds: float  # of distilling so far; 0 from a snapshot
 
@@ -130,7 +130,7 @@ def _of_checkpoint(path: Path, saved: dict[str, Any], options: Mapping[str, Any]
     if type(it) is not int or it < 0 or not isinstance(seconds, float) or not 0 <= seconds < math.inf:
         raise UserError(f"{path}: does not say where it was; {REMEDY}")
     learned = saved.get("learned", {})
-    if not isinstance(learned, dict) or not all(_are_numbers(x, 1) and len(x) == 2 for x in learned.values()):
+    if not isinstance(learned, dict) or not all(_are_numbers(x) for x in learned.values()):
         raise UserError(f"{path}: holds something else than numbers under `learned`; {REMEDY}")
     return Earlier(str(path), pixels, velocity, learned, it, seconds)
 
@@ -164,7 +164,7 @@ def _must_agree(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], s
         raise UsageError(f"--resume_from {path}: is of another kind of set ({differ})")
 
 
-def _are_numbers(x: Any, dimensions: int) -> bool:
-    """Whether x is a contiguous float32 tensor of so many dimensions, without NaN and infinity."""
-    sound = is_plain(x) and x.dtype == torch.float32 and x.is_contiguous() and x.dim() == dimensions
+def _are_numbers(x: Any, dimensions: int | None = None) -> bool:
+    """Whether x is a contiguous float32 tensor, of so many dimensions if given, without NaN and infinity."""
+    sound = is_plain(x) and x.dtype == torch.float32 and x.is_contiguous() and dimensions in (None, x.dim())
     return sound and bool(x.isfinite().all())

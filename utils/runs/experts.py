@@ -41,12 +41,21 @@ class Experts:
     """The trajectories in a folder. Nothing is written before `held`."""
 
     def __init__(
-        self, folder: Path, identity: dict[str, Any], *, count: int, epochs: int, ends_only: bool = False
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        *,
+        count: int,
+        epochs: int,
+        ends_only: bool = False,
+        images: int | None = None,
     ) -> None:
         """identity: everything that trajectories depend on. ends_only: of a trajectory keep its two ends, and what the
-        network at its end makes of the training images. Raises UserError when the folder has other experts.
+        network at its end makes of the training images. images: how many these are, if known. Raises UserError when the
+        folder has other experts.
         """
-        self.folder, self.count, self.epochs, self.ends_only = folder, count, epochs, ends_only
+        self.folder, self.count, self.epochs = folder, count, epochs
+        self.ends_only, self.images = ends_only, images
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._at_hand: dict[int, Tensor] = {}  # the last used one at the end
         self._damaged: set[int] = set()
@@ -112,10 +121,8 @@ class Experts:
 
         Raises UserError for a damaged file.
         """
-        found = self._read(k).get("losses")
-        if found is None or not is_plain(found) or found.dim() != 1:
-            raise UserError(f"{self._file(k)}: holds no losses of the training images; {AGAIN}")
-        return found
+        losses: Tensor = self._read(k)["losses"]
+        return losses
 
     def _file(self, k: int) -> Path:
         return self.folder / f"expert_{k:03}.pt"
@@ -137,11 +144,22 @@ class Experts:
         most = 2 if self.ends_only else self.epochs + 1
         if rows is None or not plain or not 1 <= len(rows) <= most or not rows.isfinite().all():
             raise UserError(f"{self._file(k)}: holds no trajectory of {self.epochs} epochs; {AGAIN}")
-        if self.ends_only and (type(content.get("epochs")) is not int or not 0 <= content["epochs"] <= self.epochs):
+        if self.ends_only and not (type(content.get("epochs")) is int and 1 <= content["epochs"] <= self.epochs):
             raise UserError(f"{self._file(k)}: does not say after how many epochs it was written; {AGAIN}")
+        if self.ends_only and (len(rows) < 2 or not self._is_judged(content)):
+            raise UserError(f"{self._file(k)}: lacks an end, or the losses of the training images; {AGAIN}")
         if not isinstance(content.get("seconds"), float):
             raise UserError(f"{self._file(k)}: does not say how long its training took; {AGAIN}")
         return content
+
+    def _is_judged(self, content: dict[str, Any]) -> bool:
+        """Whether a file of ends only holds a loss of every training image, if its expert is trained to the end."""
+        losses = content.get("losses")
+        if content["epochs"] < self.epochs:
+            return losses is None
+        if losses is None or not is_plain(losses) or losses.dim() != 1 or not losses.is_floating_point():
+            return False
+        return self.images in (None, len(losses)) and bool(losses.isfinite().all())
 
     def _read_if_whole(self, k: int) -> dict[str, Any] | None:
         """The content of an expert's file, or None where there is none or, after a warning, where it is damaged."""

@@ -55,6 +55,7 @@ class RunFolder:
         *,
         free: Collection[str] = (),
         resumable: Collection[str] = (),
+        defaults: Mapping[str, Any] = MappingProxyType({}),
         restart: bool = False,
         group: Group = SINGLE,
         data: Dataset | None = None,
@@ -62,12 +63,13 @@ class RunFolder:
         """Remember what belongs into the folder, without a look at the disk.
 
         options: all options of the command, by name. free: names of options that may differ from those of the run in
-        the folder; resumable: of those that may differ until that run is finished. restart: delete that run. data: the
-        images of the command, which have to be those of the run in the folder; None: any.
+        the folder; resumable: of those that may differ until that run is finished. defaults: values of options that
+        the version which began that run did not have. restart: delete that run. data: the images of the command, which
+        have to be those of the run in the folder; None: any.
         """
         self.path, self.options, self.restart, self.group = path, dict(options), restart, group
         self._data = data
-        self._free, self._resumable = free, resumable
+        self._free, self._resumable, self._defaults = free, resumable, defaults
         self.board = Board(None)
         self.flaws: list[str] = []  # messages about damaged files that `check` saw, and what is done about them
         self._record: dict[str, Any] = {}  # the content of options.json, once checked
@@ -133,8 +135,8 @@ class RunFolder:
             return "new"
         self._record, finished = record, self._read_results()
         may_differ = {*self._free, *(() if finished else self._resumable)}
-        here = json.loads(json.dumps(self.options))
-        if differ := differing(record["options"], here, [k for k in here if k not in may_differ], prefix="--"):
+        here, there = json.loads(json.dumps(self.options)), {**self._defaults, **record["options"]}
+        if differ := differing(there, here, [k for k in here if k not in may_differ], prefix="--"):
             remedy = "--tag NAME keeps both runs, --restart deletes the old one"
             raise UsageError(f"{self.path}: belongs to another command ({differ}); {remedy}")
         return "finished" if finished and not self.flaws else "started"

@@ -63,12 +63,13 @@ class Recorder:
         self._first_step = self._started = self._reported = time.monotonic()
 
     def start(self, state: State) -> bool:
-        """Begin to record at the position of the state. Returns whether the budget of seconds is spent already."""
+        """Begin to record at the position of the state. Returns whether the budget of seconds is spent, on any rank."""
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
         self._timed = self.total(state)
         done = state.it * self.inner_loop + state.step
         self.progress = Progress(self.niter * self.inner_loop, "distilling", "step", done=done, keep=True)
-        return self._timed >= self.budget
+        (spent,) = self.group.all_reduce_max(self._timed >= self.budget)  # their clocks differ
+        return bool(spent)
 
     def seconds(self, state: State) -> float:
         """Seconds of distilling so far, in all sessions; evaluations don't count."""
