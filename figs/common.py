@@ -284,8 +284,8 @@ class Run:
                 break
             try:
                 event = json.loads(line)
-                complete = "iteration" in event and "seconds" in event
-            except (ValueError, TypeError):
+                complete = all(isinstance(event[name], (int, float)) for name in ("iteration", "seconds"))
+            except (KeyError, TypeError, ValueError):
                 complete = False
             if not complete:
                 raise UserError(f"{file}: line {number} is damaged; the folder's condense.py command restores it")
@@ -359,9 +359,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def check_evaluated(runs: Sequence[Run]) -> None:
     """Raises UserError for a run without an evaluation."""
-    for run in runs:
-        if not run.scores().values:
-            raise UserError(f"{run}: holds no evaluation yet; let condense.py finish it, or run it with --eval_every N")
+    for run in (run for run in runs if not run.scores().values):
+        raise UserError(f"{run}: holds no evaluation yet; let condense.py finish it, or run it with --eval_every N")
 
 
 def warn_of_unfinished(runs: Sequence[Run]) -> None:
@@ -375,24 +374,25 @@ def warn_of_unfinished(runs: Sequence[Run]) -> None:
 def differing(runs: Sequence[Run]) -> list[str]:
     """Names of the options that distinguish runs, but not repeats; without those that follow from others of them."""
     names = dict.fromkeys(name for run in runs for name in run.options if name not in UNLABELLED)
-    differ = [name for name in names if not _same(runs, name)]
+    differ = [name for name in names if not same(runs, name)]
     # What may follow: a method's settings from the method, --select, --ipc, and --networks; the interval from --select.
     implying, following = (("method", "select", "ipc"), differ) if "method" in differ else (("select",), ["interval"])
-    if "networks" in differ and "networks" not in _implied(runs, implying, differ):
+    if "networks" in differ and not _implied(runs, implying, ["networks"]):
         implying, following = (*implying, "networks"), [*following, "experts", "expert_epochs"]
     follow = _implied(runs, implying, following)
     return [name for name in differ if name in implying or name not in follow]
 
 
 def _implied(runs: Sequence[Run], implying: Sequence[str], names: Sequence[str]) -> set[str]:
-    """Those of the options in which runs do not differ that share the `implying` ones."""
+    """Options, of these names, in which runs do not differ that share the `implying` ones."""
     kinds: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         kinds.setdefault(tuple(run.options.get(name) for name in implying), []).append(run)
-    return {name for name in names if all(_same(kind, name) for kind in kinds.values())}
+    return {name for name in names if all(same(kind, name) for kind in kinds.values())}
 
 
-def _same(runs: Sequence[Run], name: str) -> bool:
+def same(runs: Sequence[Run], name: str) -> bool:
+    """Whether runs have the same value of an option."""
     return all(run.options.get(name) == runs[0].options.get(name) for run in runs)
 
 
@@ -410,8 +410,7 @@ class Group:
 def label(run: Run, names: Sequence[str]) -> str:
     """The run's options of these names, as in `select=kmeans, interval=10`; without names, its data set and budget."""
     if not names:
-        o = run.options
-        return f"{o['dataset']}, ipc={o['ipc']}, factor={o['factor']}"
+        return "{dataset}, ipc={ipc}, factor={factor}".format_map(run.options)
     return in_words({name: run.options.get(name) for name in names})
 
 

@@ -211,9 +211,14 @@ def measured(folders: Sequence[Path]) -> list[Timed]:
     rows = []
     for panel, together in panels.items():
         for run in together:
-            parts, scores = {name: run.options.get(name) for name in names}, run.scores(every=True)
+            alike = [other for other in runs if other.options["method"] == run.options["method"]]
+            distinct = [name for name in names if name in ("method", "select") or not common.same(alike, name)]
+            parts, scores = {name: run.options.get(name) for name in distinct}, run.scores(every=True)
             times, seed = [round(s, 1) for s in scores.seconds], run.options["seed"]
-            rows.append(Timed(*panel, parts, seed, times, scores.values, run.expert_seconds, run.random_real))
+            try:
+                rows.append(Timed(*panel, parts, seed, times, scores.values, run.expert_seconds, run.random_real))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{run}: its options or accuracies are damaged ({error}); leave it out") from error
     return rows
 
 

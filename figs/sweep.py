@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
 import shlex
 import signal
 import subprocess
@@ -42,7 +41,7 @@ from utils.config.options import FREE, CondenseOptions
 from utils.method.evaluation import Score
 from utils.runs.card import CARD, Card, load_card
 from utils.system.errors import UsageError, UserError, printable
-from utils.system.process import run_main
+from utils.system.process import environment, run_main
 from utils.system.report import messages, span
 
 log = logging.getLogger("dream")
@@ -174,7 +173,7 @@ def run(planned: Planned, *, beside_others: bool = False) -> None:
     log.info("python3 condense.py %s", shlex.join(planned.words))
     more: dict[str, Any] = {}
     if beside_others:
-        more = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        more = {"stdout": subprocess.DEVNULL, "env": environment(OMP_NUM_THREADS="1")}
     with subprocess.Popen(command, **more) as process:
         status = None
         while status is None:

@@ -120,6 +120,17 @@ def row_of(run: pace.Timed, seconds: list[float], accuracies: list[float]) -> tu
     return run.dataset, run.ipc, run.parts, run.seed, seconds, accuracies, run.expert_seconds, run.random_real
 
 
+def test_a_name_says_what_the_method_leaves_open(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {}, {"networks": "early", "experts": 5}, {"networks": "early", "experts": 5, "keep": 0.2},
+        {"method": "dance", "networks": "middle", "experts": 7, "select": "random"},
+    ]  # fmt: skip
+    words = [timed(tmp_path, str(i), [(8, 60)], **options) for i, options in enumerate(rows)]
+    assert [run.name for run in pace.measured(list(map(Path, words)))] == [
+        "dream", "dream, networks=early", "dream, networks=early, keep=0.2", "dance",
+    ]  # fmt: skip
+
+
 def test_without_dream_times_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     word = timed(tmp_path, "c", [(8, 60)], method="dm", select="random")
     assert pace.main([word, "--out", str(tmp_path / "x.pdf")]) == 0
@@ -137,6 +148,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     for card in ({"expert_seconds": "1"}, {"random_real": {"accuracy_mean": [1]}}, {"expert_seconds": float("nan")}):
         odd = timed(tmp_path, f"odd{len(list(tmp_path.iterdir()))}", [(8, 1)], card=card)
         refused(pace.main, [odd, *out], f"{odd}/data.json", next(iter(card)), status=1, unchanged=tmp_path)
+    odd = timed(tmp_path, "odd", [(8, "x")])  # type: ignore[list-item]
+    refused(pace.main, [odd, *out], odd, "accuracies are damaged", status=1, unchanged=tmp_path)
     good = {"dataset": "digits", "ipc": 1, "parts": {"method": "dm", "select": "random"}, "seed": 0, "seconds": [1, 2],
             "accuracies": [3, 4], "expert_seconds": 0, "random_real": None}  # fmt: skip
     file = tmp_path / "rows.json"

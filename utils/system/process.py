@@ -201,6 +201,11 @@ def session(program: str, argv: Sequence[str], device: torch.device, **condition
     }
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Environment variables for a process that is to be started: this one's, and more."""
+    return {**os.environ, **more}
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and the libraries, and the git commit of this code, by name."""
     import numpy
