@@ -124,9 +124,9 @@ class Recorder:
         if self.steps_here:
             accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
             self.progress.say(f"iteration {state.it}/{self.niter}, loss {now:.4g}{accuracy}")
-            self._estimate()
+            self._estimate(state)
 
-    def _estimate(self) -> None:
+    def _estimate(self, state: State) -> None:
         """Show once how long the run will take, when a selection and the steps after it have been timed.
 
         To be called after a look at the device, which may be far behind.
@@ -136,7 +136,7 @@ class Recorder:
         elif self.steps_here > self.interval and not self._estimated:
             self._estimated = True
             pace = (self._reported - self._first_step) / (self.steps_here - 1)
-            left = pace * (self.progress.total - self.progress.done)
+            left = min(pace * (self.progress.total - self.progress.done), self.budget - self.total(state))
             if left > 60:
                 log.info("about %s for the steps that are left; stop at any time, the same command goes on", span(left))
 
