@@ -194,6 +194,8 @@ def test_a_run_ends_when_its_seconds_are_spent_and_is_evaluated_whenever_they_do
     assert "expert_seconds" not in card
     parts = distilled(results, [*words, "--tag", "parts"], 5)
     assert evaluated(parts) == evaluated(whole) and outcome(parts) == outcome(whole)
+    stopped = distilled(results, [*words, "--tag", "stopped"], 2, during="evaluation")
+    assert evaluated(stopped) == [2, 4, 6, 10]  # the second one was stopped, and repeated after the next step
     capsys.readouterr()
     before = tree(whole)
     assert condense.main(words) == 0
