@@ -137,7 +137,7 @@ class Run:
         with self.recorder.interrupted():
             sets = [self.parts.synthetic(self.stored())] * self.o.repeat
             score = self.parts.evaluate(sets, f"evaluating iteration {it}", self.stopper)
-        self.state.accuracy = score.mean
+        self.state.accuracy, self.state.timed = score.mean, self.recorder.now
         times = {"seconds": self.recorder.seconds(self.state), "evaluation_seconds": time.monotonic() - began}
         rounded = {name: round(value, 1) for name, value in times.items()}
         self.folder.metric(iteration=it, **score.as_dict(), net=self.parts.spec.name, **rounded)

@@ -187,12 +187,15 @@ def test_a_run_ends_when_its_seconds_are_spent_and_is_evaluated_whenever_they_do
 ) -> None:
     words = argv(results, "--method dm --niter 100 --seconds 10 --eval_seconds 1.5 --inner_loop 3")
     whole = distilled(results, words)
+    assert "for the steps that are left" not in capsys.readouterr().out  # of which most are not taken
     assert evaluated(whole) == [2, 3, 6, 10]
     card = json.loads((whole / "data.json").read_text())
     assert (card["finished"], card["outer_iterations"], card["seconds"]) == (True, 3, 10)
     assert "expert_seconds" not in card
     parts = distilled(results, [*words, "--tag", "parts"], 5)
     assert evaluated(parts) == evaluated(whole) and outcome(parts) == outcome(whole)
+    stopped = distilled(results, [*words, "--tag", "stopped"], 2, during="evaluation")
+    assert evaluated(stopped) == [2, 4, 6, 10]  # the second one was stopped, and repeated after the next step
     capsys.readouterr()
     before = tree(whole)
     assert condense.main(words) == 0

@@ -56,6 +56,7 @@ class State:
     selected: bool = False  # whether picks hold a selection yet
     seconds: float = 0.0  # of distilling in all sessions up to the last save, without evaluations
     accuracy: float | None = None  # of the latest evaluation, per cent
+    timed: float = 0.0  # seconds, experts included, of the latest evaluation; one that is stopped is due again
 
     @property
     def net(self) -> Network:
@@ -159,6 +160,7 @@ class State:
             "step": self.step,
             "seconds": self.seconds,
             "accuracy": self.accuracy,
+            "timed": self.timed,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -176,6 +178,7 @@ class State:
         self.picks.copy_(self.real_images.to_local(rows["picks"].to(self.picks.device)))
         self.losses.copy_(rows["losses"])
         self.step, self.selected, self.accuracy = saved["step"], saved["selected"], saved["accuracy"]
+        self.timed = float(saved.get("timed", 0.0))  # older checkpoints have none
 
     def begin_from(
         self, pixels: Tensor, velocity: Tensor, learned: dict[str, Tensor], *, it: int, seconds: float

@@ -57,6 +57,7 @@ class Recorder:
         self.folder, self.stopper, self.group = folder, stopper, group
         self.niter, self.inner_loop, self.interval = niter, inner_loop, interval
         self.steps_here = 0
+        self.now = 0.0  # `total` after the latest step, by the rank whose clock is furthest
         self._unread: list[tuple[Losses, float]] = []  # of finished outer iterations, and the seconds until then
         self._late = 0.0  # whether the next report is due, on any rank: they wait for each other in it
         self._estimated = False
@@ -65,11 +66,11 @@ class Recorder:
     def start(self, state: State) -> bool:
         """Begin to record at the position of the state. Returns whether the budget of seconds is spent, on any rank."""
         self.folder.session_metric(iteration=state.it, step=state.step, seconds=round(state.seconds, 1))
-        self._timed = self.total(state)
+        state.timed = max(state.timed, self.spent)
         done = state.it * self.inner_loop + state.step
         self.progress = Progress(self.niter * self.inner_loop, "distilling", "step", done=done, keep=True)
-        (spent,) = self.group.all_reduce_max(self._timed >= self.budget)  # their clocks differ
-        return bool(spent)
+        (self.now,) = self.group.all_reduce_max(self.total(state))
+        return self.now >= self.budget
 
     def seconds(self, state: State) -> float:
         """Seconds of distilling so far, in all sessions; evaluations don't count."""
@@ -104,12 +105,11 @@ class Recorder:
         if self.steps_here == 1 or (self._late and (self._unread or self.steps_here % self.interval == 0)):
             self.report(state)
         late = time.monotonic() - self._reported >= REPORT_SECONDS[state.losses.device.type]
-        now, evaluation = self.total(state), next_doubling(self.first_evaluation, self._timed)
-        asked = (self.stopper.reason(), self.folder.checkpoint_due(), late, now >= evaluation, now >= self.budget)
-        reason, save, self._late, evaluate, finish = self.group.all_reduce_max(*asked)
-        self._timed = max(now, evaluation) if evaluate else now
+        asked = (self.stopper.reason(), self.folder.checkpoint_due(), late, self.total(state))
+        reason, save, self._late, self.now = self.group.all_reduce_max(*asked)
         self.stopper.obey(reason)
-        return Due(bool(save), bool(evaluate) and not finish, bool(finish))
+        finish, evaluation = self.now >= self.budget, self.now >= next_doubling(self.first_evaluation, state.timed)
+        return Due(bool(save), evaluation and not finish, finish)
 
     def report(self, state: State) -> None:
         """Record the losses of the outer iterations that are finished, and show the present one's.
@@ -124,9 +124,9 @@ class Recorder:
         if self.steps_here:
             accuracy = "" if state.accuracy is None else f", accuracy {state.accuracy:.1f} %"
             self.progress.say(f"iteration {state.it}/{self.niter}, loss {now:.4g}{accuracy}")
-            self._estimate()
+            self._estimate(state)
 
-    def _estimate(self) -> None:
+    def _estimate(self, state: State) -> None:
         """Show once how long the run will take, when a selection and the steps after it have been timed.
 
         To be called after a look at the device, which may be far behind.
@@ -136,7 +136,7 @@ class Recorder:
         elif self.steps_here > self.interval and not self._estimated:
             self._estimated = True
             pace = (self._reported - self._first_step) / (self.steps_here - 1)
-            left = pace * (self.progress.total - self.progress.done)
+            left = min(pace * (self.progress.total - self.progress.done), self.budget - self.total(state))
             if left > 60:
                 log.info("about %s for the steps that are left; stop at any time, the same command goes on", span(left))
 
@@ -152,6 +152,6 @@ class Recorder:
 
 def next_doubling(first: float, after: float) -> float:
     """The first of `first`, twice, four times as much, and so on, that is more than `after`."""
-    while first <= after:
+    while first <= after < math.inf:
         first *= 2
     return first
