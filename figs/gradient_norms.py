@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from figs.subject import Subject
 from models import Network
 from utils.config.flags import integer
 from utils.method.images import ImageSet
-from utils.method.selection import select
+from utils.method.selection import Clusters, select
 from utils.method.training import confusion_matrix
 from utils.system.errors import UsageError, UserError, short
 from utils.system.process import run_main, session
@@ -130,14 +130,20 @@ def measured(observed: Subject, updates: Sequence[int], counts: Sequence[int], d
         yield State(number, accuracy, rows)
 
 
-def picked(observed: Subject, count: int, draws: int) -> dict[str, list[Tensor]]:
-    """Positions of random images and of representatives, (count,) each, in so many draws."""
-    picks: dict[str, list[Tensor]] = {group: [] for group in STRATEGIES}
-    embedding = observed.embedding()
+def picked(
+    observed: Subject, count: int, draws: int, strategies: Mapping[str, str] = STRATEGIES
+) -> dict[str, list[Tensor]]:
+    """Positions of the images that each strategy selects, (count,) each, in so many draws.
+
+    Members of clusters are all of the same clusters.
+    """
+    picks: dict[str, list[Tensor]] = {group: [] for group in strategies}
+    embedding, clusters = observed.embedding(), Clusters(observed.draws("clusters", count))
     with Progress(draws, f"selecting {count}", "draw") as progress:
         for d in range(draws):
-            for group, strategy in STRATEGIES.items():
+            for group, strategy in strategies.items():
                 context = observed.context(observed.draws(f"gradient norms of {group}", count, d))
+                context = dataclasses.replace(context, clusters=clusters)
                 context.embeddings[0] = embedding  # the same for all draws
                 picks[group].append(select(context, count, strategy=strategy)[0].cpu())
             progress.advance()

@@ -6,10 +6,10 @@
     $ python3 -m figs.targets targets.json
 
 The error of a selection is |g - G| / |G|, with G the mean gradient of all images of the class and g that of the
-selected ones, by the weights of the convolutions, in evaluation mode and without augmentation. Random images and
-representatives are drawn --draws times. The network is trained on real data and looked at after each number of
---updates; errors are those of images selected then, and of representatives selected at the earlier ones, as --interval
-keeps them.
+selected ones, by the weights of the convolutions, in evaluation mode and without augmentation. Random images,
+representatives, and random members of clusters that are found once are drawn --draws times; distinct are the different
+images among those of all draws. The network is trained on real data and looked at after each number of --updates;
+errors are those of images selected then, and of representatives and members selected at the earlier ones.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from utils.system.errors import UserError
 from utils.system.process import run_main, session
 from utils.system.report import Progress, messages
 
+GROUPS = {**STRATEGIES, "members": "members"}
+COLOURS = dict(zip(("representatives", "random", "members"), common.PALETTE, strict=False))
 CHUNK = 256  # images of a backward pass
 
 
@@ -47,9 +49,10 @@ class Error:
     updates: int  # that the network has been trained for
     selected: int  # updates after which the images were selected
     accuracy: float  # of the network on the test images, in per cent
-    group: str  # a key of STRATEGIES
+    group: str  # a key of GROUPS
     count: int
     errors: list[float]
+    distinct: float | None = None  # different images among those of all draws, as a fraction
 
     @property
     def mean(self) -> float:
@@ -92,16 +95,18 @@ def read(file: Path) -> tuple[str, list[Error]]:
 
 
 def measured(observed: Subject, updates: Sequence[int], counts: Sequence[int], draws: int) -> list[Error]:
-    """Errors of every selection at these ascending numbers of updates, and of earlier representatives."""
+    """Errors of every selection at these ascending numbers of updates, and of earlier ones but random ones."""
     kept: dict[tuple[int, str, int], list[Tensor]] = {}  # positions of selected images, (count,) for every draw
     found = []
     for number in updates:
         observed.train(number)
         confusion = confusion_matrix(observed.net, observed.test, observed.trainer.compute)
         accuracy = 100 * confusion.diagonal().sum().item() / len(observed.test)
-        kept = {key: indices for key, indices in kept.items() if key[1] == "representatives"}
+        kept = {key: indices for key, indices in kept.items() if key[1] != "random"}
         for count in counts:
-            kept |= {(number, group, count): indices for group, indices in picked(observed, count, draws).items()}
+            kept |= {
+                (number, group, count): indices for group, indices in picked(observed, count, draws, GROUPS).items()
+            }
         everything = torch.arange(len(observed.images), device=observed.images.device)
         whole = mean_gradient(observed, everything)
         with Progress(len(kept) * draws, "gradients", "selection") as progress:
@@ -110,7 +115,8 @@ def measured(observed: Subject, updates: Sequence[int], counts: Sequence[int], d
                 for index in indices:
                     errors.append(((mean_gradient(observed, index) - whole).norm() / whole.norm()).item())
                     progress.advance()
-                found.append(Error(number, selected, accuracy, group, count, errors))
+                distinct = len(torch.cat(indices).unique()) / (draws * count)
+                found.append(Error(number, selected, accuracy, group, count, errors, round(distinct, 4)))
     return found
 
 
@@ -129,12 +135,14 @@ def mean_gradient(observed: Subject, index: Tensor) -> Tensor:
 
 def table(found: Sequence[Error]) -> str:
     """A line of text for each selection."""
-    lines = [f"{'updates':>7}{'test acc %':>12}  {'selected at':>11}  {'group':16}{'images':>7}{'error':>8}   std"]
+    lines = [
+        f"{'updates':>7}{'test acc %':>12}  {'selected at':>11}  {'group':16}{'images':>7}{'error':>8}   std   distinct"
+    ]
     for e in found:
         std = torch.tensor(e.errors).std().item()
         lines.append(
             f"{e.updates:>7}{e.accuracy:>12.1f}  {e.selected:>11}  {e.group:16}{e.count:>7}{e.mean:>8.3f}   {std:.3f} "
-            f"({len(e.errors)} draws)"
+            f"{'' if e.distinct is None else f'{100 * e.distinct:.0f} %':>6} ({len(e.errors)} draws)"
         )
     return "\n".join(lines)
 
@@ -150,7 +158,7 @@ def draw(found: Sequence[Error]) -> Figure:
             line = sorted((e.count, e.mean) for e in here if (e.group, e.selected) == (group, selected))
             label = group if selected == updates else f"{group} of earlier states"
             style = "-" if selected == updates else ":"
-            colour = common.PALETTE[1 - list(STRATEGIES).index(group)]
+            colour = COLOURS[group]
             axes.loglog(*zip(*line, strict=True), color=colour, ls=style, marker="o", ms=3, label=label)
         axes.set_title(f"after {updates} updates", fontsize=10)
         counts = sorted({e.count for e in here})

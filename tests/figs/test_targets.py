@@ -42,10 +42,11 @@ def test_errors_are_of_every_state_and_of_what_was_selected_before(
     assert targets.main(words) == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert [(r["updates"], r["selected"], r["group"], r["count"]) for r in rows] == [
-        *((0, 0, group, count) for count in (4, 16) for group in ("random", "representatives")),
-        *((2, 0, "representatives", count) for count in (4, 16)),
-        *((2, 2, group, count) for count in (4, 16) for group in ("random", "representatives")),
+        *((0, 0, group, count) for count in (4, 16) for group in targets.GROUPS),
+        *((2, 0, group, count) for count in (4, 16) for group in ("representatives", "members")),
+        *((2, 2, group, count) for count in (4, 16) for group in targets.GROUPS),
     ]
+    assert all(0.5 <= r["distinct"] <= 1 for r in rows)
     assert all(len(r["errors"]) == 2 and min(r["errors"]) > 0 for r in rows)
     said = capsys.readouterr().out
     assert targets.main([str(tmp_path / "x.json"), "--out", str(tmp_path / "again.png")]) == 0
