@@ -51,7 +51,7 @@ DIGESTS = {
     "mtt": "0b4b0fca51ca32e3",
     "dream+": "1295678d9ae12a20",
     "dance": "90a0a8b22053a5aa",
-    "ncfm": "970d92d45b21e4f4",
+    "ncfm": "30ba86c754d4d914",
     "early": "df99e15b9824015f",
     "autograd": "ba732ada86429e7b",
     "features": "c8eca81d099620bd",
