@@ -71,7 +71,7 @@ def expert_augmentation(o: CondenseOptions, *, flip: bool) -> str:
 
 def kept_counts(o: CondenseOptions, counts: Sequence[int]) -> list[int]:
     """Real images of every class that a run uses, by --keep; counts: those that there are."""
-    return [math.ceil(o.keep * count) for count in counts]
+    return [math.ceil(round(o.keep * count, 6)) for count in counts]  # 0.07 * 100 is above 7
 
 
 def update_augmentation(options: CondenseOptions) -> str:

@@ -122,7 +122,8 @@ def noise_init(asked: Asked) -> str:
     return "normal" if real_init(asked) == "random" else "kmeans"
 
 
-# What --networks adds: the published pools, and without --reproduce smaller ones.
+# What --networks adds: the published pools, and without --reproduce smaller ones. Where networks are fresh, --keep and
+# --calibrate take the pool of early.
 POOLS: dict[str, dict[str, Any]] = {
     "fresh": {},
     "early": dict(experts=5, expert_epochs=2),
@@ -198,15 +199,24 @@ METHODS = {
 
 
 def method_settings(
-    method: str, dataset: str, *, ipc: int, select: str | None, networks: str | None, reproduce: bool
+    method: str,
+    dataset: str,
+    *,
+    ipc: int,
+    select: str | None,
+    networks: str | None,
+    judged: bool,
+    reproduce: bool,
 ) -> dict[str, Any]:
     """Settings of a method, by name, for these flags; select, networks: None where the flag is absent.
 
+    judged: whether a flag asks for a pool that judges images, whatever the networks are.
     reproduce: with the published budget.
     """
     row = METHODS[method]
     networks = str(networks or row.settings.get("networks", "fresh"))
     asked = Asked(dataset, ipc, str(select or row.settings.get("select", "kmeans")), networks)
-    pool = (PUBLISHED_POOLS if reproduce else POOLS).get(networks, {})  # a wrong name is refused later
+    pools = PUBLISHED_POOLS if reproduce else POOLS
+    pool = pools.get("early" if judged and networks == "fresh" else networks, {})  # a wrong name is refused later
     layers = [pool, row.settings, row.published if reproduce else {}, row.digits if dataset == "digits" else {}]
     return {name: value(asked) if callable(value) else value for layer in layers for name, value in layer.items()}

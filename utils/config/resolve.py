@@ -70,8 +70,15 @@ def condense_options(flags: Mapping[str, Any], config: Mapping[str, Any] = Mappi
     ipc = given.get("ipc", defaults["ipc"])
     exceptional = exceptions(dataset, given.get("factor", defaults["factor"]), ipc)
     method, select = given.get("method", defaults["method"]), given.get("select")
-    reproduce, networks = bool(given.get("reproduce")), given.get("networks")
-    of_method = method_settings(method, dataset, ipc=ipc, select=select, networks=networks, reproduce=reproduce)
+    of_method = method_settings(
+        method,
+        dataset,
+        ipc=ipc,
+        select=select,
+        networks=given.get("networks"),
+        judged=given.get("keep", 1) < 1 or given.get("calibrate", False),
+        reproduce=bool(given.get("reproduce")),
+    )
     layers += [("data set", exceptional), ("method", of_method)]
     if "net_type" in given:
         layers[1:] = [(name, concerning(layer, given["net_type"])) for name, layer in layers[1:]]
