@@ -44,7 +44,6 @@ RUN_HERE = {
     "torchrun --nproc_per_node=2 condense.py --device cpu": f"{BRIEF} --tag ranks",
     "python3 train.py": ONCE,
     "python3 train.py RUN --export DIR": "",
-    "python3 train.py -d digits --coreset kmeans --ipc 10": ONCE,
     SWEEP: BRIEF,
     "python3 -m figs.sweep --vary select=random,kmeans --seeds 3 -- -d digits --ipc 1 --eval_every 1 "
     "--snapshot_every 1": f"{BRIEF} --results_dir of_seeds",
