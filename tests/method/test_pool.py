@@ -16,6 +16,7 @@ from models import Network
 from tests.oracle import class_distance
 from utils.method.frequencies import Frequencies
 from utils.method.objectives import Comparison
+from utils.method.pixels import PixelSGD
 from utils.method.pool import Pool, lowest, perturb
 from utils.method.training import fresh_network
 from utils.numerics.compute import Compute
@@ -221,3 +222,16 @@ def test_the_lowest_losses_are_those_of_a_plain_sort() -> None:
     for count in range(1, 7):
         expected = sorted(sorted(range(6), key=lambda i: float(losses[i]))[:count])
         assert lowest(losses, count).tolist() == expected
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_the_average_follows_the_pixels_of_every_step_and_leaves_them_alone(average: float) -> None:
+    pixels = torch.rand(3, 2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    plain, sgd = (PixelSGD(pixels.clone(), lr=0.3, momentum=0.5, average=a) for a in (0.0, average))
+    expected = pixels.clone()
+    for step in range(4):
+        gradients = Draws("cpu", step).normal(*pixels.shape).double()
+        plain.step(gradients), sgd.step(gradients)
+        expected = average * expected + (1 - average) * plain.pixels
+    assert torch.equal(plain.pixels, sgd.pixels) and plain.average is None
+    torch.testing.assert_close(sgd.pixels if sgd.average is None else sgd.average, expected, rtol=0, atol=1e-12)
