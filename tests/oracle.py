@@ -141,11 +141,18 @@ def class_distance(
     *,
     bias: bool = False,
     fc: bool = False,
+    frequencies: Tensor | None = None,
 ) -> Tensor:
-    """Distance of one class, by plain backward passes with a graph over everything."""
+    """Distance of one class, by plain backward passes with a graph over everything. frequencies: (M, D), of cf."""
     if "+" in match:
-        found = [class_distance(net, real, syn, label, metric, m, bias=bias, fc=fc) for m in match.split("+")]
+        more: dict[str, Any] = dict(bias=bias, fc=fc, frequencies=frequencies)
+        found = [class_distance(net, real, syn, label, metric, m, **more) for m in match.split("+")]
         return sum(found, real.new_zeros(()))
+    if match == "cf":
+        assert frequencies is not None
+        return characteristic_distance(net.embed(real).detach(), net.embed(syn), frequencies)
+    if match == "ce":
+        return -sum((scores[label] - scores.logsumexp(0) for scores in net(syn)), real.new_zeros(())) / len(syn)
     if match == "embed":
         mean_real, mean_syn = (sum(net.embed(x), real.new_zeros(())) / len(x) for x in (real, syn))
         return layer_distance(metric, mean_real.detach(), mean_syn)
@@ -160,6 +167,24 @@ def class_distance(
     wanted = [g.detach() for g in torch.autograd.grad(loss_real, weights)]
     given = torch.autograd.grad(loss_syn, weights, create_graph=True)
     return sum((layer_distance(metric, a, b) for a, b in zip(wanted, given, strict=True)), real.new_zeros(()))
+
+
+def characteristic_distance(real: Tensor, syn: Tensor, frequencies: Tensor) -> Tensor:
+    """Mean modulus of the difference between characteristic functions, frequency by frequency, image by image.
+
+    real: (B, D), syn: (S, D), frequencies: (M, D). Embeddings are centred and scaled by the real ones.
+    """
+    nothing = real.new_zeros(())
+    centre = sum(real, nothing) / len(real)
+    spread = (sum(((x - centre) @ (x - centre) for x in real), nothing) / len(real)).sqrt()
+    found = nothing
+    for t in frequencies:
+        wanted, given = (
+            sum((torch.exp(1j * (t @ ((x - centre) / spread))) for x in images), nothing) / len(images)
+            for images in (real, syn)
+        )
+        found = found + (wanted - given).abs()
+    return found / len(frequencies)
 
 
 class PublishedPixels:

@@ -27,11 +27,13 @@ from tests.killing import Server
 from tests.oracle import augment_shared, class_distance, decode_naively, naive_epoch
 from tests.outcome import outcome
 from utils.config import resolve
-from utils.config.derived import caveat, update_recipe
+from utils.config.derived import caveat, expert_recipe, has_pool, update_recipe
 from utils.config.options import CondenseOptions
 from utils.config.presets import METHODS, Method
 from utils.method.augment import Augment
+from utils.method.frequencies import Frequencies
 from utils.method.images import ImageSet
+from utils.method.pool import perturb
 from utils.method.selection import Context, batched_kmeans, initial_pixels, select
 from utils.method.training import Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
@@ -69,6 +71,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dream+": dict(match="grad+embed", metric="mse", select="kmeans", init="kmeans", interval=10, batch_real=128,
         pixel_step="sweep", lr_img=5e-3, niter=2000, inner_loop=100, train_on="real", n_data=2000, pretrain=1,
         per_cluster=1),
+    "dance": dict(niter=10000, inner_loop=1, n_data=0, networks="middle", experts=20, expert_epochs=60, calibrate=True,
+        match="embed", metric="mse", lr_img=0.1, mom_img=0.5, pixel_step="sweep", select="random", init="random"),
+    "ncfm": dict(niter=20000, inner_loop=1, n_data=0, networks="middle", experts=20, expert_epochs=60, calibrate=False,
+        match="cf", frequencies="learned", select="random", init="random"),
 }  # fmt: skip
 
 
@@ -127,11 +133,15 @@ def test_a_flag_beats_every_method(method: str) -> None:
         "match": "feat", "metric": "l1", "lr_img": "0.7", "mom_img": "0.7", "batch_real": "7", "init": "kmeans",
         "interval": "7", "aug_type": "flip", "select": "central", "niter": "7", "inner_loop": "7", "n_data": "7",
         "net_epoch": "7", "train_on": "real", "mom_net": "0.7", "wd_net": "0.7", "mixup_net": "cut", "experts": "7",
-        "pretrain": "7", "pixel_step": "sweep",
+        "pretrain": "7", "pixel_step": "sweep", "networks": "early",
     }  # fmt: skip
+    if method in ("dance", "ncfm"):
+        other["expert_epochs"] = "7"
+    if method == "ncfm":
+        other |= {"match": "embed+cf", "frequencies": "random"}
     if method in ("idc", "dream", "dream+"):
         other["pixel_step"] = "joint"
-    assert {*row.settings, *row.published, *row.digits} <= {*other, "fc", "bias"}
+    assert {*row.settings, *row.published, *row.digits} <= {*other, "fc", "bias", "calibrate"}
     words = [word for name, value in other.items() for word in (f"--{name}", value)]
     for dataset in ("digits", "mnist", "cifar10"):
         more = [] if dataset == "digits" else ["--reproduce"]
@@ -196,6 +206,9 @@ TINY = shlex.split("--device cpu -d digits --ipc 2 --batch_real 8 --width 8 --ep
 SPEC = models.resolve("convnet", channels=1, classes=10, side=8, depth=2, width=8)
 
 
+POOL = "--experts 2 --expert_epochs 1"
+
+
 def draws(purpose: str, *position: int) -> Draws:
     return Draws("cpu", 4, purpose, *position)
 
@@ -212,6 +225,18 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
     def representatives(net: Network, purpose: Draws) -> Context:
         return Context(net, real, purpose, compute.cheapest(), per_cluster=o.per_cluster)
 
+    # Those of the pool, if there is one, each at the beginning and at the end of its training.
+    pool = []
+    for k in range(o.experts if has_pool(o) else 0):
+        initial, final = (fresh_network(SPEC, Draws("cpu", o.expert_seed, "expert", "network", k)) for _ in range(2))
+        expert = Trainer([final], [real], expert_recipe(o, flip=digits.flip), compute)
+        for epoch in range(o.expert_epochs):
+            expert.all_images([Draws("cpu", o.expert_seed, "expert", k, epoch)])
+        pool.append((initial, final))
+    frequencies = None
+    if "cf" in o.match:
+        frequencies = Frequencies(o.frequency_count, 32, how=o.frequencies, draws=draws("frequencies"))
+
     def learned(images: Tensor) -> Tensor:
         return normalize(images.flatten(0, 1)).unflatten(0, images.shape[:2]) if joint else images.clone()
 
@@ -226,7 +251,15 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
     low, high = (learned(torch.full((1, 1, 1, 8, 8), value)) for value in (0.0, 1.0))
     for it in range(o.niter):
         velocity: dict[str, Tensor] = {}
-        net = fresh_network(SPEC, draws("network", it))
+        drawn = draws("network", it)
+        net, judge = fresh_network(SPEC, drawn), None
+        if pool:
+            initial, judge = pool[draws("pool", it).host.randrange(len(pool))]
+            share = drawn.host.random() if o.networks == "middle" else 0.0
+            for p, a, b in zip(net.parameters(), initial.parameters(), judge.parameters(), strict=True):
+                p.data = share * a.data + (1 - share) * b.data
+            if o.networks == "early":
+                perturb(net, drawn)
         trainer = Trainer([net], [real], recipe, compute)
         clamped += int(((x < low) | (x > high)).sum())
         x.data = torch.minimum(torch.maximum(x.data, low), high)
@@ -237,14 +270,29 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
                 step if o.interval <= o.inner_loop else it
             ) % o.interval == 0:  # one selection may serve several networks
                 picks = select(representatives(net, draws("select", it, step)), 8, strategy=o.select)
-            u, loss = augment.draw_shared(10, draws("match", it, step)), torch.zeros(())
+            matching = draws("match", it, step)
+            u, loss, made = augment.draw_shared(10, matching), torch.zeros(()), None
+            if frequencies is not None:
+                made = frequencies(frequencies.draw(matching))
+                made.leaf.grad = torch.zeros_like(made.leaf)
+            t = None if made is None else made.leaf.requires_grad_()
             for c in range(10):
                 decoded = decode_naively(x[c], o.factor, o.decode_type)
                 syn = augment_shared(decoded if joint else normalize(decoded), u[c], augment)
                 wanted = augment_shared(normalize(real.images[picks[c]]), u[c], augment)
-                loss = loss + class_distance(net, wanted, syn, c, o.metric, o.match, fc=o.fc)
+                loss = loss + class_distance(net, wanted, syn, c, o.metric, o.match, fc=o.fc, frequencies=t)
                 if not joint or c == 9:
-                    x.grad, loss = torch.autograd.grad(loss, x)[0], torch.zeros(())
+                    x.grad = None
+                    loss.backward(inputs=[x] if t is None else [x, t])
+                    loss = torch.zeros(())
+                    sgd.step()
+            if frequencies is not None and made is not None:
+                frequencies.ascend(made)
+            if o.calibrate and judge is not None:
+                u = augment.draw_shared(10, matching)
+                for c in range(10):
+                    syn = augment_shared(normalize(decode_naively(x[c], o.factor, o.decode_type)), u[c], augment)
+                    x.grad = torch.autograd.grad(class_distance(judge, syn, syn, c, o.metric, "ce"), x)[0]
                     sgd.step()
             if step + 1 == o.inner_loop:
                 continue
@@ -270,6 +318,10 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
         "-m dsa --select kmeans --interval 2 --niter 1 --inner_loop 3 --net_epoch 2 --lr_img 0.5",
         "-m dm --select kmeans --interval 2 --niter 4",
         "-m dream+ --niter 2 --inner_loop 2 --interval 2 --per_cluster 2 --n_data 16 --lr_img 0.02",
+        f"{POOL} -m dance --niter 4 --lr_img 1",
+        f"{POOL} -m ncfm --niter 4 --lr_img 3 --frequencies random --frequency_count 8",
+        f"{POOL} -m ncfm --niter 4 --lr_img 10 --frequency_count 8 --select kmeans --interval 2",
+        f"{POOL} --networks early --niter 2 --inner_loop 2 --interval 2 --n_data 16 --lr_img 0.3",
     ],
 )
 def test_a_run_is_the_published_algorithm(tmp_path: Path, flags: str) -> None:
