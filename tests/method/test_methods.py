@@ -319,7 +319,9 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
         "-m dm --select kmeans --interval 2 --niter 4",
         "-m dream+ --niter 2 --inner_loop 2 --interval 2 --per_cluster 2 --n_data 16 --lr_img 0.02",
         f"{POOL} -m dance --niter 4 --lr_img 1",
-        f"{POOL} -m ncfm --niter 4 --lr_img 3 --frequencies random --frequency_count 8",
+        pytest.param(
+            f"{POOL} -m ncfm --niter 4 --lr_img 3 --frequencies random --frequency_count 8", marks=pytest.mark.slow
+        ),
         f"{POOL} -m ncfm --niter 4 --lr_img 10 --frequency_count 8 --select kmeans --interval 2",
         f"{POOL} --networks early --niter 2 --inner_loop 2 --interval 2 --n_data 16 --lr_img 0.3",
     ],
@@ -343,6 +345,7 @@ BUDGET = {
     "mtt": "--niter 5 --experts 2 --expert_epochs 3 --max_start 1 --match_epochs 2 --student_steps 2 --batch_real 128 "
     "--interval 11",
     "dream+": "--niter 2 --inner_loop 3 --n_data 16",
+    "dance": f"--niter 6 {POOL}", "ncfm": f"--niter 6 {POOL} --frequency_count 8",
 }  # fmt: skip
 
 
@@ -352,7 +355,7 @@ def budget(method: str) -> list[str]:
 
 @pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "kmeans"])
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[pytest.mark.slow] if m in ("idc", "dsa") else []) for m in METHODS]
+    "method", [pytest.param(m, marks=[pytest.mark.slow] if m in ("idc", "dsa", "dance") else []) for m in METHODS]
 )
 def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, strategy: str
@@ -375,7 +378,7 @@ def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_
     card = json.loads((there / "data.json").read_text())
     assert card["settings"]["method"] == method and card["finished"]
     assert list(card["learned"]) == (["step_size"] if method == "mtt" else [])
-    assert ("expert_seconds" in card) == (method == "mtt")
+    assert ("expert_seconds" in card) == (method in ("mtt", "dance", "ncfm"))
     capsys.readouterr()
     assert train.main([str(there), "--device", "cpu", "--baselines", "none", "--epochs", "1", "--json"]) == 0
     assert last_json(capsys)["n"] == 1

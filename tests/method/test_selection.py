@@ -17,6 +17,7 @@ from utils.method.images import ImageSet, Normalize, to_unit
 from utils.method.selection import (
     KMEANS,
     STRATEGIES,
+    Clusters,
     Context,
     assign,
     batched_kmeans,
@@ -186,8 +187,39 @@ def test_the_same_draws_select_the_same_images_and_others_do_not(strategy: str, 
         return select(context(real_set((40, 40, 40)), key, kmeans=kmeans), 10, strategy=strategy)
 
     assert torch.equal(once(0), once(0))
-    if strategy in ("kmeans", "random"):  # others leave nothing to chance
+    if strategy in ("kmeans", "members", "random"):  # others leave nothing to chance
         assert not torch.equal(once(0), once(1))
+
+
+def test_a_member_of_every_cluster_is_drawn_and_images_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, clusters = real_set((30, 3, 25)), Clusters(Draws("cpu", "clusters"))
+    embedded: list[int] = []
+    plain = selection.embed
+
+    def counting(net: Network, images: Tensor, *more: Any) -> Tensor:
+        embedded.append(len(images))
+        return plain(net, images, *more)
+
+    monkeypatch.setattr(selection, "embed", counting)
+    found = []
+    for draw in range(5):
+        drawing = dataclasses.replace(context(real, draw), clusters=clusters)
+        picks = select(drawing, 6, strategy="members")
+        for c in (0, 2):
+            numbers = clusters.of_class[c][picks[c] - real.starts[c]]
+            assert sorted(numbers.tolist()) == list(range(6))
+        assert set(picks[1].tolist()) == {30, 31, 32}  # a small class gives all its images
+        found.append(frozenset(picks[0].tolist()))
+    assert embedded == [30, 25] and len(set(found)) == 5
+
+
+def test_empty_clusters_leave_their_members_places_to_other_images() -> None:
+    real = real_set((12, 12, 12))
+    clusters = Clusters(Draws("cpu", 0), {c: torch.tensor([0, 0, 0, 3] * 3) for c in range(3)})  # 1 and 2 are empty
+    picks = select(dataclasses.replace(context(real), clusters=clusters), 4, strategy="members")
+    for c in range(3):
+        numbers = clusters.of_class[c][picks[c] - real.starts[c]].tolist()
+        assert len(picks[c].unique()) == 4 and {0, 3} <= set(numbers)
 
 
 @pytest.mark.parametrize("raw", [False, True])

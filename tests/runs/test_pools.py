@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import condense
 from tests.distilling import STOPPED, distilled, signals
 from tests.files import image_folder, quick, refused, tree
 from tests.outcome import metrics, outcome
-from utils.config import build
+from utils.config import build, derived, resolve
 from utils.files import atomic, tensors
 from utils.method.matching import MatchingStep
 from utils.runs import recorder
@@ -235,3 +236,41 @@ def test_a_pool_that_is_damaged_while_distilling_is_named_with_the_remedy(pool: 
         words = argv(pool, "--networks early --tag damaged", "--results_dir", str(results))
         says = ("expert_00", "run the same command again")
         refused(condense.main, words, *says, status=1, unchanged=pool.parent / "photos")
+
+
+# --- Images that matter -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_uses_the_images_of_lowest_loss_and_compares_with_random_ones_of_all(pool: Path) -> None:
+    o = resolve.condense(argv(pool, "--keep 0.3 --networks middle"), "").options
+    problem = build.problem(o)
+    experts = build.experts(o, problem)
+    assert experts is not None
+    parts, everything = build.Parts(o, problem, experts=experts), problem.data.train
+    losses = torch.stack([experts.losses(k) for k in range(2)]).mean(0).tolist()
+    expected = []
+    for start, count in zip(everything.starts, everything.counts, strict=True):
+        ranked = sorted(range(start, start + count), key=lambda i: losses[i])
+        expected += sorted(ranked[: math.ceil(0.3 * count)])
+    assert parts.counts == [4, 3, 5] and parts.real.counts == parts.counts
+    assert torch.equal(parts.real.images, everything.images[expected])
+    state = parts.state(None)
+    kept = {image.numpy().tobytes() for image in parts.real.images}
+    assert {(255 * x).round().to(torch.uint8).numpy().tobytes() for x in state.pixels.flatten(0, 1)} <= kept
+    assert len(state.trainer) == len(parts.real) and state.matching_step.real is parts.real
+    random = {image.numpy().tobytes() for r in range(20) for image in parts.random_real(r).images}
+    assert not random <= kept
+
+
+def test_the_pixel_rate_falls_along_half_a_cosine(pool: Path) -> None:
+    falling, constant = (
+        [
+            derived.pixel_rate(o, side=8, base_side=8, it=it)
+            for o in [resolve.condense(argv(pool, f"--niter 10 --lr_img 0.5 {flags}"), "").options]
+            for it in range(10)
+        ]
+        for flags in ("--lr_img_end 0.1", "")
+    )
+    first = constant[0]
+    assert constant == [first] * 10
+    assert falling == pytest.approx([first * (0.1 + 0.9 * (1 + math.cos(math.pi * it / 10)) / 2) for it in range(10)])
