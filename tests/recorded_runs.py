@@ -46,7 +46,7 @@ FASTER = {
     "dance": ("--method dance", "random", {10: 70.8, 1: 47.1}),
     "ncfm": ("--method ncfm", "random", {10: 71.8, 1: 49.5}),
     "dm": ("--method dm", "", {}),
-    "dream, early": ("--networks early", "", {}),
+    "dream, early": ("--networks early --lr_img 0.01", "", {}),  # the rate of Acc-DD
     "idc": ("--method idc", "random", {10: 67.5, 1: 50.6}),
     "dream": ("", "kmeans", {10: 69.4, 1: 51.1}),
 }
