@@ -252,7 +252,7 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
     for it in range(o.niter):
         velocity: dict[str, Tensor] = {}
         drawn = draws("network", it)
-        net, judge = fresh_network(SPEC, drawn), None
+        net, judge = fresh_network(SPEC, draws("any") if pool else drawn), None
         if pool:
             initial, judge = pool[draws("pool", it).host.randrange(len(pool))]
             share = drawn.host.random() if o.networks == "middle" else 0.0
@@ -322,7 +322,7 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
         pytest.param(
             f"{POOL} -m ncfm --niter 4 --lr_img 3 --frequencies random --frequency_count 8", marks=pytest.mark.slow
         ),
-        f"{POOL} -m ncfm --niter 4 --lr_img 10 --frequency_count 8 --select kmeans --interval 2",
+        f"{POOL} -m ncfm --niter 4 --lr_img 1 --frequency_count 8 --select kmeans --interval 2",
         f"{POOL} --networks early --niter 2 --inner_loop 2 --interval 2 --n_data 16 --lr_img 0.3",
     ],
 )

@@ -149,7 +149,7 @@ class Trained:
 
 def pool(how: str) -> Pool:
     trained: Any = Trained()
-    return Pool(trained, SPEC, 9, how)
+    return Pool(trained, SPEC, 9, how, "cpu")
 
 
 def theta(net: Network) -> Tensor:
@@ -173,8 +173,8 @@ def test_networks_of_a_pool_follow_from_their_draws(how: str) -> None:
     same, again, other = (theta(pool(how).network(0, Draws("cpu", key))) for key in (1, 1, 2))
     assert torch.equal(same, again) and not torch.equal(same, other)
     final = Trained().pair(1, 0, 9)[1]
-    assert torch.equal(pool(how).final(1), final)
-    assert torch.equal(theta(pool(how).trained_network(1, Draws("cpu", 0))), final) and len(pool(how)) == 2
+    assert torch.equal(pool(how).ends(1)[1], final)
+    assert torch.equal(theta(pool(how).trained_network(1)), final) and len(pool(how)) == 2
 
 
 def test_a_network_early_in_its_training_is_moved_along_two_filter_normalised_directions(

@@ -243,7 +243,7 @@ class Parts:
         self.matches_images = o.match != TRAJECTORY
         self.pool: Pool | None = None
         if experts is not None and self.matches_images:
-            self.pool = Pool(experts, self.spec, o.expert_epochs, o.networks, group)
+            self.pool = Pool(experts, self.spec, o.expert_epochs, o.networks, self.device, group)
         self.clusters: dict[int, Clusters] = {}  # of --select members, by the pool's network
         self.shard: Shard = shard or group.shard(derived.class_work(o, self.counts))
         if len(self.shard.classes) < self.data.classes:
@@ -292,7 +292,7 @@ class Parts:
         rate = derived.pixel_rate(self.o, side=self.data.side, base_side=self.data.base_side, it=it)
         if not self.o.calibrate:
             return rate, None
-        return rate, self._pool().final(self._member(it)).to(self.device, non_blocking=True)
+        return rate, self._pool().ends(self._member(it))[1]
 
     def _member(self, it: int) -> int:
         """Number of the pool's network that outer iteration `it` uses."""
@@ -343,10 +343,9 @@ class Parts:
         draws, clusters = self.draws("select", it, step), None
         if self.o.select == "members" and self.pool is not None:
             k = self._member(it)
-            own = self.draws("clusters", k)
             if k not in self.clusters:
-                net = self.pool.trained_network(k, own)
-            clusters = self.clusters.setdefault(k, Clusters(own))
+                net, self.clusters[k] = self.pool.trained_network(k), Clusters(self.draws("clusters", k))
+            clusters = self.clusters[k]
         return self.context(net, draws, per_cluster=self.o.per_cluster, clusters=clusters)
 
     def recorder(self, folder: RunFolder, stopper: Stopper) -> Recorder:
@@ -398,7 +397,7 @@ class Parts:
         """State at the beginning of a run; empty: with zeros in place of initial pixels, to be filled."""
         o, classes, device = self.o, self.shard.classes, self.device
         pixels = torch.zeros(len(classes), *self.shape, device=device)
-        net = self.network(0)
+        net = fresh_network(self.spec, self.draws("network", 0))  # every outer iteration has its weights replaced
         trainer = self.trainer(net, pixels)
         if not empty:
             pixels.copy_(self._initial_pixels(trainer))

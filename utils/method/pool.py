@@ -15,7 +15,7 @@ from utils.numerics.derivatives import load
 from utils.system.distributed import SINGLE, Group
 from utils.system.draws import Draws
 
-NETWORKS = ("fresh", "early", "middle")
+MEMORY = 2**29  # bytes of weights that stay on the device
 DIRECTIONS, LEAST, MOST = 2, 0.01, 0.09  # of a perturbation, and the sizes of its coefficients
 
 
@@ -27,42 +27,59 @@ class Pool:
     only judges images.
     """
 
-    def __init__(self, trained: Trajectories, spec: NetSpec, epochs: int, how: str, group: Group = SINGLE) -> None:
-        """epochs: of training, after which weights are final. how: one of NETWORKS. group: the ranks; the first alone
-        reads `trained`."""
-        self.trained, self.spec, self.epochs, self.how, self.group = trained, spec, epochs, how, group
+    def __init__(
+        self,
+        trained: Trajectories,
+        spec: NetSpec,
+        epochs: int,
+        how: str,
+        device: torch.device | str,
+        group: Group = SINGLE,
+    ) -> None:
+        """epochs: of training, after which weights are final. how: one of the values of --networks. device: where the
+        networks are used. group: the ranks, of which the first alone reads `trained`."""
+        self.trained, self.spec, self.epochs, self.how = trained, spec, epochs, how
+        self.device, self.group = torch.device(device), group
+        self._net = fresh_network(spec, Draws(device, "pool"))  # for the weights of every outer iteration
+        self._held: dict[int, list[Tensor]] = {}  # ends on the device
 
     def __len__(self) -> int:
         return self.trained.count
 
-    def final(self, k: int) -> Tensor:
-        """Final parameters of network k, (P,), on the CPU. Raises UserError for a damaged file."""
-        return self._ends(k)[1]
+    def ends(self, k: int) -> list[Tensor]:
+        """Initial and final parameters of network k, (P,) each, on the device; the same on all ranks.
 
-    def _ends(self, k: int) -> list[Tensor]:
-        """Initial and final parameters of network k, on the CPU; the same on all ranks."""
-        return self.group.broadcast(lambda: [theta.clone() for theta in self.trained.pair(k, 0, self.epochs)])
+        Raises UserError for a damaged file.
+        """
+        if k not in self._held:
+            ends = self.group.broadcast(lambda: [theta.clone() for theta in self.trained.pair(k, 0, self.epochs)])
+            if sum(theta.nbytes for held in self._held.values() for theta in held) > MEMORY:
+                self._held.clear()
+            # Otherwise the host would wait until the device has done all that it was given so far.
+            self._held[k] = [theta.to(self.device, non_blocking=True) for theta in ends]
+        return self._held[k]
 
-    def trained_network(self, k: int, draws: Draws) -> Network:
-        """Network k as it was trained, on the device of `draws`."""
-        net = fresh_network(self.spec, draws)
-        load(net, self.final(k).to(draws.device, non_blocking=True))
+    def trained_network(self, k: int) -> Network:
+        """Network k as it was trained, by itself. Raises UserError for a damaged file."""
+        net = fresh_network(self.spec, Draws(self.device, "pool", k))
+        load(net, self.ends(k)[1])
         return net
 
     def network(self, k: int, draws: Draws) -> Network:
-        """Network of an outer iteration, made of network k. Raises UserError for a damaged file."""
-        net = fresh_network(self.spec, draws)
+        """Network of an outer iteration, made of network k; the next call overwrites it.
+
+        Raises UserError for a damaged file.
+        """
         if self.how == "fresh":
-            return net
-        # Otherwise the host would wait until the device has done all that it was given so far.
-        initial, final = (theta.to(draws.device, non_blocking=True) for theta in self._ends(k))
+            return fresh_network(self.spec, draws)
+        initial, final = self.ends(k)
         if self.how == "middle":
             share = draws.host.random()
-            load(net, share * initial + (1 - share) * final)
+            load(self._net, share * initial + (1 - share) * final)
         else:
-            load(net, final)
-            perturb(net, draws)
-        return net
+            load(self._net, final)
+            perturb(self._net, draws)
+        return self._net
 
 
 @torch.no_grad()
