@@ -102,8 +102,8 @@ def check(found: dict[str, list[dict[str, Any]]], table: dict[str, Limits]) -> N
     "works",
     [
         ("dream", "hard labels"),
-        ("mtt", "dance", "ncfm"),
-        pytest.param(("dm", "early", "soft labels"), marks=pytest.mark.slow),
+        ("dance", "ncfm"),
+        pytest.param(("dm", "mtt", "early", "soft labels"), marks=pytest.mark.slow),
         pytest.param(("idc", "dc", "dsa", "dream+", "dream without Triton"), marks=pytest.mark.slow),
     ],
     ids=" ".join,

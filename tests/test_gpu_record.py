@@ -88,6 +88,7 @@ def test_a_row_holds_the_last_epoch_as_train_py_gives_it_and_the_best_of_four_te
     assert all(b >= a for a, b in zip(row["accuracies"], best, strict=True)) and best != row["accuracies"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_would_not_end_in_time_is_left_for_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

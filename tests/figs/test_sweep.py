@@ -83,6 +83,7 @@ def test_a_run_that_fails_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFi
     assert "--ipc 2000" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_go_side_by_side_and_the_first_failure_ends_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,7 +322,10 @@ def naively(digits: Dataset, *argv: str) -> tuple[Tensor, Tensor, int]:
         pytest.param(
             f"{POOL} -m ncfm --niter 4 --lr_img 3 --frequencies random --frequency_count 8", marks=pytest.mark.slow
         ),
-        f"{POOL} -m ncfm --niter 4 --lr_img 1 --frequency_count 8 --select kmeans --interval 2",
+        pytest.param(
+            f"{POOL} -m ncfm --niter 4 --lr_img 1 --frequency_count 8 --select kmeans --interval 2",
+            marks=pytest.mark.slow,
+        ),
         f"{POOL} --networks early --niter 2 --inner_loop 2 --interval 2 --n_data 16 --lr_img 0.3",
     ],
 )
@@ -355,7 +358,8 @@ def budget(method: str) -> list[str]:
 
 @pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "kmeans"])
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[pytest.mark.slow] if m in ("idc", "dsa", "dance") else []) for m in METHODS]
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] if m in ("idc", "dsa", "dance", "ncfm") else []) for m in METHODS],
 )
 def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, strategy: str

@@ -216,10 +216,10 @@ def test_repeated_updates_give_the_same_bits(server: Server, tmp_path: Path, und
 
 CASES = {
     "few": "--batch_syn_max 3 --decode_type multi --batch_real 200",  # more than a class has: some twice
-    "pretrained": "--method dream+ --niter 1 --match grad+embed --metric cos",
     "dc": "--method dc --batch_real 8 --niter 2 --inner_loop 3 --net_epoch 2",
 }
 MORE = {
+    "pretrained": "--method dream+ --niter 1 --match grad+embed --metric cos",
     "random": "--select random --init random --norm_type batch",
     "sklearn": "--select kmeans --kmeans sklearn --interval 1",
     "herding": "--select herding --init noise",
@@ -244,7 +244,7 @@ def test_so_it_is_for_every_selection_objective_and_network(server: Server, tmp_
     assert one == two
 
 
-@pytest.mark.parametrize("whiten", ["none", "zca"])
+@pytest.mark.parametrize("whiten", [pytest.param("none", marks=pytest.mark.slow), "zca"])
 def test_classes_of_a_folder_may_be_of_any_size(server: Server, tmp_path: Path, whiten: str) -> None:
     """Mean, standard deviation and covariance, too, are those of all images, of which no rank has more than its own."""
     folder = image_folder(tmp_path / "images", UNEVEN, dict.fromkeys(UNEVEN, 3))
@@ -429,7 +429,7 @@ def test_a_stop_ends_all_ranks_at_the_same_step(
     assert outcome(distilled_by(server, 3, tmp_path, *REPEATED)) == undisturbed
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others(server: Server, tmp_path: Path, undisturbed: Outcome, victim: int) -> None:
     argv = tiny(tmp_path, *REPEATED)
     with injected("a rank of several is killed") as fault:

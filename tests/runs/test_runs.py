@@ -214,6 +214,7 @@ def settings(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_repeats_and_its_evaluation_is_in_float32(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
