@@ -12,15 +12,12 @@ set; what rounding costs is the difference from floats in pairs of the same run.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -31,7 +28,7 @@ from utils.method.evaluation import Score
 from utils.method.images import BITS, FLOAT32
 from utils.runs.results import EVALUATIONS, read_records, size
 from utils.system.errors import UserError
-from utils.system.process import run_main, session
+from utils.system.process import run_main
 from utils.system.report import messages
 
 RANDOM = "random real images"
@@ -68,12 +65,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--save", type=common.ending(".json"), metavar="FILE", help="write the points as JSON")
     given = common.parse(parser, argv)
     with messages(), common.style():
-        record = given.runs[0] if len(given.runs) == 1 and given.runs[0].suffix == ".json" else None
+        record = common.record_in(given.runs)
         points = measured(given.runs) if record is None else read(record)
-        if given.save is not None:
-            rows = [dataclasses.asdict(point) for point in points]
-            content = {**session("figs.bytes", argv, torch.device("cpu")), "rows": rows}
-            common.write(given.save, (json.dumps(content, indent=1) + "\n").encode(), flag="--save")
+        common.save_rows(given.save, "bytes", argv, points)
         print(table(points))
         print(costs(points))
         common.save(draw(points), given.out, pdf=given.pdf)

@@ -31,6 +31,7 @@ from utils.runs.card import CARD, Card, load_card
 from utils.runs.folder import METRICS, OPTIONS, images_in
 from utils.runs.sets import load_distilled
 from utils.system.errors import UsageError, UserError, printable
+from utils.system.process import session
 from utils.system.report import drawing
 
 log = logging.getLogger("dream")
@@ -72,6 +73,18 @@ def ending(*suffixes: str) -> Callable[[str], Path]:
         return Path(text)
 
     return parse
+
+
+def record_in(paths: Sequence[Path]) -> Path | None:
+    """The file of --save that is given in place of run folders, if it is one."""
+    return paths[0] if len(paths) == 1 and paths[0].suffix == ".json" else None
+
+
+def save_rows(file: Path | None, name: str, argv: Sequence[str], rows: Sequence[Any]) -> None:
+    """Write dataclasses, and how figs/<name>.py was called, as JSON to the file of --save, if there is one."""
+    if file is not None:
+        content = {**session(f"figs.{name}", argv, torch.device("cpu")), "rows": [*map(dataclasses.asdict, rows)]}
+        write(file, (json.dumps(content, indent=1) + "\n").encode(), flag="--save")
 
 
 def add_classes(parser: Parser) -> None:

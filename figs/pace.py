@@ -15,8 +15,6 @@ accuracy by its standard deviation over seeds or more.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -36,7 +33,7 @@ from figs.curves import Curve, Track, by_seed, plot, spread
 from utils.files import atomic
 from utils.method.evaluation import Score
 from utils.system.errors import UsageError, UserError, printable
-from utils.system.process import run_main, session
+from utils.system.process import run_main
 from utils.system.report import drawable, messages
 
 DOUBLING = 1.9  # evaluations lie near S, 2S, 4S, ..., not at them
@@ -163,11 +160,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--table", type=common.ending(".md"), metavar="FILE", help="write the table as Markdown")
     given = common.parse(parser, argv)
     with messages(), common.style():
-        record = given.runs[0] if len(given.runs) == 1 and given.runs[0].suffix == ".json" else None
+        record = common.record_in(given.runs)
         rows = measured(given.runs) if record is None else read(record)
-        if given.save is not None:
-            content = {**session("figs.pace", argv, torch.device("cpu")), "rows": list(map(dataclasses.asdict, rows))}
-            common.write(given.save, (json.dumps(content) + "\n").encode(), flag="--save")
+        common.save_rows(given.save, "pace", argv, rows)
         report(rows, given.out, baseline=given.baseline, table_file=given.table, pdf=given.pdf)
     return 0
 

@@ -34,7 +34,7 @@ from utils.method.augment import Augment
 from utils.method.frequencies import Frequencies
 from utils.method.images import ImageSet
 from utils.method.pool import perturb
-from utils.method.selection import Context, batched_kmeans, initial_pixels, select
+from utils.method.selection import Context, initial_pixels, select
 from utils.method.training import Trainer, fresh_network, update_network
 from utils.numerics.compute import Compute
 from utils.system.draws import Draws
@@ -180,32 +180,10 @@ def test_settings_that_exclude_each_other_are_named(argv: list[str], says: str, 
     assert not list(tmp_path.iterdir())
 
 
-# --- Sub-clusters -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("each", [1, 2, 4])
-def test_the_images_nearest_each_centroid_are_taken(each: int) -> None:
-    """Far-apart clusters, of which each gives its nearest members."""
-    x = torch.randn(3, 10, 2, dtype=torch.float64) + 1000 * torch.arange(3).view(3, 1, 1)
-    away = (x - x.mean(1, keepdim=True)).norm(dim=2)
-    expected = {10 * c + int(i) for c in range(3) for i in away[c].argsort()[:each]}
-    found = [set(batched_kmeans([x.flatten(0, 1)], 3 * each, [Draws("cpu", s)], each)[0].tolist()) for s in range(30)]
-    assert expected in found  # unless two clusters had no random start
-
-
-def test_clusters_that_are_too_small_leave_their_places_to_other_images() -> None:
-    x = torch.cat([torch.zeros(1, 2), 100 + torch.randn(19, 2)])
-    for seed in range(5):
-        (rows,) = batched_kmeans([x], 12, [Draws("cpu", seed)], 6)
-        assert len(rows.unique()) == 12 and rows.max() < 20
-
-
 # --- Each framework against its naive loop ----------------------------------------------------------------------------
 
 TINY = shlex.split("--device cpu -d digits --ipc 2 --batch_real 8 --width 8 --epochs 2 --repeat 1 --seed 4")
 SPEC = models.resolve("convnet", channels=1, classes=10, side=8, depth=2, width=8)
-
-
 POOL = "--experts 2 --expert_epochs 1"
 
 

@@ -381,3 +381,23 @@ def test_initial_pixels_with_a_factor_hold_small_real_images_and_noise_is_noise(
     expected = expected[(expected > low) & (expected < high)]
     assert whole.mean().item() == pytest.approx(expected.mean().item(), abs=0.02)
     assert whole.std().item() == pytest.approx(expected.std().item(), abs=0.02)
+
+
+# --- Sub-clusters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+def test_the_images_nearest_each_centroid_are_taken(each: int) -> None:
+    """Far-apart clusters, of which each gives its nearest members."""
+    x = torch.randn(3, 10, 2, dtype=torch.float64) + 1000 * torch.arange(3).view(3, 1, 1)
+    away = (x - x.mean(1, keepdim=True)).norm(dim=2)
+    expected = {10 * c + int(i) for c in range(3) for i in away[c].argsort()[:each]}
+    found = [set(batched_kmeans([x.flatten(0, 1)], 3 * each, [Draws("cpu", s)], each)[0].tolist()) for s in range(30)]
+    assert expected in found  # unless two clusters had no random start
+
+
+def test_clusters_that_are_too_small_leave_their_places_to_other_images() -> None:
+    x = torch.cat([torch.zeros(1, 2), 100 + torch.randn(19, 2)])
+    for seed in range(5):
+        (rows,) = batched_kmeans([x], 12, [Draws("cpu", seed)], 6)
+        assert len(rows.unique()) == 12 and rows.max() < 20

@@ -113,8 +113,9 @@ class Experts:
         if trajectory is None:
             trajectory = self._read(expert)["trajectory"]
         self._keep(expert, trajectory)
-        last = len(trajectory) - 1
-        return (trajectory[min(start, last)], trajectory[min(end, last)])
+        if self.ends_only:
+            start, end = min(start, 1), min(end, 1)
+        return trajectory[start], trajectory[end]
 
     def losses(self, k: int) -> Tensor:
         """Cross-entropy of every training image under expert k at its end, (N,), of ends only.
