@@ -1,11 +1,10 @@
-"""From options to objects: data set, network, experts, and the parts of a run. Nothing below sees an options object."""
+"""From options to objects: data set, network, and the parts of a run. Nothing below sees an options object."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from models import NetSpec, Network, forward_flop
 from utils.config import checks, derived, resolve
 from utils.config.options import FREE, RESUMABLE, CondenseOptions, Options
 from utils.config.presets import TRAJECTORY
-from utils.files.atomic import checksum
 from utils.files.imagefiles import FULL
 from utils.method.augment import Augment
 from utils.method.evaluation import OnEpoch, Score, evaluate_networks
@@ -27,7 +25,7 @@ from utils.method.images import ImageSet, RealImages, SyntheticImages
 from utils.method.matching import Matcher, MatchingStep
 from utils.method.objectives import Comparison
 from utils.method.pixels import PixelSGD
-from utils.method.pool import Pool, image_losses, lowest
+from utils.method.pool import Pool, lowest
 from utils.method.selection import BASELINE, STRATEGIES, Clusters, Context, cluster, coreset, initial_pixels
 from utils.method.state import State
 from utils.method.training import Together, Trainer, fresh_network
@@ -37,7 +35,7 @@ from utils.numerics.compute import Captured
 from utils.runs.board import check_board
 from utils.runs.card import Card
 from utils.runs.checkpoint import Said, resumed_from
-from utils.runs.experts import Experts, other_images, portions, selected
+from utils.runs.experts import Experts
 from utils.runs.folder import RunFolder
 from utils.runs.recorder import Recorder
 from utils.system import distributed
@@ -45,8 +43,7 @@ from utils.system.device import be_deterministic, check_precision, pick_device, 
 from utils.system.distributed import SINGLE, Group, Shard
 from utils.system.draws import Draws
 from utils.system.errors import UsageError, UserError, first_line
-from utils.system.process import Stopped, Stopper
-from utils.system.report import Progress
+from utils.system.process import Stopper
 
 log = logging.getLogger("dream")
 
@@ -117,101 +114,6 @@ def run_folder(o: CondenseOptions, group: Group = SINGLE, data: Dataset | None =
         resolve.run_folder(o), saved, free=FREE, resumable=RESUMABLE, defaults=resolve.default_options(),
         restart=restart, group=group, data=data,
     )  # fmt: skip
-
-
-# --- Experts ----------------------------------------------------------------------------------------------------------
-
-# Options that trajectories depend on; CLUSTERING_OPTIONS only where images are clustered.
-EXPERT_OPTIONS = (
-    "dataset", "image_folder", "size", "whiten", "batch_real", "select", "expert_epochs", "expert_seed", "precision",
-)  # fmt: skip
-CLUSTERING_OPTIONS = ("interval", "kmeans", "cluster_raw")
-
-
-def experts(o: CondenseOptions, problem: Problem, group: Group = SINGLE) -> Experts | None:
-    """Experts whose trajectories a run matches, or which make its pool of networks, trained or not; None for neither.
-
-    Raises UserError when their folder cannot be used.
-    """
-    trajectories = o.match == TRAJECTORY
-    if not trajectories and not derived.has_pool(o):
-        return None
-    spec, data, saved = problem.spec, problem.data, resolve.as_saved(o)
-    given = [name for name in ("npz", "split") if saved[name] is not None]  # else the identity is as it always was
-    recipe = derived.expert_recipe(o, flip=data.flip)
-    names = (*EXPERT_OPTIONS, *given, *(CLUSTERING_OPTIONS if trajectories and o.select != "random" else ()))
-    identity = {
-        **{name: saved[name] for name in names},
-        **({} if trajectories else {"batch_real": recipe.batch_size, "select": "random", "kept": "both ends"}),
-        "network": dataclasses.asdict(spec),
-        "augmentation": derived.expert_augmentation(o, flip=data.flip),
-        **{name: getattr(recipe, name) for name in ("mixup", "lr", "momentum", "weight_decay")},
-    }
-    kind = f"experts_{spec.name}_{o.select}" if trajectories else f"pool_{spec.name}"
-    name = f"{kind}_{checksum(identity)[:8]}"
-    folder = Path(o.results_dir) / o.dataset / name
-    if other := group.broadcast(lambda: other_images(folder, data.files, data.training_digest)):
-        folder = folder.with_name(f"{name}_{other[:8]}")
-    kept: dict[str, Any] = {} if trajectories else {"ends_only": True, "images": sum(data.counts)}
-    return Experts(folder, identity, count=o.experts, epochs=o.expert_epochs, **kept)
-
-
-def train_experts(o: CondenseOptions, problem: Problem, experts: Experts, stopper: Stopper, group: Group) -> int | None:
-    """Train the experts that are missing. Returns the exit status if that was stopped, else None.
-
-    Raises UsageError under torchrun, where none may be missing.
-    """
-    if not group.alone:
-        if missing := group.broadcast(experts.missing):
-            raise UsageError(
-                f"{derived.needs_experts(o)}: {len(missing)} experts are missing in {experts.folder}; train them "
-                "first, in one process: the same flags and --experts_only, without torchrun"
-            )
-        return None
-    try:
-        if experts.missing():
-            data = problem.data
-            with stopper, experts.held({"files": data.files, "training": data.digests["training"]}):
-                _train_missing(experts, o, problem, stopper)
-    except Stopped as stop:
-        log.info("stopped (%s), the experts are saved in %s; %s", stop, experts.folder, resolve.how_to_go_on(o))
-        return stopper.status
-    log.info("the experts are ready in %s", experts.folder)
-    return None
-
-
-def _train_missing(experts: Experts, o: CondenseOptions, problem: Problem, stopper: Stopper) -> None:
-    """Train the missing experts in turn, epoch by epoch. Raises Stopped on request, after saving."""
-    real, device, spec = problem.data.train, problem.data.device, problem.spec
-    done, total = experts.done(), o.experts * o.expert_epochs
-    compute = computing(device, o.compile, o.precision, derived.experts_flop(o, spec, len(real)))
-    log.info("%s: %d of %d epochs of experts to train", experts.folder, total - done, total)
-    with compute.rounding(), Progress(total, "training experts", "epoch", done=done, keep=True) as progress:
-        for k in experts.missing():
-            net = fresh_network(spec, _expert_draws(o, device, "network", k))
-            trainer = Trainer([net], [real], derived.expert_recipe(o, flip=problem.data.flip), compute)
-            judged = partial(image_losses, images=real, compute=compute) if experts.ends_only else None
-            for e in experts.epochs_left(k, trainer, stopper.reason, judged):
-                _train_epoch(trainer, o, real, k, e)
-                progress.advance()
-            stopper.check()
-
-
-def _train_epoch(trainer: Trainer, o: CondenseOptions, real: ImageSet, k: int, e: int) -> None:
-    """Train expert k for epoch e: on all real images, or on as many that --select chooses anew every few batches."""
-    if o.select == "random" or o.match != TRAJECTORY:
-        trainer.all_images([_expert_draws(o, real.device, k, e)])
-        return
-    for number, count in enumerate(portions(len(trainer), o.batch_real, o.interval)):
-        draws = _expert_draws(o, real.device, k, e, number)
-        selecting = _expert_draws(o, real.device, "select", k, e, number)
-        context = Context(trainer.nets[0], real, selecting, trainer.compute.cheapest(), o.cluster_raw, o.kmeans)
-        trainer.epoch(selected(context, count, o.select, draws), [draws])
-
-
-def _expert_draws(o: CondenseOptions, device: torch.device, *position: int | str) -> Draws:
-    """Random numbers for one position in the training of experts; they depend on --expert_seed, not on --seed."""
-    return Draws(device, o.expert_seed, "expert", *position)
 
 
 # --- A run ------------------------------------------------------------------------------------------------------------
