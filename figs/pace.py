@@ -289,7 +289,7 @@ def draw(panels: dict[Panel, list[Line]]) -> Figure:
     columns = min(2, len(panels))
     deep = -(-len(panels) // columns)
     figure = Figure(figsize=(common.WIDTH, 0.8 + 3.0 * deep), layout="constrained")
-    places = figure.subplots(deep, columns, squeeze=False).flat
+    places = list(figure.subplots(deep, columns, squeeze=False).flat)
     for axes, (panel, lines) in zip(places, panels.items(), strict=False):
         for line in lines:
             first = line.runs[0]
@@ -298,13 +298,13 @@ def draw(panels: dict[Panel, list[Line]]) -> Figure:
         if random:
             axes.axhline(float(np.mean(random)), color=common.GREY, ls=":", lw=1)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(drawable(str(panel)))
         axes.set_xlabel("seconds of distilling, experts included")
         axes.set_ylabel("test accuracy, %")
-    for axes in places:
+    for axes in places[len(panels) :]:
         axes.axis("off")
     handles = {drawable(name): Line2D([], [], color=colour, marker="o", ms=4) for name, colour in colours.items()}
     if len(strategies) > 1:

@@ -100,6 +100,13 @@ def test_a_method_has_one_colour_and_is_dashed_without_representatives(tmp_path:
         assert list(map(list, triangles)) == [[2], [2]]  # type: ignore[arg-type]
 
 
+def test_a_place_without_a_panel_stays_empty(tmp_path: Path) -> None:
+    runs = [timed(tmp_path, f"p{ipc}", [(1, 50), (2, 60)], ipc=ipc) for ipc in (1, 10, 50)]
+    figure = pace.draw(pace.in_panels(pace.measured([Path(r) for r in runs]), None))
+    titles = [axes.get_title() for axes in figure.axes if axes.axison]
+    assert titles == ["digits, ipc 1", "digits, ipc 10", "digits, ipc 50"] and len(figure.axes) == 4
+
+
 def test_repeats_with_other_numbers_of_evaluations_are_averaged_at_the_nearest_times(tmp_path: Path) -> None:
     timed(tmp_path, "a", [(0, 10), (1, 30), (2, 40), (4, 50), (8, 60)], seed=0)
     timed(tmp_path, "b", [(2.2, 50), (4.2, 60), (8, 80)], seed=1)
