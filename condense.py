@@ -25,8 +25,9 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.config import build, derived, expert_training, resolve
+from utils.config import build, derived, resolve
 from utils.config.build import Parts
+from utils.config.experts import experts_of, train_experts
 from utils.config.flags import as_argv
 from utils.config.options import CondenseOptions
 from utils.method.evaluation import BEST_OF_FOUR, Score
@@ -182,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
         # --- What is asked for: every rule between flags, data and network is checked here ---
         problem = build.problem(o)
         folder, stopper = build.run_folder(o, group, problem.data), Stopper(o.max_minutes)
-        experts = expert_training.experts_of(o, problem, group)
+        experts = experts_of(o, problem, group)
         if o.dry_run:
             print(derived.describe(resolved, *problem, folder.path, experts))
             return 0
@@ -190,10 +191,9 @@ def main(argv: Sequence[str]) -> int:
         # --- What is there ---
         if not o.experts_only and folder.check() == "finished":
             return folder.say_finished()
-        if experts is not None:
-            status = expert_training.train(o, problem, experts, stopper, group)
-            if status is not None or o.experts_only:
-                return status or 0
+        status = None if experts is None else train_experts(o, problem, experts, stopper, group)
+        if status is not None or o.experts_only:
+            return status or 0
 
         # --- Distil ---
         parts = Parts(o, problem, group, experts, folder)

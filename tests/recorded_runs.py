@@ -14,8 +14,9 @@ from typing import Any
 
 import condense
 from tests.record import Record
-from utils.config import build, expert_training, resolve
+from utils.config import build, resolve
 from utils.config.build import Parts, Problem
+from utils.config.experts import experts_of, train_experts
 from utils.config.options import FREE, RESUMABLE
 from utils.config.presets import METHODS, REPRODUCE
 from utils.method.evaluation import OnEpoch, Score
@@ -200,8 +201,8 @@ def distil(
     problem = Problem(record.problem.data, resolve.network(o, o.net_type, record.problem.data))
     free = (*FREE, "image_folder")  # the next machine may have the images elsewhere
     folder = RunFolder(resolve.run_folder(o), resolve.as_saved(o), free=free, resumable=RESUMABLE)
-    stopper, experts = Stopper(record.left / 60), expert_training.experts_of(o, problem)
-    if experts is not None and expert_training.train(o, problem, experts, stopper, SINGLE) is not None:
+    stopper, experts = Stopper(record.left / 60), experts_of(o, problem)
+    if experts is not None and train_experts(o, problem, experts, stopper, SINGLE) is not None:
         no_more_after(stopper, record)
         return False
     parts = TimedParts(o, problem, experts=experts, folder=folder)

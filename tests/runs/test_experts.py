@@ -25,7 +25,8 @@ from utils.method.training import Recipe, Trainer, batches, fresh_network
 from utils.numerics.compute import Compute
 from utils.numerics.derivatives import flattened
 from utils.runs import experts
-from utils.runs.experts import Experts, portions, selected
+from utils.runs.expert_training import portions, selected
+from utils.runs.experts import Experts
 from utils.system.draws import Draws
 from utils.system.errors import UserError
 from utils.system.process import Stopped, Stopper

@@ -17,7 +17,8 @@ import condense
 from tests.distilling import STOPPED, distilled, signals
 from tests.files import image_folder, quick, refused, tree
 from tests.outcome import metrics, outcome
-from utils.config import build, derived, expert_training, resolve
+from utils.config import build, derived, resolve
+from utils.config.experts import experts_of
 from utils.files import atomic, tensors
 from utils.method.matching import MatchingStep
 from utils.runs import recorder
@@ -244,7 +245,7 @@ def test_a_pool_that_is_damaged_while_distilling_is_named_with_the_remedy(pool: 
 def test_a_run_uses_the_images_of_lowest_loss_and_compares_with_random_ones_of_all(pool: Path) -> None:
     o = resolve.condense(argv(pool, "--keep 0.3 --networks middle"), "").options
     problem = build.problem(o)
-    experts = expert_training.experts_of(o, problem)
+    experts = experts_of(o, problem)
     assert experts is not None
     parts, everything = build.Parts(o, problem, experts=experts), problem.data.train
     losses = torch.stack([experts.losses(k) for k in range(2)]).mean(0).tolist()

@@ -22,11 +22,9 @@ from models import Network
 from utils.files import atomic, tensors
 from utils.files.lock import locked
 from utils.files.tensors import is_plain
-from utils.method.selection import Context, select
-from utils.method.training import Trainer, batches
+from utils.method.training import Trainer
 from utils.numerics.derivatives import flattened
 from utils.runs.folder import CHECKPOINT_SECONDS, differing
-from utils.system.draws import Draws
 from utils.system.errors import UserError, first_line
 
 log = logging.getLogger("dream")
@@ -284,20 +282,3 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     trainer.nets[0].load_state_dict(saved["net"])
     for own, then in zip(trainer.momentum, saved["momentum"], strict=True):
         own.copy_(then)
-
-
-# --- One epoch on representatives -------------------------------------------------------------------------------------
-
-
-def portions(n: int, batch_size: int, interval: int) -> list[int]:
-    """How many images each selection of an epoch has to find, so that the epoch has the mini-batches of one on all n
-    images, and `interval` of them are selected together."""
-    edges = batches(n, batch_size)
-    firsts = range(0, len(edges), interval)
-    return [edges[min(first + interval, len(edges)) - 1][1] - edges[first][0] for first in firsts]
-
-
-def selected(context: Context, count: int, strategy: str, draws: Draws) -> Tensor:
-    """Positions of `count` images that a strategy selects, equally many of every class up to one, in random order."""
-    picks = select(context, -(-count // context.real.classes), strategy=strategy).flatten()
-    return picks[draws.permutation(len(picks))[:count]]
