@@ -107,7 +107,8 @@ CASES = {
 
 SLOW = (  # much like others, which are usual tests
     "stdout closed", "stdout full", "stderr closed", "stderr full", "SIGHUP", "readers that leave", "a disk that fails",
-    "a kill before the older checkpoint",
+    "a kill before the older checkpoint", "a kill halfway through the card", "no room for a line",
+    "no room for the log", "stdout and stderr closed",
 )  # fmt: skip
 
 

@@ -396,7 +396,7 @@ def test_losses_after_an_epoch_are_the_mean_cross_entropy_of_every_training_on_i
     assert score.mean == pytest.approx(100 * score.confusion.trace().item() / 80)
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("norm", ["instance", pytest.param("batch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("epochs", "tested"), [(8, (2, 4, 6, 8)), (7, (2, 4, 6, 7)), (5, (2, 3, 4, 5)), (3, (1, 2, 3))]
 )

@@ -209,7 +209,7 @@ def test_a_time_out_between_gpus_is_told_in_one_line(monkeypatch: pytest.MonkeyP
 # --- The same run, whatever the number of ranks -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_repeated_updates_give_the_same_bits(server: Server, tmp_path: Path, undisturbed: Outcome, count: int) -> None:
     assert outcome(distilled_by(server, count, tmp_path, *REPEATED)) == undisturbed
 
