@@ -180,6 +180,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_the_audit_notices_every_broken_rule() -> None:
     found = {name: " ".join(problems) for name, problems in json.loads(output("-c", BROKEN)).items()}
     expected = {

@@ -215,10 +215,10 @@ def test_repeated_updates_give_the_same_bits(server: Server, tmp_path: Path, und
 
 
 CASES = {
-    "few": "--batch_syn_max 3 --decode_type multi --batch_real 200",  # more than a class has: some twice
     "dc": "--method dc --batch_real 8 --niter 2 --inner_loop 3 --net_epoch 2",
 }
 MORE = {
+    "few": "--batch_syn_max 3 --decode_type multi --batch_real 200",  # more than a class has: some twice
     "pretrained": "--method dream+ --niter 1 --match grad+embed --metric cos",
     "random": "--select random --init random --norm_type batch",
     "sklearn": "--select kmeans --kmeans sklearn --interval 1",
@@ -416,7 +416,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(server: Server, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("flags", "of", "status"),
     [
-        (["--max_minutes", "1e-4"], {}, 0),
+        pytest.param(["--max_minutes", "1e-4"], {}, 0, marks=pytest.mark.slow),
         ([], {0: {"computing": 1, "then": "SIGINT"}}, 130),  # in an evaluation, of which the other rank has no training
     ],
     ids=["a time limit", "a signal"],
