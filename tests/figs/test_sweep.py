@@ -77,10 +77,10 @@ def test_a_sweep_runs_once_and_tabulates(tmp_path: Path, capfd: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_a_run_that_fails_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = ["--vary", "ipc=2000", "--seeds", "1", "--", *QUICK[:-4], "--results_dir", str(tmp_path)]
+    argv = ["--vary", "factor=9", "--seeds", "1", "--", *QUICK[:-4], "--results_dir", str(tmp_path)]
     with pytest.raises(UserError, match="ended with status 2"):
         sweep.main(argv)
-    assert "--ipc 2000" in capfd.readouterr().err
+    assert "-f 9" in capfd.readouterr().err
 
 
 @pytest.mark.slow
