@@ -337,10 +337,7 @@ def budget(method: str) -> list[str]:
 @pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "kmeans"])
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(m, marks=[pytest.mark.slow] if m in ("idc", "dc", "dsa", "dm", "dance", "ncfm") else [])
-        for m in METHODS
-    ],
+    [pytest.param(m, marks=[] if m in ("dream", "mtt", "dream+") else pytest.mark.slow) for m in METHODS],
 )
 def test_a_run_of_every_method_that_is_stopped_goes_on_to_the_same_bytes_and_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, strategy: str

@@ -216,8 +216,6 @@ def test_repeated_updates_give_the_same_bits(server: Server, tmp_path: Path, und
 
 CASES = {
     "dc": "--method dc --batch_real 8 --niter 2 --inner_loop 3 --net_epoch 2",
-}
-MORE = {
     "few": "--batch_syn_max 3 --decode_type multi --batch_real 200",  # more than a class has: some twice
     "pretrained": "--method dream+ --niter 1 --match grad+embed --metric cos",
     "random": "--select random --init random --norm_type batch",
@@ -233,8 +231,7 @@ MORE = {
 
 @pytest.mark.parametrize(
     "flags",
-    [*(pytest.param(x, id=name) for name, x in CASES.items())]
-    + [pytest.param(x, id=name, marks=pytest.mark.slow) for name, x in MORE.items()],
+    [pytest.param(x, id=name, marks=[] if name == "dc" else pytest.mark.slow) for name, x in CASES.items()],
 )
 def test_so_it_is_for_every_selection_objective_and_network(server: Server, tmp_path: Path, flags: str) -> None:
     argv, often = [*REPEATED, *shlex.split(flags)], 1000.0
